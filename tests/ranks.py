@@ -1,0 +1,73 @@
+"""Run a function on several gloo ranks, each a fresh process, and give back what each returned."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _entry(rank: int, world_size: int, port: int, function: Callable, args: tuple, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
+    )  # fmt: skip
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        value = function(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+    # as numpy, because a tensor in a queue needs its sender alive
+    results.put((rank, _plain(value), None))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+    """Call `function(*args)` on `world_size` gloo ranks; return the values in rank order.
+
+    `function` must be importable (top level of a test module); tensors come back as numpy arrays.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_entry, args=(rank, world_size, port, function, args, results))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        values: dict[int, Any] = {}
+        for _ in processes:
+            rank, value, failure = results.get(timeout=timeout)
+            assert failure is None, f"rank {rank} failed:\n{failure}"
+            values[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+    return [values[rank] for rank in range(world_size)]
