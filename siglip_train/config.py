@@ -1,0 +1,88 @@
+"""The root of the configuration: nests what each consumer defines, and checks the parts against each other."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from siglip_train.checkpoint import CheckpointConfig
+from siglip_train.composition import build
+from siglip_train.data.pipeline import DataConfig
+from siglip_train.data.tokenizer import TextRules
+from siglip_train.engine import EngineConfig
+from siglip_train.errors import UserError
+from siglip_train.metrics import LogConfig
+from siglip_train.models.siglip import SiglipConfig
+from siglip_train.optim import OptimConfig
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluations inside a run: `tasks` are `_target_` nodes by name; every_steps=0 evaluates at the end only."""
+
+    every_steps: int = 0
+    batch_size: int = 64
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.every_steps < 0 or self.batch_size < 1:
+            raise ValueError("every_steps must not be negative and batch_size must be at least 1")
+
+
+@dataclass
+class Config:
+    """Everything `siglip-train` takes."""
+
+    model: SiglipConfig
+    data: DataConfig
+    tokenizer: str
+    global_batch_size: int
+    total_samples: int
+    run_dir: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    stop_after_steps: int | None = None
+    resume: str | None = "auto"
+    init_from: str | None = None
+    text_rules: TextRules = field(default_factory=TextRules)
+    objectives: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole schedule: ceil(total_samples / global_batch_size)."""
+        return -(-self.total_samples // self.global_batch_size)
+
+
+def parse(values: dict[str, Any]) -> Config:
+    """Typed and cross-checked config from a composed one. Raises `UserError` with the key and the remedy."""
+    config = build(Config, values)
+    _check_sizes(config)
+    if not config.data.sources:
+        raise UserError("data.sources: no source of training data; give data.sources.NAME.shards=…")
+    if not config.objectives:
+        raise UserError("objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid")
+    if not Path(config.tokenizer).exists():
+        raise UserError(f"tokenizer: there is no {config.tokenizer}")
+    if config.init_from is not None and not Path(config.init_from).exists():
+        raise UserError(f"init_from: there is no {config.init_from}")
+    if config.resume not in (None, "auto") and not Path(config.resume).exists():
+        raise UserError(f"resume: there is no {config.resume}; resume=auto continues run_dir where it can")
+    return config
+
+
+def _check_sizes(config: Config) -> None:
+    for name in ("global_batch_size", "total_samples"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.stop_after_steps is not None and config.stop_after_steps < 1:
+        raise UserError(f"stop_after_steps: must be at least 1, got {config.stop_after_steps}")
+    if config.optim.warmup_samples >= config.total_samples:
+        raise UserError(
+            f"optim.warmup_samples={config.optim.warmup_samples} leaves nothing of total_samples={config.total_samples}"
+        )

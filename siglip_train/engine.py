@@ -1,0 +1,198 @@
+"""DeepSpeed, bare: from `EngineConfig` to DeepSpeed's own engine, and the optimizer state by parameter name.
+
+The only file that imports deepspeed. Precision is DeepSpeed's torch_autocast over fp32 parameters: `bf16.enabled` would
+cast frozen teachers too. See design notes in the README.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from siglip_train.distributed.setup import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class EngineConfig:
+    """How the model is sharded and sped up.
+
+    zero_stage: 0 = plain data parallelism, 1 = optimizer state, 2 = + gradients, 3 = + parameters sharded over ranks.
+    reduce_dtype: what gradients (and ZeRO-3 parameters) travel in under bf16; fp32 is exact, bf16 halves the traffic.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    compile_blocks: bool = False
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+def deepspeed_config(
+    config: EngineConfig, *, precision: Literal["bf16", "fp32"], micro_batch_size: int, clip_norm: float
+) -> dict[str, Any]:
+    """The dict that DeepSpeed takes; nothing is written to disk."""
+    autocast: dict[str, Any] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
+    if config.reduce_dtype == "fp32":
+        autocast["lower_precision_safe_modules"] = []
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": autocast,
+        "steps_per_print": 10**12,
+    }
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, *, config: dict[str, Any], world: World) -> Any:
+    """DeepSpeed's engine around `model`. All ranks."""
+    # read by deepspeed at import: without it a machine with a GPU would not train on its CPU
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    engine, *_ = deepspeed.initialize(
+        model=model.to(world.device), optimizer=optimizer, config=config, dist_init_required=False
+    )
+    _create_moments(engine)
+    return engine
+
+
+def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
+    """Switch on activation checkpointing and compile the blocks, from outside the model."""
+    for module in model.modules():
+        if hasattr(module, "activation_checkpointing"):
+            module.activation_checkpointing = config.activation_checkpointing
+            if config.compile_blocks:
+                for block in module.blocks:
+                    block.compile()
+
+
+def gradient_norm(engine: Any) -> float:
+    """The norm of the gradients before clipping, after `engine.step()`."""
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
+def unclipped_norm_without_zero(engine: Any) -> Tensor:
+    """The same for stage 0, where DeepSpeed clips without telling: to be called before `engine.step()`."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _optimizer_tensors(engine: Any) -> list[Tensor]:
+    """The tensors that AdamW keeps moments for: parameters (stage 0) or this rank's flat partitions of groups."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [p for group in engine.optimizer.param_groups for p in group["params"]]
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return list(engine.optimizer.single_partition_of_fp32_groups)
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW inside DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _create_moments(engine: Any) -> None:
+    """Give every tensor its zero moments now.
+
+    NOTE: DeepSpeed links parameters to their moments after the first group's step, when the other groups have none yet
+    (0.19.8), and then finds none for them; moments that exist before the first step avoid that, and can be restored.
+    """
+    state = inner_optimizer(engine).state
+    for tensor in _optimizer_tensors(engine):
+        state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS},
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _full(engine: Any, parameter: Tensor, key: str | None) -> Tensor:
+    """The whole of a parameter (key None) or one of its moments, fp32. All ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return parameter if key is None else engine.optimizer.state[parameter][key]
+    if key is None:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def scalar(engine: Any, parameter: Tensor) -> float:
+    """The value of a one-element parameter, also where ZeRO-3 has sharded it. All ranks."""
+    full = _full(engine, parameter, None) if parameter.requires_grad else _frozen(parameter)
+    return full.item()
+
+
+def gather_weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter and buffer in full, fp32 on the CPU; empty on all ranks but 0, which alone holds them. All ranks."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = _frozen(parameter) if not parameter.requires_grad else _full(engine, parameter, None)
+        if engine.global_rank == 0:
+            weights[name] = full.detach().float().cpu().clone()
+    if engine.global_rank == 0:
+        weights.update({name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()})
+    return weights
+
+
+def _frozen(parameter: Tensor) -> Tensor:
+    """A frozen parameter has no fp32 copy in the optimizer; under ZeRO-3 it is gathered from the shards. All ranks."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def gather_moments(engine: Any) -> dict[str, Tensor]:
+    """AdamW's moments by parameter name (`NAME.exp_avg`, …), in full, on rank 0 only. All ranks.
+
+    By name and in full they fit any ZeRO stage, any number of ranks and a model with added heads.
+    """
+    moments = {}
+    for name, parameter in engine.module.named_parameters():
+        for key in MOMENTS if parameter.requires_grad else ():
+            full = _full(engine, parameter, key)
+            if engine.global_rank == 0:
+                moments[f"{name}.{key}"] = full.detach().float().cpu().clone()
+    return moments
+
+
+def restore_moments(engine: Any, moments: dict[str, Tensor], steps: int) -> None:
+    """Set AdamW's moments and step count from what `gather_moments` gave. All ranks, each with all moments."""
+    for name, parameter in engine.module.named_parameters():
+        for key in MOMENTS if parameter.requires_grad else ():
+            _set_moment(engine, parameter, key, moments[f"{name}.{key}"])
+    for state in inner_optimizer(engine).state.values():
+        state["step"].fill_(steps)
+
+
+def _set_moment(engine: Any, parameter: Tensor, key: str, value: Tensor) -> None:
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        engine.optimizer.state[parameter][key].copy_(value)
+    elif stage < 3:
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+    else:
+        # DeepSpeed's own setter does not pad a parameter that the number of ranks does not divide
+        size = safe_get_local_optimizer_state(parameter, key).numel()
+        padded = torch.zeros(size * engine.world_size)
+        padded[: value.numel()] = value.flatten()
+        share = padded[engine.global_rank * size : (engine.global_rank + 1) * size]
+        safe_set_local_optimizer_state(parameter, share.to(parameter.device), key)

@@ -1,0 +1,244 @@
+"""The training loop: for each batch, step, log, save, evaluate. It knows an engine, an iterator and callables."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from kernels.sigmoid_loss import exchange_seconds
+from siglip_train import engine as engines
+from siglip_train import optim
+from siglip_train.batch import Batch
+from siglip_train.checkpoint import Checkpoints, Progress
+from siglip_train.distributed.collectives import mean_over_ranks
+from siglip_train.distributed.setup import World
+from siglip_train.errors import UserError
+from siglip_train.metrics import MetricWriter, ProgressDisplay, memory_gib, peak_flops
+from siglip_train.optim import OptimConfig
+from siglip_train.runtime import StopSignal
+
+log = logging.getLogger(__name__)
+
+
+class BatchStream(Protocol):
+    """What the loop asks of a loader: batches without end, its state, its counts."""
+
+    counts: dict[str, int]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]:
+        """What resumes it after the last batch it gave out."""
+        ...
+
+
+class Schedule(NamedTuple):
+    """How long, and how often to log."""
+
+    global_batch_size: int
+    total_samples: int
+    last_step: int
+    log_every: int
+    evaluate_every: int
+    flops_per_pair: float
+
+
+class StepReport(NamedTuple):
+    """What one optimizer step gave: this rank's losses (on the device) and the norm before clipping."""
+
+    total: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    gradient_norm: float
+
+
+class StopTraining(Exception):  # noqa: N818  # not an error
+    """Raised on all ranks together when a stop signal came in the middle of an evaluation."""
+
+
+class Trainer(NamedTuple):
+    """The parts of a run that the loop drives. `writer` is None off rank 0."""
+
+    engine: Any
+    loader: BatchStream
+    optim: OptimConfig
+    schedule: Schedule
+    world: World
+    checkpoints: Checkpoints
+    writer: MetricWriter | None
+    display: ProgressDisplay
+    stop: StopSignal
+    evaluate: Callable[[], dict[str, float]]
+
+
+def train(run: Trainer, progress: Progress) -> Progress:
+    """Train from `progress` to the schedule's last step or to a stop signal; a checkpoint is written at the end.
+
+    Returns how far it came. All ranks. Raises `UserError` at a loss or gradient that is not finite.
+    """
+    timer = _Timer(run)
+    batches: Iterable[Batch] = iter(run.loader)
+    while progress.step < run.schedule.last_step:
+        with timer.waiting_for_data():
+            batch = next(batches).to(run.world.device)  # type: ignore[call-overload]
+        lr = _set_learning_rates(run, progress.samples_seen)
+        report, stop = plain_step(run, batch, progress.step + 1)
+        progress = Progress(
+            progress.step + 1, progress.samples_seen + run.schedule.global_batch_size, run.loader.state()
+        )
+        metrics = None
+        if progress.step % run.schedule.log_every == 0 or progress.step == run.schedule.last_step:
+            metrics = {**_loss_metrics(run, report), "train/lr": lr, **timer.metrics()}
+            _write(run, progress, metrics)
+        run.display.step(progress.step, metrics)
+        if stop:
+            log.info("%s: saving at step %d and leaving", run.stop.received or "stop signal on a rank", progress.step)
+            break
+        if run.checkpoints.is_due(progress.step):
+            run.checkpoints.save(run.engine, progress)
+        if _evaluation_due(run, progress.step) and not _evaluate(run, progress):
+            break
+        timer.restart_if(paused=run.checkpoints.last_step == progress.step or _evaluation_due(run, progress.step))
+    run.checkpoints.save(run.engine, progress)
+    return progress
+
+
+def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
+    """One forward, backward and optimizer step; also whether any rank was asked to stop. All ranks."""
+    losses = run.engine(batch)
+    stop = _agree(run, losses.total, step)
+    run.engine.backward(losses.total)
+    if run.engine.zero_optimization_stage() == 0:
+        norm = float(engines.unclipped_norm_without_zero(run.engine))
+        run.engine.step()
+    else:
+        run.engine.step()
+        norm = engines.gradient_norm(run.engine)
+    if not norm < float("inf"):
+        raise UserError(f"the gradient norm at step {step} is {norm}; {_last_good(run)}")
+    return StepReport(losses.total.detach(), losses.terms, norm), stop
+
+
+def _agree(run: Trainer, loss: torch.Tensor, step: int) -> bool:
+    """Share two flags in one small all-reduce before the weights change: a loss that is not finite, a stop signal."""
+    flags = torch.zeros(run.world.world_size + 1, device=run.world.device)
+    flags[run.world.rank] = (~torch.isfinite(loss.detach())).float()
+    flags[-1] = float(run.stop.received is not None)
+    dist.all_reduce(flags)
+    *not_finite, stop = flags.tolist()
+    if any(not_finite):
+        ranks = ", ".join(str(rank) for rank, flag in enumerate(not_finite) if flag)
+        raise UserError(f"the loss is not finite on rank {ranks} at step {step}; {_last_good(run)}")
+    return stop > 0
+
+
+def _last_good(run: Trainer) -> str:
+    last = run.checkpoints.last_step
+    return "no checkpoint was written yet" if last is None else f"the last good checkpoint is step-{last:08d}"
+
+
+def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
+    """Set every group's rate for the step about to be taken; returns the base rate."""
+    batch, total = run.schedule.global_batch_size, run.schedule.total_samples
+    lr = run.optim.lr * optim.schedule(run.optim, samples_seen=samples_seen, batch=batch, total_samples=total)
+    for group in engines.inner_optimizer(run.engine).param_groups:
+        group["lr"] = lr * group["lr_multiplier"]
+    return lr
+
+
+def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
+    model = run.engine.module.model
+    scale, bias = (engines.scalar(run.engine, parameter) for parameter in (model.logit_scale, model.logit_bias))
+    losses = {"train/loss": report.total.item()}
+    losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
+    return {
+        **mean_over_ranks(losses),
+        "train/logit_scale": math.exp(scale),
+        "train/logit_bias": bias,
+        "train/grad_norm": report.gradient_norm,
+        "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),
+    }
+
+
+def _write(run: Trainer, progress: Progress, metrics: dict[str, float]) -> None:
+    if run.writer is not None:
+        counts = {f"data/{name}": float(count) for name, count in run.loader.counts.items()}
+        run.writer.write(progress.step, progress.samples_seen, {**metrics, **counts})
+
+
+def _evaluation_due(run: Trainer, step: int) -> bool:
+    every = run.schedule.evaluate_every
+    return step == run.schedule.last_step or (every > 0 and step % every == 0)
+
+
+def _evaluate(run: Trainer, progress: Progress) -> bool:
+    """Evaluate and record; False when a stop signal ended it early. All ranks."""
+    try:
+        metrics = run.evaluate()
+    except StopTraining:
+        return False
+    if metrics:
+        if run.writer is not None:
+            run.writer.write(progress.step, progress.samples_seen, metrics)
+        shown = {name: value for name, value in metrics.items() if "/n" not in name}
+        log.info("step %d  %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    return True
+
+
+class _Timer:
+    """Where the time of the steps since the last log went: waiting for data, for exchange, and the rest."""
+
+    def __init__(self, run: Trainer) -> None:
+        self._run = run
+        self._peak = peak_flops(run.world.device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begin = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+        exchange_seconds()
+
+    def restart_if(self, *, paused: bool) -> None:
+        """Forget the steps so far after a checkpoint or an evaluation, whose time is not the step's."""
+        if paused:
+            self._restart()
+
+    def waiting_for_data(self) -> "_Timer":
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._wait_begin
+        self._steps += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Means per step over ranks, in seconds, and rates over all ranks. All ranks."""
+        world, schedule = self._run.world, self._run.schedule
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds = (time.perf_counter() - self._begin) / self._steps
+        values = mean_over_ranks(
+            {"step": seconds, "data": self._waited / self._steps, "exchange": exchange_seconds() / self._steps}
+        )
+        self._restart()
+        rate = schedule.global_batch_size / values["step"]
+        flops = rate * schedule.flops_per_pair / world.world_size
+        metrics = {
+            "train/step_time": values["step"],
+            "train/data_time": values["data"],
+            "train/exchange_time": values["exchange"],
+            "train/compute_time": values["step"] - values["data"] - values["exchange"],
+            "train/samples_per_second": rate,
+            "train/samples_per_second_per_rank": rate / world.world_size,
+            "train/tflops_per_rank": flops / 1e12,
+            "train/memory_gib": memory_gib(world.device),
+        }
+        if self._peak is not None:
+            metrics["train/mfu"] = flops / self._peak
+        return metrics

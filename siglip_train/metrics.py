@@ -1,0 +1,174 @@
+"""Where numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request; progress on screen."""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from siglip_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# dense bf16 peak in TFLOP/s, from NVIDIA's data sheets (without sparsity)
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+
+
+@dataclass
+class LogConfig:
+    """How often, and where besides metrics.jsonl."""
+
+    every_steps: int = 10
+    tensorboard: bool = False
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb_project: str = "siglip-train"
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.every_steps < 1:
+            raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
+
+
+class MetricWriter:
+    """Appends one JSON object a call to `metrics.jsonl`, and forwards it. Rank 0 only."""
+
+    def __init__(self, run_dir: Path, config: LogConfig, *, resumed_step: int, run_config: dict[str, Any]) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        _drop_after(self._path, resumed_step)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = _tensorboard(run_dir) if config.tensorboard else None
+        self._wandb = _wandb(run_dir, config, run_config) if config.wandb != "disabled" else None
+
+    def write(self, step: int, samples_seen: int, metrics: dict[str, float]) -> None:
+        """Record metrics of one step; the step is the common x axis, samples seen stand beside it."""
+        record = {"step": step, "samples_seen": samples_seen, "time": time.time(), **metrics}
+        self._file.write(json.dumps(record) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"samples_seen": samples_seen, **metrics}, step=step)
+
+    def close(self) -> None:
+        """Flush and finish every target."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove records past the step a run resumes from: they will be written again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that was being written when the run was killed
+    if len(kept) < len(lines):
+        log.info("metrics.jsonl: %d records past step %d are dropped and written anew", len(lines) - len(kept), step)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # optional extra
+    except ImportError:
+        raise UserError(
+            "log.tensorboard=true needs the package tensorboard: pip install 'siglip-train[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _wandb(run_dir: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb  # optional extra
+    except ImportError:
+        raise UserError(f"log.wandb={config.wandb} needs the package wandb: pip install 'siglip-train[wandb]'") from None
+    return wandb.init(
+        project=config.wandb_project,
+        name=run_dir.name,
+        dir=str(run_dir),
+        mode=config.wandb,
+        config=run_config,
+        resume="allow",
+        id=run_dir.name,
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the GPU in FLOP/s; None where it is not known (then there is no MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on the GPU, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # POSIX only, and only needed here
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class ProgressDisplay:
+    """A rich bar on a terminal, a plain line for each logged step otherwise. Silent off rank 0."""
+
+    def __init__(self, *, total_steps: int, start_step: int, is_main: bool, is_terminal: bool) -> None:
+        self._is_main = is_main
+        self._total = total_steps
+        self._start = start_step
+        self._begin = time.monotonic()
+        self._bar = None
+        if is_main and is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+
+    def step(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Advance; `metrics` are the logged ones of this step, None at a step that is not logged."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        if metrics is None:
+            return
+        text = (
+            f"loss {metrics['train/loss']:.4f}  {metrics['train/samples_per_second']:.0f} samples/s  "
+            f"data wait {100 * metrics['train/data_time'] / metrics['train/step_time']:.0f} %"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+            log.debug("step %d  %s", step, text)
+        else:
+            log.info("step %d/%d  %s  ETA %s", step, self._total, text, self._remaining(step))
+
+    def _remaining(self, step: int) -> str:
+        done = max(1, step - self._start)
+        seconds = int((time.monotonic() - self._begin) / done * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

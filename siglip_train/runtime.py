@@ -1,0 +1,86 @@
+"""What surrounds a run: seeds, signals, the environment report, and the check that `kernels` is ours."""
+
+import platform
+import random
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+import kernels
+from siglip_train.errors import UserError
+
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pillow", "webdataset", "hydra-core", "open_clip_torch")
+
+
+def check_kernels_package() -> None:
+    """Refuse to run on Hugging Face's `kernels` package, which shares its import name with ours."""
+    if not hasattr(kernels, "sigmoid_loss"):
+        raise UserError(
+            f"the package 'kernels' at {kernels.__file__} is not this project's (Hugging Face's kernels has the same "
+            "import name): uninstall it with 'pip uninstall kernels', then install this project again"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; the same on every rank, as all ranks must build the same weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # for libraries that draw from the global state
+    torch.manual_seed(seed)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 (Slurm's and a preempting cloud's notice), to be asked at a safe point."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def install(self) -> "StopSignal":
+        """Take over the two signals of this process."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and revision, stored with each run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "revision": _revision(),
+        "command": sys.argv,
+        **versions,
+    }
+
+
+def processor_name() -> str:
+    """The CPU's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _revision() -> str:
+    """The git revision of the checkout this runs from, `-dirty` when it differs."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "not a checkout"

@@ -1,0 +1,274 @@
+"""The entry point of training: read the config, build every part in plain sight, call the loop."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import omegaconf
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+
+from siglip_train import checkpoint, engine, loop
+from siglip_train.composition import instantiate, plain, run_hydra
+from siglip_train.config import Config, parse
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.pipeline import Share, build_loader
+from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
+from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
+from siglip_train.distributed.setup import World, init_world
+from siglip_train.errors import UserError, exit_on_user_error
+from siglip_train.evals.base import Encoder, Evaluator, run_all
+from siglip_train.interop.load import load_weights
+from siglip_train.interop.native import Description, write_export
+from siglip_train.metrics import MetricWriter, ProgressDisplay
+from siglip_train.models.siglip import Siglip, flops_per_pair
+from siglip_train.objectives.sigmoid import expected_initial_loss
+from siglip_train.objectives.training_model import TrainingModel
+from siglip_train.optim import build_optimizer
+from siglip_train.report import write_report
+from siglip_train.runtime import StopSignal, check_kernels_package, environment, seed_everything
+
+log = logging.getLogger("siglip_train")
+
+OPEN_GROUPS = ("data.sources.", "evaluation.tasks.", "objectives.")
+
+
+@exit_on_user_error
+def main() -> None:
+    """`siglip-train [experiment=NAME] [key=value …]`."""
+    check_kernels_package()
+    run_hydra(
+        lambda raw: run(plain(raw)), config_name="train", config_class=Config, open_groups=OPEN_GROUPS
+    )
+
+
+def run(values: dict[str, Any]) -> None:
+    """Train as the composed config `values` says. All ranks."""
+    config = parse(values)
+    stop = StopSignal().install()
+    world = init_world(config.device)
+    run_dir = _open_run_dir(config, world, values)
+    seed_everything(config.seed)
+
+    tokenizer = load_tokenizer(config.tokenizer, config.text_rules, config.model.text.context_length)
+    _check_vocabulary(tokenizer, config)
+    transform = ImageTransform(
+        config.model.vision.image_size,
+        config.model.vision.patch_size,
+        config.data.resize,
+        flip=config.data.flip,
+        min_crop_area=config.data.min_crop_area,
+    )
+    tasks = {
+        name: instantiate(node, f"evaluation.tasks.{name}") for name, node in config.evaluation.tasks.items()
+    }
+    objectives = {name: instantiate(node, f"objectives.{name}") for name, node in config.objectives.items()}
+    model = TrainingModel(Siglip(config.model), objectives)
+    engine.apply_speed_options(model, config.engine)
+
+    found = checkpoint.find(config.resume, run_dir)
+    saved = checkpoint.read(found) if found else None
+    if saved is not None:
+        checkpoint.restore_weights(model, saved, found)
+        log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
+    elif config.init_from is not None:
+        log.info("init_from %s: %s", config.init_from, load_weights(model.model, config.init_from))
+    progress = saved.progress if saved else checkpoint.Progress()
+
+    share = Share(config.global_batch_size, world.rank, world.world_size)
+    loader = build_loader(
+        config.data,
+        tokenizer=tokenizer,
+        transform=transform,
+        share=share,
+        seed=config.seed,
+        state=progress.loader,
+        pin_memory=world.device.type == "cuda",
+    )
+    optimizer = build_optimizer(model, config.optim)
+    precision = _precision(config, world)
+    deepspeed_config = engine.deepspeed_config(
+        config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
+    )
+    wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
+    if saved is not None:
+        checkpoint.restore_optimizer(wrapped, saved)
+
+    description = Description(config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize)
+    checkpoints = checkpoint.Checkpoints(
+        run_dir, config.checkpoint, lambda folder, state: write_export(folder, state, description)
+    )
+    checkpoints.last_step = progress.step if saved else None
+    encoder = Encoder(
+        model.model,
+        tokenizer=tokenizer,
+        transform=transform.without_augmentation(),
+        world=world,
+        precision=precision,
+        batch_size=config.evaluation.batch_size,
+        workers=config.data.workers,
+        on_batch=_leave_if_stopped(stop),
+    )
+    last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
+    trainer = loop.Trainer(
+        engine=wrapped,
+        loader=loader,
+        optim=config.optim,
+        schedule=loop.Schedule(
+            global_batch_size=config.global_batch_size,
+            total_samples=config.total_samples,
+            last_step=last_step,
+            log_every=config.log.every_steps,
+            evaluate_every=config.evaluation.every_steps,
+            flops_per_pair=flops_per_pair(config.model),
+        ),
+        world=world,
+        checkpoints=checkpoints,
+        writer=MetricWriter(run_dir, config.log, resumed_step=progress.step, run_config=values)
+        if world.is_main
+        else None,
+        display=ProgressDisplay(
+            total_steps=last_step, start_step=progress.step, is_main=world.is_main, is_terminal=sys.stderr.isatty()
+        ),
+        stop=stop,
+        evaluate=lambda: _evaluate(tasks, encoder, run_dir, world),
+    )
+    _announce(config, world, model, precision)
+    try:
+        progress = loop.train(trainer, progress)
+    finally:
+        trainer.display.close()
+        if trainer.writer is not None:
+            trainer.writer.close()
+    if world.is_main:
+        log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.total_samples, write_report(run_dir))
+    barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
+    """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks."""
+    wanted = config.run_dir or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    run_dir = Path(broadcast_object(wanted))
+    failure = None
+    if world.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _start_logging(run_dir)
+            _write_config(run_dir, {**values, "run_dir": str(run_dir)})
+            _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        except OSError as error:
+            failure = f"run_dir: cannot write to {run_dir}: {error}"
+    else:
+        logging.basicConfig(level=logging.WARNING, format=f"[rank {world.rank}] %(message)s")
+    failure = broadcast_object(failure)
+    if failure is not None:
+        raise UserError(failure)
+    return run_dir
+
+
+def _start_logging(run_dir: Path) -> None:
+    """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
+    to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_file.setLevel(logging.DEBUG)
+    to_screen: logging.Handler
+    if sys.stderr.isatty():
+        to_screen = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO)
+    else:
+        to_screen = logging.StreamHandler()
+        to_screen.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        to_screen.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
+    log.handlers = [to_file, to_screen]
+    log.propagate = False
+
+
+def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
+    """Write config.yaml; where the run had one, say which keys have changed since."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before = _flat(plain(omegaconf.OmegaConf.load(path)))  # type: ignore[arg-type]
+        after = _flat(values)
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                log.info("config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key))
+    _write(path, omegaconf.OmegaConf.to_yaml(values))
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{path}.{key}" if path else key))
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
+    if tokenizer.vocab_size > config.model.text.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens and model.text.vocab_size is "
+            f"{config.model.text.vocab_size}: set model.text.vocab_size={tokenizer.vocab_size} or more"
+        )
+
+
+def _precision(config: Config, world: World) -> Literal["bf16", "fp32"]:
+    if config.precision == "auto":
+        return "bf16" if world.device.type == "cuda" else "fp32"
+    return config.precision
+
+
+def _leave_if_stopped(stop: StopSignal) -> Callable[[], None]:
+    """Called between the batches of an evaluation on all ranks, so that a stop signal need not wait for its end."""
+
+    def leave() -> None:
+        if any_rank(stop.received is not None):
+            raise loop.StopTraining
+
+    return leave
+
+
+def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, world: World) -> dict[str, float]:
+    """Run the tasks on all ranks; their details go to `evaluations/<task>.json` for the report."""
+    metrics = {}
+    for name, evaluation in run_all(tasks, encoder).items():
+        metrics.update({f"val/{name}/{key}": value for key, value in evaluation.metrics.items()})
+        if world.is_main:
+            folder = run_dir / "evaluations"
+            folder.mkdir(exist_ok=True)
+            _write(folder / f"{name}.json", json.dumps(evaluation._asdict()))
+    return metrics
+
+
+def _announce(config: Config, world: World, model: TrainingModel, precision: str) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    log.info(
+        "%.1f M parameters, %d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s",
+        count / 1e6,
+        config.total_steps,
+        config.global_batch_size,
+        world.world_size,
+        "" if world.world_size == 1 else "s",
+        world.device.type,
+        config.engine.zero_stage,
+        precision,
+    )
+    if "sigmoid" in config.objectives:
+        log.info("a sigmoid loss near %.2f is to be expected at the start", expected_initial_loss(config.global_batch_size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""DeepSpeed at every ZeRO stage and rank count against plain AdamW on the whole batch in one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from siglip_train import engine as engines
+from siglip_train.batch import Batch, Images
+from siglip_train.distributed.setup import World
+from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.text import TextConfig
+from siglip_train.models.vision import VisionConfig
+from siglip_train.objectives.sigmoid import SigmoidLoss
+from siglip_train.objectives.training_model import TrainingModel
+from siglip_train.optim import OptimConfig, build_optimizer
+from tests.ranks import run_ranks
+
+STEPS = 5
+GLOBAL_BATCH = 12
+# not multiples of 2 or 3, so that ZeRO's partitions need padding
+CONFIG = SiglipConfig(
+    VisionConfig(image_size=16, patch_size=8, width=20, depth=2, mlp_dim=35, heads=5),
+    TextConfig(context_length=5, vocab_size=31, width=20, depth=2, mlp_dim=35, heads=5),
+)
+# with weights this small the gradients are large enough for the clip to act on every step
+OPTIM = OptimConfig(lr=1e-2, clip_norm=0.5)
+
+
+def training_model() -> TrainingModel:
+    torch.manual_seed(0)
+    return TrainingModel(Siglip(CONFIG), {"sigmoid": SigmoidLoss(weight=1.0)})
+
+
+def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    patches = torch.randint(0, 256, (GLOBAL_BATCH, 4, 192), generator=generator, dtype=torch.uint8)
+    grid = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).expand(GLOBAL_BATCH, 4, 2)
+    texts = torch.randint(0, 31, (GLOBAL_BATCH, 5), generator=generator)
+    share = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+    return Batch(Images(patches[share], grid[share]), texts[share])
+
+
+def plain_run() -> list[tuple[float, float]]:
+    """Loss and unclipped gradient norm of each step in one process, torch alone."""
+    model = training_model()
+    optimizer = build_optimizer(model, OPTIM)
+    history = []
+    for step in range(2 * STEPS):
+        losses = model(batch(step))
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((losses.total.item(), norm.item()))
+    return history
+
+
+def build(stage: int, weights: dict | None = None):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = training_model()
+    if weights is not None:
+        model.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
+    config = engines.deepspeed_config(
+        engines.EngineConfig(zero_stage=stage),
+        precision="fp32",
+        micro_batch_size=GLOBAL_BATCH // world_size,
+        clip_norm=OPTIM.clip_norm,
+    )
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    return engines.build_engine(model, build_optimizer(model, OPTIM), config=config, world=world)
+
+
+def steps(engine, first: int, count: int) -> list[tuple[float, float]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    history = []
+    for step in range(first, first + count):
+        losses = engine(batch(step, rank, world_size))
+        engine.backward(losses.total)
+        if engine.zero_optimization_stage() == 0:
+            norm = float(engines.unclipped_norm_without_zero(engine))
+            engine.step()
+        else:
+            engine.step()
+            norm = engines.gradient_norm(engine)
+        mean = losses.total.detach().clone()
+        dist.all_reduce(mean)
+        history.append((mean.item() / world_size, norm))
+    return history
+
+
+def train_and_resume(stages: list[int]) -> list[dict]:
+    """For each stage: STEPS steps, the state gathered; then a new engine at the next stage goes on from that state."""
+    results = []
+    for stage in stages:
+        engine = build(stage)
+        before = steps(engine, 0, STEPS)
+        weights, moments = engines.gather_weights(engine), engines.gather_moments(engine)
+        scale = engines.scalar(engine, engine.module.model.logit_scale)
+        engine.destroy()
+        shared = [(weights, moments)]
+        dist.broadcast_object_list(shared)  # as on a shared disk
+        resumed = build((stage + 1) % 4, shared[0][0])
+        engines.restore_moments(resumed, shared[0][1], STEPS)
+        results.append(
+            {"before": before, "after": steps(resumed, STEPS, STEPS), "scale": scale,
+             "names": sorted(shared[0][0]), "moments": sorted(shared[0][1])}
+        )  # fmt: skip
+        resumed.destroy()
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size: int) -> None:
+    expected = torch.tensor(plain_run(), dtype=torch.float64)
+    assert (expected[:, 1] > OPTIM.clip_norm).all(), "the clip should act, or this test does not see it"
+    by_rank = run_ranks(world_size, train_and_resume, [0, 1, 2, 3])
+    for stage, result in enumerate(by_rank[0]):
+        measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
+        # measured: 2e-6 for the loss, 1e-5 for the norm
+        torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5, msg=lambda m, s=stage: f"stage {s}: {m}")
+        assert result["names"] == sorted(training_model().state_dict())
+        assert len(result["moments"]) == 2 * len(list(training_model().parameters()))
+        assert result["scale"] != pytest.approx(2.302585, abs=1e-6), "the scale should have moved"
+
+
+def loss_and_gradients() -> dict:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = training_model()
+    losses = model(batch(0, rank, world_size))
+    losses.total.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        dist.all_reduce(parameter.grad)
+        gradients[name] = parameter.grad / world_size
+    total = losses.total.detach().clone()
+    dist.all_reduce(total)
+    return {"loss": total / world_size, **gradients}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
+    (single,) = run_ranks(1, loss_and_gradients)
+    for values in run_ranks(world_size, loss_and_gradients):
+        for name, expected in single.items():
+            expected, value = torch.as_tensor(expected), torch.as_tensor(values[name])
+            # relative to the tensor's size: k_proj's bias has a gradient of zero by theory
+            scale = max(expected.abs().max().item(), 1e-4)
+            assert (value - expected).abs().max().item() <= 1e-5 * scale, name
+
+
+def test_reduce_dtype_decides_which_parameters_travel_in_bf16() -> None:
+    exact = engines.deepspeed_config(engines.EngineConfig(), precision="bf16", micro_batch_size=1, clip_norm=1.0)
+    halved = engines.deepspeed_config(
+        engines.EngineConfig(reduce_dtype="bf16"), precision="bf16", micro_batch_size=1, clip_norm=1.0
+    )
+    assert exact["torch_autocast"]["lower_precision_safe_modules"] == []
+    assert "lower_precision_safe_modules" not in halved["torch_autocast"]
