@@ -1,0 +1,25 @@
+"""The `siglip-data` command: a sub-command is a file with `add_command` and a line in `VERBS`."""
+
+import argparse
+from collections.abc import Sequence
+
+from data_tools import make_tiny
+from siglip_train.errors import exit_on_user_error
+
+VERBS = (make_tiny,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command-line parser with every verb."""
+    parser = argparse.ArgumentParser(prog="siglip-data", description="Offline tools for image-text shards.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for verb in VERBS:
+        verb.add_command(commands)
+    return parser
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a `UserError` ends it with a line on stderr and exit status 2."""
+    parsed = build_parser().parse_args(arguments)
+    parsed.run(parsed)
