@@ -1,0 +1,190 @@
+"""What evaluators share: the `Encoder` that embeds texts and images on all ranks, and the form of results.
+
+Evaluators hold no rank logic: they ask the encoder, and every rank gets every embedding.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from siglip_train.data.evaluation import Caption, EvaluationSource, build_evaluation_loader
+from siglip_train.data.images import ImageTransform
+from siglip_train.distributed.collectives import gather_objects, gather_rows
+from siglip_train.distributed.setup import World
+from siglip_train.errors import UserError
+from siglip_train.models.siglip import Siglip
+
+
+class Evaluation(NamedTuple):
+    """One task's outcome.
+
+    metrics: numbers to log. details: JSON-able, for the report; empty off the main rank.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any]
+
+
+class ImageSet(NamedTuple):
+    """A whole evaluation set, in data order, the same on every rank; bad samples are left out.
+
+    embeddings: `[n, E]` fp32 on the CPU, unit norm. labels: `[n]` int64 or None. keys: `shard/key` of each.
+    picture: the RGB original of image i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
+    """
+
+    embeddings: Tensor
+    captions: list[list[Caption]]
+    labels: Tensor | None
+    keys: list[str]
+    picture: Callable[[int], Image.Image]
+    counts: dict[str, int]
+
+
+class Evaluator(Protocol):
+    """A task. Its constructor takes plain keyword values; `run` is called by all ranks together."""
+
+    def run(self, encoder: "Encoder") -> Evaluation:
+        """Measure the encoder's model."""
+
+
+@dataclass(kw_only=True)
+class Encoder:
+    """A model that is ready to embed: with its tokenizer, its transform, its ranks and its precision.
+
+    batch_size: rows a rank takes at once. workers: loader processes a rank.
+    scalar_of: reads a one-element parameter; an engine that shards parameters (ZeRO-3) brings its own.
+    on_batch: called before each batch on all ranks alike; may raise to end an evaluation early.
+    Each `encode_*` must be called by all ranks; every rank then makes the same number of forward calls, as
+    ZeRO-3 needs, and gets the same result.
+    """
+
+    model: Siglip
+    tokenizer: Callable[[list[str]], Tensor]
+    transform: ImageTransform
+    world: World
+    precision: Literal["bf16", "fp32"] = "fp32"
+    batch_size: int = 256
+    workers: int = 0
+    scalar_of: Callable[[Tensor], float] = Tensor.item
+    on_batch: Callable[[], None] = lambda: None
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Embed texts: `[n, E]` fp32 on the CPU, unit norm, in the order given."""
+        if not texts:
+            raise ValueError("no text to embed")
+        share = math.ceil(len(texts) / self.world.world_size)
+        size = min(self.batch_size, share)
+        mine = texts[self.world.rank * share :][:share]
+        rows = []
+        with self._inference():
+            # all ranks: as many calls as the largest share needs, short ones filled up
+            for first in range(0, share, size):
+                self.on_batch()
+                chunk = mine[first : first + size]
+                tokens = self.tokenizer(chunk + [texts[0]] * (size - len(chunk)))  # [B, context_length]
+                rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
+        return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
+
+    def encode_images(self, source: EvaluationSource) -> ImageSet:
+        """Embed the images of shards and collect what came with them."""
+        loader = build_evaluation_loader(
+            source,
+            self.transform,
+            batch_size=self.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            workers=self.workers,
+        )
+        rows, labels, index, names = [], [], [], []
+        with self._inference():
+            # all ranks: the loader gives each the same number of equally large batches; index -1 = filler
+            for batch in loader:
+                self.on_batch()
+                is_real = batch.index >= 0  # [B]
+                images = type(batch.images)(*(_moved(part, self.world.device) for part in batch.images))
+                rows.append(self.model.encode_image(images).float()[is_real.to(self.world.device)])
+                labels.append(batch.labels[is_real] if batch.labels is not None else batch.index[is_real])
+                index.append(batch.index[is_real])
+                kept = is_real.nonzero().flatten().tolist()
+                names += [(batch.keys[row], batch.captions[row]) for row in kept]
+        embeddings = gather_rows(torch.cat(rows)).cpu()
+        if not len(embeddings):
+            raise UserError(f"no usable image in {source.shards}: `siglip-data verify` names the bad samples")
+        everyone = [name for part in gather_objects(names) for name in part]
+        places = gather_rows(torch.cat(index)).tolist()
+        all_labels = gather_rows(torch.cat(labels)).cpu()
+        return ImageSet(
+            embeddings=_finite(embeddings, "images"),
+            captions=[captions for _, captions in everyone],
+            labels=all_labels if source.label is not None else None,
+            keys=[key for key, _ in everyone],
+            picture=lambda image: loader.picture(places[image]),
+            counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
+        )
+
+    def scale_and_bias(self) -> tuple[float, float]:
+        """Give the model's own logit multiplier exp(t') and bias. All ranks."""
+        return math.exp(self.scalar_of(self.model.logit_scale)), self.scalar_of(self.model.logit_bias)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        # module by module, because a frozen tower may be in eval mode inside a model that trains
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        device_type = self.world.device.type
+        try:
+            with (
+                torch.no_grad(),
+                torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16"),
+            ):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _moved(part: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if part is None else part.to(device, non_blocking=True)
+
+
+def _finite(embeddings: Tensor, what: str) -> Tensor:
+    if not embeddings.isfinite().all():
+        # a NaN never compares as larger, so it would rank first and look like a perfect model
+        raise UserError(
+            f"the model's embeddings of {what} are not finite: the run diverged or the weights are damaged"
+        )
+    return embeddings
+
+
+def run_all(tasks: dict[str, Evaluator], encoder: Encoder) -> dict[str, Evaluation]:
+    """Run every task on all ranks, in the order of the dict."""
+    return {name: task.run(encoder) for name, task in tasks.items()}
+
+
+def flat_metrics(evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """Give every number as `task/metric`."""
+    return {
+        f"{task}/{metric}": value
+        for task, evaluation in evaluations.items()
+        for metric, value in evaluation.metrics.items()
+    }
+
+
+def write_evaluations(folder: Path, evaluations: dict[str, Evaluation], *, step: int | None = None) -> None:
+    """Write `<task>.json` with step, metrics and details of each task, for the report. Main rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, evaluation in evaluations.items():
+        content = {"task": task, "step": step, **evaluation._asdict()}
+        temporary = folder / f".{task}.json.{os.getpid()}"
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, folder / f"{task}.json")

@@ -1,0 +1,68 @@
+"""The training loss on held-out pairs, at a batch size of its own, so that runs of any batch size compare."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import sigmoid_loss
+from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.errors import UserError
+from siglip_train.evals.base import Encoder, Evaluation
+
+
+@dataclass(kw_only=True)
+class ValidationLoss:
+    """Sigmoid loss with the model's own scale and bias, averaged over blocks of `reference_batch` pairs.
+
+    The loss grows with the number of negatives, hence the fixed block: the value depends neither on the
+    training batch nor on the number of ranks. Blocks follow the data order; the remainder is left out.
+    Of several captions the first (of `language`, if given) is taken.
+    """
+
+    shards: str | list[str]
+    text: str = "txt"
+    image: str = EvaluationSource.image
+    language: str | None = None
+    reference_batch: int = 256
+    max_samples: int | None = None
+
+    def run(self, encoder: Encoder) -> Evaluation:
+        """Embed the pairs and take the loss block by block. All ranks."""
+        images = encoder.encode_images(
+            EvaluationSource(
+                shards=self.shards, image=self.image, text=self.text, max_samples=self.max_samples
+            )
+        )
+        captions = [
+            [caption.text for caption in captions if self.language in (None, caption.language)]
+            for captions in images.captions
+        ]
+        rows = [row for row, texts in enumerate(captions) if texts]
+        rows = rows[: len(rows) // self.reference_batch * self.reference_batch]
+        if not rows:
+            where = f"{self.shards}" + (f" in language {self.language!r}" if self.language else "")
+            raise UserError(
+                f"fewer pairs than reference_batch={self.reference_batch} in {where}: "
+                "lower reference_batch or add pairs"
+            )
+        texts = encoder.encode_texts([captions[row][0] for row in rows])
+        device = encoder.world.device
+        scale, bias = (torch.tensor(value, device=device) for value in encoder.scale_and_bias())
+        blocks = zip(
+            images.embeddings[rows].to(device).split(self.reference_batch),
+            texts.to(device).split(self.reference_batch),
+            strict=True,
+        )
+        parts = torch.stack([loss_parts(*block, scale, bias) for block in blocks]).mean(dim=0)  # [2]
+        total, positive = parts.tolist()
+        metrics = {"loss": total, "positive_loss": positive, "negative_loss": total - positive}
+        return Evaluation(metrics, {"counts": images.counts} if encoder.world.is_main else {})
+
+
+def loss_parts(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Give the loss of a block and the share of its matching pairs: `[n, E]`, `[n, E]` -> `[2]`."""
+    with torch.no_grad():
+        total = sigmoid_loss(images, texts, scale, bias)
+        logits = scale * (images * texts).sum(dim=-1) + bias  # [n]
+        return torch.stack([total, -torch.nn.functional.logsigmoid(logits).mean()])

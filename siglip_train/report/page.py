@@ -1,0 +1,104 @@
+"""The page: reads the files of a run, puts the fragments in order, writes `report.html`."""
+
+import json
+import os
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from siglip_train.errors import UserError
+from siglip_train.report.charts import short
+from siglip_train.report.curves import Row, duration, latest, training_charts, validation_charts
+from siglip_train.report.sections import table, task_section, tiles
+from siglip_train.report.style import STYLE
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write `run_dir/report.html` from what the run has left so far, and give its path.
+
+    Reads metrics.jsonl, evaluations/*.json, config.yaml and environment.json; each may be missing.
+    Raises UserError where there is no such folder.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"no run directory {run_dir}: give the run_dir of a training")
+    page = _page(run_dir)
+    target = run_dir / "report.html"
+    temporary = run_dir / f".report.html.{os.getpid()}"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+def _page(run_dir: Path) -> str:
+    rows = _read_lines(run_dir / "metrics.jsonl")
+    evaluations = _read_evaluations(run_dir / "evaluations")
+    name = escape(run_dir.resolve().name)
+    body = "".join(
+        (
+            f"<header><h1>{name}</h1>{_tiles(rows)}</header>",
+            _charts("Training", training_charts(rows)),
+            _charts("Evaluations over training", validation_charts(rows)),
+            "".join(task_section(task, evaluation) for task, evaluation in evaluations.items()),
+            _data(rows),
+            _file("Configuration", run_dir / "config.yaml"),
+            _file("Environment", run_dir / "environment.json"),
+        )
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def _read_lines(path: Path) -> list[Row]:
+    return [row for line in _text(path).splitlines() if (row := _object(line))]
+
+
+def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: content for path in sorted(folder.glob("*.json")) if (content := _object(_text(path)))}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None  # such as the last line of a run that was killed, or is being written now
+    return content if isinstance(content, dict) else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _tiles(rows: list[Row]) -> str:
+    times = [row["time"] for row in rows if isinstance(row.get("time"), int | float)]
+    values = {
+        "training loss": _number(latest(rows, "train/loss")),
+        "steps": _number(latest(rows, "step")),
+        "pairs seen": _number(latest(rows, "samples_seen")),
+        "pairs per second": _number(latest(rows, "train/samples_per_second")),
+        "logged time": duration(max(times) - min(times)) if times else None,
+    }
+    return tiles({label: value for label, value in values.items() if value})
+
+
+def _number(value: Any) -> str | None:
+    return short(float(value)) if isinstance(value, int | float) else None
+
+
+def _charts(title: str, charts: str) -> str:
+    return f'<section><h2>{title}</h2><div class="charts">{charts}</div></section>' if charts else ""
+
+
+def _data(rows: list[Row]) -> str:
+    names = sorted({name for row in rows for name in row if name.startswith("data/")})
+    counts = [(name.removeprefix("data/"), int(latest(rows, name))) for name in names]
+    return f"<section><h2>Data</h2>{table(('samples', 'number'), counts)}</section>" if counts else ""
+
+
+def _file(title: str, path: Path) -> str:
+    text = _text(path)
+    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>" if text else ""
