@@ -1,0 +1,180 @@
+"""Open a model whatever its format: `load_model` to use it, `load_weights` to start a training from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from siglip_train.batch import Images
+from siglip_train.data.images import ImageTransform, to_rgb
+from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
+from siglip_train.errors import UserError
+from siglip_train.interop.files import read_json, shortened
+from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
+from siglip_train.interop.native import ModelFiles, is_native, read_export
+from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
+from siglip_train.models.positions import resize_position_table
+from siglip_train.models.siglip import Siglip, SiglipConfig
+
+_RESAMPLED = "vision.position_table"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what it needs to take pictures and texts.
+
+    tokenizer: None if the folder has none; `tokenize` then says so.
+    """
+
+    model: Siglip
+    transform: ImageTransform
+    tokenizer: Tokenizer | None
+    source: Path
+
+    def preprocess(self, image: Image.Image) -> Images:
+        """A picture of any size and mode, as `model.encode_image` takes it: a batch of one.
+
+        NaFlex models too get the square image, at the size of their position table.
+        """
+        return self.transform.batch([self.transform(to_rgb(image))])
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """int64 `[n, context_length]`, as `model.encode_text` takes it."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} has no tokenizer: give one, load_model(..., tokenizer=PATH)")
+        tokens = self.tokenizer(texts)
+        vocab_size = self.model.config.text.vocab_size
+        if tokens.numel() and int(tokens.max()) >= vocab_size:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name} gives token {int(tokens.max())}, but the model in "
+                f"{self.source} has {vocab_size} tokens: this is not its tokenizer"
+            )
+        return tokens
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", *, tokenizer: str | Path | None = None
+) -> LoadedModel:
+    """Open a run (its newest checkpoint), a checkpoint, an export, or a HuggingFace or open_clip folder.
+
+    tokenizer: a tokenizer file or folder, instead of the model's own. The model is in evaluation mode, fp32.
+    Raises `UserError` for anything else, and for damaged or unfitting files.
+    """
+    path = Path(path).expanduser()
+    description, state = read_model(path)
+    config = description.config
+    with torch.device("meta"):
+        model = Siglip(config)
+    model.load_state_dict(state, assign=True)
+    tokenizer_path = tokenizer or description.tokenizer
+    return LoadedModel(
+        model=model.to(device).eval(),
+        transform=ImageTransform(config.vision.image_size, config.vision.patch_size, description.resize),
+        tokenizer=load_tokenizer(tokenizer_path, description.rules, config.text.context_length)
+        if tokenizer_path
+        else None,
+        source=path,
+    )
+
+
+def read_model(path: Path) -> ModelFiles:
+    """Description and weights of a model in any format that `load_model` knows."""
+    if not path.exists():
+        raise UserError(f"there is no model at {path}: the path does not exist")
+    if path.is_file() and path.name == WEIGHTS_FILE:
+        path = path.parent
+    folder = _weights_folder(path)
+    if (folder / CONFIG_FILE).is_file() or folder.suffix == ".json":
+        return read_open_clip(folder)
+    if is_native(folder):
+        return read_export(folder)
+    if (folder / "config.json").is_file():
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type in MODEL_TYPES:
+            return read_huggingface(folder)
+        raise UserError(f"{folder}: model_type {model_type} is not supported, only {', '.join(MODEL_TYPES)}")
+    raise UserError(
+        f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
+        f"(config.json) nor an open_clip folder ({CONFIG_FILE})"
+    )
+
+
+def _weights_folder(path: Path) -> Path:
+    """The export folder in a run or a checkpoint; any other path as it is."""
+    for pointer in (path / "checkpoints" / "LAST", path / "LAST"):
+        if pointer.is_file():
+            checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+            if not checkpoint.is_dir():
+                raise UserError(f"{pointer} names {checkpoint.name}, which is not there")
+            path = checkpoint
+            break
+    return path / "weights" if (path / "weights" / "config.json").is_file() else path
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` did with each tensor.
+
+    fresh: in the model only, left at its initial value. unused: in the file only.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for name in ("resampled", "fresh", "unused"):
+            tensors = getattr(self, name)
+            if tensors:
+                parts.append(f"{len(tensors)} {name} ({shortened(tensors)})")
+        return ", ".join(parts)
+
+
+def load_weights(
+    model: Siglip, path: str | Path, *, resample: bool = True, fresh: Sequence[str] = ()
+) -> LoadReport:
+    """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
+
+    resample: resize the vision position table, corner-aligned, where the image size differs (SigLIP 2,
+    section 2.4.1). fresh: beginnings of names that may keep their initial values where no tensor fits.
+    Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
+    heads or activation differ, as such weights would load and mean something else.
+    """
+    path = Path(path).expanduser()
+    description, source = read_model(path)
+    _check_same_meaning(description.config, model.config, path)
+    state, report = {}, LoadReport(unused=sorted(source.keys() - model.state_dict().keys()))
+    problems = []
+    for name, target in model.state_dict().items():
+        tensor = source.get(name)
+        if tensor is not None and tensor.shape == target.shape:
+            state[name] = tensor
+            report.loaded.append(name)
+        elif tensor is not None and name == _RESAMPLED and resample and tensor.shape[1] == target.shape[1]:
+            state[name] = resize_position_table(tensor, model.config.vision.table_side)
+            report.resampled.append(name)
+        elif name.startswith(tuple(fresh)):
+            report.fresh.append(name)
+        else:
+            found = "missing" if tensor is None else f"{list(tensor.shape)} instead of {list(target.shape)}"
+            problems.append(f"{name} ({found})")
+    if problems:
+        raise UserError(f"the weights in {path} do not fit the model: {shortened(problems)}")
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path) -> None:
+    for tower in ("vision", "text"):
+        for key in ("heads", "gelu"):
+            there, here = getattr(getattr(theirs, tower), key), getattr(getattr(ours, tower), key)
+            if there != here:
+                raise UserError(
+                    f"the model in {path} has {tower}.{key} {there}, this one {here}: "
+                    f"set model.{tower}.{key}={there}"
+                )

@@ -1,0 +1,167 @@
+"""One table of parameter names: ours beside those of HuggingFace and of open_clip (for vision, timm's).
+
+In a name, `*` stands for weight and bias, `{}` for the number of the block, and a trailing `#i/n` for part i
+of n equal parts along the first dimension, where a format fuses projections.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_train.interop.native import complain, parameter_shapes
+from siglip_train.models.siglip import SiglipConfig
+
+Convention = Literal["huggingface", "open_clip"]
+
+
+class Row(NamedTuple):
+    """The name of one parameter, or of a family of them, in each convention."""
+
+    ours: str
+    huggingface: str
+    open_clip: str
+
+
+class Place(NamedTuple):
+    """Where a parameter is found: part `part` of `parts` of a tensor."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+_MODEL = (
+    Row(
+        "vision.patch_embedding.*",
+        "vision_model.embeddings.patch_embedding.*",
+        "visual.trunk.patch_embed.proj.*",
+    ),
+    Row(
+        "vision.position_table", "vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"
+    ),
+    Row("vision.encoder.norm.*", "vision_model.post_layernorm.*", "visual.trunk.norm.*"),
+    Row(
+        "text.token_embedding.weight",
+        "text_model.embeddings.token_embedding.weight",
+        "text.token_embedding.weight",
+    ),
+    Row(
+        "text.position_table", "text_model.embeddings.position_embedding.weight", "text.positional_embedding"
+    ),
+    Row("text.encoder.norm.*", "text_model.final_layer_norm.*", "text.ln_final.*"),
+    Row("text.head.*", "text_model.head.*", "text.text_projection.*"),
+    Row("logit_scale", "logit_scale", "logit_scale"),
+    Row("logit_bias", "logit_bias", "logit_bias"),
+)
+
+_MAP_HEAD_PREFIX = Row("vision.pool.", "vision_model.head.", "visual.trunk.attn_pool.")
+_MAP_HEAD = (
+    Row("probe", "probe", "latent"),
+    Row("attention.query.*", "attention.in_proj_*#0/3", "q.*"),
+    Row("attention.key.*", "attention.in_proj_*#1/3", "kv.*#0/2"),
+    Row("attention.value.*", "attention.in_proj_*#2/3", "kv.*#1/2"),
+    Row("attention.out.*", "attention.out_proj.*", "proj.*"),
+    Row("norm.*", "layernorm.*", "norm.*"),
+    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*"),
+    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*"),
+)
+
+_VISION_BLOCK_PREFIX = Row(
+    "vision.encoder.blocks.{}.", "vision_model.encoder.layers.{}.", "visual.trunk.blocks.{}."
+)
+_VISION_BLOCK = (
+    Row("norm1.*", "layer_norm1.*", "norm1.*"),
+    Row("attention.query.*", "self_attn.q_proj.*", "attn.qkv.*#0/3"),
+    Row("attention.key.*", "self_attn.k_proj.*", "attn.qkv.*#1/3"),
+    Row("attention.value.*", "self_attn.v_proj.*", "attn.qkv.*#2/3"),
+    Row("attention.out.*", "self_attn.out_proj.*", "attn.proj.*"),
+    Row("norm2.*", "layer_norm2.*", "norm2.*"),
+    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*"),
+    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*"),
+)
+
+_TEXT_BLOCK_PREFIX = Row(
+    "text.encoder.blocks.{}.", "text_model.encoder.layers.{}.", "text.transformer.resblocks.{}."
+)
+_TEXT_BLOCK = (
+    Row("norm1.*", "layer_norm1.*", "ln_1.*"),
+    Row("attention.query.*", "self_attn.q_proj.*", "attn.in_proj_*#0/3"),
+    Row("attention.key.*", "self_attn.k_proj.*", "attn.in_proj_*#1/3"),
+    Row("attention.value.*", "self_attn.v_proj.*", "attn.in_proj_*#2/3"),
+    Row("attention.out.*", "self_attn.out_proj.*", "attn.out_proj.*"),
+    Row("norm2.*", "layer_norm2.*", "ln_2.*"),
+    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.c_fc.*"),
+    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.c_proj.*"),
+)
+
+
+def places(config: SiglipConfig, convention: Convention) -> dict[str, Place]:
+    """Our name -> place in the other convention, for every parameter of this model that it knows."""
+    ours = parameter_shapes(config).keys()
+    found = {row.ours: _place(getattr(row, convention)) for row in _rows(config)}
+    return {name: place for name, place in found.items() if name in ours}
+
+
+def translate(
+    tensors: Mapping[str, Tensor], config: SiglipConfig, convention: Convention, *, where: Path
+) -> dict[str, Tensor]:
+    """Weights of another convention as a state dict of ours, in fp32.
+
+    Raises `UserError` with the names that are missing, left over, or not of the shape which the config says.
+    """
+    wanted = places(config, convention)
+    needed = {place.name for place in wanted.values()}
+    complain(where, missing=needed - tensors.keys(), unexpected=tensors.keys() - needed)
+    shapes = parameter_shapes(config)
+    state, misshapen = {}, set()
+    for ours, place in wanted.items():
+        tensor = _as_linear(tensors[place.name])
+        parts = tensor.tensor_split(place.parts) if place.parts > 1 else (tensor,)
+        part = parts[place.part]
+        if _without_ones(part.shape) != _without_ones(shapes[ours]):
+            misshapen.add(f"{place.name} {list(tensors[place.name].shape)}")
+            continue
+        state[ours] = part.reshape(shapes[ours]).to(torch.float32, memory_format=torch.contiguous_format)
+    complain(where, misshapen=misshapen)
+    return state
+
+
+def _rows(config: SiglipConfig) -> Iterator[Row]:
+    """Every row for a model of this depth, written out."""
+    families = [
+        (Row("", "", ""), _MODEL, 1),
+        (_MAP_HEAD_PREFIX, _MAP_HEAD, 1),
+        (_VISION_BLOCK_PREFIX, _VISION_BLOCK, config.vision.depth),
+        (_TEXT_BLOCK_PREFIX, _TEXT_BLOCK, config.text.depth),
+    ]
+    for prefix, rows, count in families:
+        for number in range(count):
+            for row in rows:
+                full = [
+                    (start + end).replace("{}", str(number)) for start, end in zip(prefix, row, strict=True)
+                ]
+                leaves = ("weight", "bias") if "*" in row.ours else ("",)
+                yield from (Row(*(name.replace("*", leaf) for name in full)) for leaf in leaves)
+
+
+def _place(text: str) -> Place:
+    name, _, fraction = text.partition("#")
+    if not fraction:
+        return Place(name)
+    part, parts = fraction.split("/")
+    return Place(name, int(part), int(parts))
+
+
+def _as_linear(tensor: Tensor) -> Tensor:
+    """The kernel of a convolutional stem `[D, 3, p, p]` -> `[D, P]` in (row, column, channel) order."""
+    # a position table kept as an image also has four dimensions, but a batch of one and no three channels
+    is_stem = tensor.ndim == 4 and tensor.shape[1] == 3
+    return tensor.permute(0, 2, 3, 1).flatten(1) if is_stem else tensor
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    """Formats differ in leading dimensions of one: positions [1, N, D], a scale []."""
+    return [size for size in shape if size != 1]

@@ -1,0 +1,167 @@
+"""Our own export folder: `model.safetensors`, `config.json` and the tokenizer; also what a checkpoint holds.
+
+`Description` and `ModelFiles` are what every reader of this package gives back.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from siglip_train.data.tokenizer import TextRules
+from siglip_train.errors import UserError
+from siglip_train.interop.files import read_json, read_tensors, shortened
+from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.text import TextConfig
+from siglip_train.models.vision import VisionConfig
+
+FORMAT = "siglip_train"
+VERSION = 1
+
+_TOKENIZERS = ("tokenizer.json", "*.model")
+# they name the special tokens of a tokenizer.json
+_TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+
+_Section = TypeVar("_Section", VisionConfig, TextConfig, TextRules)
+
+
+@dataclass
+class Description:
+    """Everything but the weights that a model needs to be used.
+
+    tokenizer: a tokenizer file or a folder with one, None = unknown. resize: the filter that squashes images.
+    """
+
+    config: SiglipConfig
+    tokenizer: Path | None = None
+    rules: TextRules = field(default_factory=TextRules)
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class ModelFiles(NamedTuple):
+    """A model as read from disk: its description and its weights under our names, in fp32."""
+
+    description: Description
+    state: dict[str, Tensor]
+
+
+def parameter_shapes(config: SiglipConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of a model, without allocating it."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Siglip(config).state_dict().items()}
+
+
+def is_native(folder: Path) -> bool:
+    """Whether `folder` is an export folder of this format."""
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+def write_export(folder: Path, state: Mapping[str, Tensor], description: Description) -> None:
+    """Write an export folder aside, then put it in place; an earlier export there is replaced.
+
+    Raises `UserError` if `folder` holds something else.
+    """
+    if folder.exists() and not is_native(folder):
+        raise UserError(f"{folder} exists and is not an export; choose another folder or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / "model.safetensors")
+    tokenizer = _copy_tokenizer(description.tokenizer, partial)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": asdict(description.config),
+        "tokenizer": {"file": tokenizer, **asdict(description.rules)},
+        "image": {"resize": description.resize},
+    }
+    (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        # a folder cannot be replaced in one step: the old one steps aside first
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, folder)
+
+
+def read_export(folder: Path) -> ModelFiles:
+    """Read an export folder. Raises `UserError` for another version, unknown keys, or unfitting tensors."""
+    content = read_json(folder / "config.json")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{folder} is an export of version {content.get('version')}, this program reads {VERSION}: "
+            "update siglip-train"
+        )
+    where = folder / "config.json"
+    try:
+        model, tokenizer, image = content["model"], dict(content["tokenizer"]), content["image"]
+        file = tokenizer.pop("file")
+        description = Description(
+            SiglipConfig(
+                _section(VisionConfig, model["vision"], where), _section(TextConfig, model["text"], where)
+            ),
+            tokenizer=None if file is None else folder / file,
+            rules=_section(TextRules, tokenizer, where),
+            resize=image["resize"],
+        )
+    except KeyError as error:
+        raise UserError(f"{where} lacks {error}; export the model again") from error
+    state = read_tensors(folder / "model.safetensors")
+    check_fit(state, description.config, where=folder)
+    return ModelFiles(description, state)
+
+
+def check_fit(state: Mapping[str, Tensor], config: SiglipConfig, *, where: Path) -> None:
+    """Raise a `UserError` that names every tensor which is missing, unexpected or of another shape."""
+    shapes = parameter_shapes(config)
+    wrong = {name for name in shapes.keys() & state.keys() if state[name].shape != shapes[name]}
+    complain(
+        where, missing=shapes.keys() - state.keys(), unexpected=state.keys() - shapes.keys(), misshapen=wrong
+    )
+
+
+def complain(where: Path, **problems: set[str]) -> None:
+    """Raise a `UserError` with the tensors of each problem; nothing if there are none."""
+    found = [f"{problem}: {shortened(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise UserError(f"the weights in {where} do not fit their config; {'; '.join(found)}")
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """`folder` itself if it holds a tokenizer."""
+    return folder if any(any(folder.glob(pattern)) for pattern in _TOKENIZERS) else None
+
+
+def _copy_tokenizer(source: Path | None, target: Path) -> str | None:
+    """Copy a tokenizer and the files beside it that name its special tokens; the name to load it by."""
+    if source is None:
+        return None
+    if source.is_dir():
+        files = [file for pattern in (*_TOKENIZERS, *_TOKENIZER_COMPANIONS) for file in source.glob(pattern)]
+        name = "."
+    else:
+        companions = [source.with_name(name) for name in _TOKENIZER_COMPANIONS]
+        files = [source, *(file for file in companions if source.suffix == ".json" and file.is_file())]
+        # an own name, so that it cannot meet the config.json of the export
+        name = "tokenizer" + source.suffix
+    for file in files:
+        shutil.copyfile(file, target / (name if file == source else file.name))
+    return name
+
+
+def _section(kind: type[_Section], values: dict[str, Any], where: Path) -> _Section:
+    unknown = values.keys() - {entry.name for entry in fields(kind)}
+    if unknown:
+        raise UserError(f"{where} has unknown keys: {shortened(unknown)}; is it of a newer siglip-train?")
+    return kind(**values)
