@@ -44,4 +44,5 @@ class Batch(NamedTuple):
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         images = Images(*(move(field) for field in self.images))  # type: ignore[arg-type]
-        return self._replace(images=images, texts=move(self.texts), labels=move(self.labels))
+        texts = self.texts.to(device, non_blocking=True)
+        return self._replace(images=images, texts=texts, labels=move(self.labels))

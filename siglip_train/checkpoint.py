@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or absent, safetensors and JSON only, loadable at any ZeRO stage and number of ranks.
 
 `checkpoints/step-NNNNNNNN/` holds `weights/` (an export folder that `load_model` opens), `heads.safetensors` (what
-objectives own), `moments.safetensors` (AdamW's, by parameter name) and `state.json`; `checkpoints/LAST` names the newest.
+objectives own), `moments.safetensors` (AdamW's, by parameter name) and `state.json`; `checkpoints/LAST` names the
+newest.
 """
 
 import json
@@ -36,7 +37,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.every_steps < 0 or self.every_minutes < 0 or self.keep < 1:
-            raise ValueError("every_steps and every_minutes must not be negative (0 = off), keep must be at least 1")
+            raise ValueError(
+                "every_steps and every_minutes must not be negative (0 = off), keep must be at least 1"
+            )
 
 
 class Progress(NamedTuple):
@@ -54,7 +57,10 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, write_weights: Callable[[Path, dict[str, Tensor]], None]
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        write_weights: Callable[[Path, dict[str, Tensor]], None],
     ) -> None:
         self._folder = run_dir / "checkpoints"
         self._config = config
@@ -155,7 +161,9 @@ def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:
     """Load the weights into the training model, before the engine is built around it."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in saved.weights.items()}
-    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    differing = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
     if differing:
         name = differing[0]
         raise UserError(

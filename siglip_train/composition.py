@@ -86,10 +86,8 @@ def _suggest(key: Any, names: Any) -> str:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, path)  # type: ignore[arg-type]
+    if hint is Any or dataclasses.is_dataclass(hint):
+        return value if hint is Any else build(hint, value, path)  # type: ignore[arg-type]
     if origin is Literal:
         if value in inner:
             return value
@@ -101,10 +99,17 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise UserError(f"{path}: expected a mapping, got {value!r}")
         return {str(key): _convert(item, inner[1], _join(path, key)) for key, item in value.items()}
     if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{path}: expected a list, got {value!r}")
-        return origin(_convert(item, inner[0], f"{path}[{index}]") for index, item in enumerate(value))
+        return origin(_convert_items(value, inner, path))
     return _convert_scalar(value, hint, path)
+
+
+def _convert_items(value: Any, inner: tuple, path: str) -> list[Any]:
+    """The items of list[T], or of tuple[T, T] whose length is checked."""
+    if not isinstance(value, list | tuple) or (len(inner) > 1 and len(value) != len(inner)):
+        raise UserError(
+            f"{path}: expected a list{f' of {len(inner)}' if len(inner) > 1 else ''}, got {value!r}"
+        )
+    return [_convert(item, inner[0], f"{path}[{index}]") for index, item in enumerate(value)]
 
 
 def _convert_union(value: Any, options: tuple, path: str) -> Any:
@@ -132,7 +137,11 @@ def _convert_scalar(value: Any, hint: type, path: str) -> Any:
 
 
 def run_hydra(
-    function: Callable[[omegaconf.DictConfig], None], *, config_name: str, config_class: type, open_groups: tuple
+    function: Callable[[omegaconf.DictConfig], None],
+    *,
+    config_name: str,
+    config_class: type,
+    open_groups: tuple,
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and hand the result to `function`.
 

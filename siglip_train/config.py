@@ -66,7 +66,9 @@ def parse(values: dict[str, Any]) -> Config:
     if not config.data.sources:
         raise UserError("data.sources: no source of training data; give data.sources.NAME.shards=…")
     if not config.objectives:
-        raise UserError("objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid")
+        raise UserError(
+            "objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid"
+        )
     if not Path(config.tokenizer).exists():
         raise UserError(f"tokenizer: there is no {config.tokenizer}")
     if config.init_from is not None and not Path(config.init_from).exists():

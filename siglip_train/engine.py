@@ -5,6 +5,8 @@ cast frozen teachers too. See design notes in the README.
 """
 
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_train.distributed.setup import World
+from siglip_train.models.layers import Encoder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,7 +51,9 @@ def deepspeed_config(
     }
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, *, config: dict[str, Any], world: World) -> Any:
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, config: dict[str, Any], world: World
+) -> Any:
     """DeepSpeed's engine around `model`. All ranks."""
     # read by deepspeed at import: without it a machine with a GPU would not train on its CPU
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
@@ -66,7 +71,7 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, *, config: 
 def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
     """Switch on activation checkpointing and compile the blocks, from outside the model."""
     for module in model.modules():
-        if hasattr(module, "activation_checkpointing"):
+        if isinstance(module, Encoder):
             module.activation_checkpointing = config.activation_checkpointing
             if config.compile_blocks:
                 for block in module.blocks:
@@ -126,31 +131,37 @@ def _full(engine: Any, parameter: Tensor, key: str | None) -> Tensor:
     return safe_get_full_optimizer_state(parameter, key)
 
 
-def scalar(engine: Any, parameter: Tensor) -> float:
+def scalar(engine: Any, parameter: nn.Parameter) -> float:
     """The value of a one-element parameter, also where ZeRO-3 has sharded it. All ranks."""
     full = _full(engine, parameter, None) if parameter.requires_grad else _frozen(parameter)
     return full.item()
 
 
 def gather_weights(engine: Any) -> dict[str, Tensor]:
-    """Every parameter and buffer in full, fp32 on the CPU; empty on all ranks but 0, which alone holds them. All ranks."""
+    """Every parameter and buffer in full, fp32 on the CPU, on rank 0; empty on the others. All ranks."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
         full = _frozen(parameter) if not parameter.requires_grad else _full(engine, parameter, None)
         if engine.global_rank == 0:
             weights[name] = full.detach().float().cpu().clone()
     if engine.global_rank == 0:
-        weights.update({name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()})
+        weights.update(
+            {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
+        )
     return weights
 
 
-def _frozen(parameter: Tensor) -> Tensor:
-    """A frozen parameter has no fp32 copy in the optimizer; under ZeRO-3 it is gathered from the shards. All ranks."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """A context in which the parameters are whole on every rank, sharded or not. All ranks."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+
+def _frozen(parameter: nn.Parameter) -> Tensor:
+    """A frozen parameter has no fp32 copy in the optimizer; under ZeRO-3 it is gathered from the shards. All ranks."""
+    with gathered([parameter]):
         return parameter.detach().clone()
 
 

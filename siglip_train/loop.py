@@ -95,13 +95,19 @@ def train(run: Trainer, progress: Progress) -> Progress:
             _write(run, progress, metrics)
         run.display.step(progress.step, metrics)
         if stop:
-            log.info("%s: saving at step %d and leaving", run.stop.received or "stop signal on a rank", progress.step)
+            log.info(
+                "%s: saving at step %d and leaving",
+                run.stop.received or "stop signal on a rank",
+                progress.step,
+            )
             break
         if run.checkpoints.is_due(progress.step):
             run.checkpoints.save(run.engine, progress)
         if _evaluation_due(run, progress.step) and not _evaluate(run, progress):
             break
-        timer.restart_if(paused=run.checkpoints.last_step == progress.step or _evaluation_due(run, progress.step))
+        timer.restart_if(
+            paused=run.checkpoints.last_step == progress.step or _evaluation_due(run, progress.step)
+        )
     run.checkpoints.save(run.engine, progress)
     return progress
 
@@ -151,7 +157,9 @@ def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
 
 def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
     model = run.engine.module.model
-    scale, bias = (engines.scalar(run.engine, parameter) for parameter in (model.logit_scale, model.logit_bias))
+    scale, bias = (
+        engines.scalar(run.engine, parameter) for parameter in (model.logit_scale, model.logit_bias)
+    )
     losses = {"train/loss": report.total.item()}
     losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
     return {
@@ -224,7 +232,11 @@ class _Timer:
             torch.cuda.synchronize(world.device)
         seconds = (time.perf_counter() - self._begin) / self._steps
         values = mean_over_ranks(
-            {"step": seconds, "data": self._waited / self._steps, "exchange": exchange_seconds() / self._steps}
+            {
+                "step": seconds,
+                "data": self._waited / self._steps,
+                "exchange": exchange_seconds() / self._steps,
+            }
         )
         self._restart()
         rate = schedule.global_batch_size / values["step"]

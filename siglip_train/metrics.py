@@ -37,7 +37,9 @@ class LogConfig:
 class MetricWriter:
     """Appends one JSON object a call to `metrics.jsonl`, and forwards it. Rank 0 only."""
 
-    def __init__(self, run_dir: Path, config: LogConfig, *, resumed_step: int, run_config: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, config: LogConfig, *, resumed_step: int, run_config: dict[str, Any]
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
         _drop_after(self._path, resumed_step)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
@@ -76,7 +78,11 @@ def _drop_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue  # the line that was being written when the run was killed
     if len(kept) < len(lines):
-        log.info("metrics.jsonl: %d records past step %d are dropped and written anew", len(lines) - len(kept), step)
+        log.info(
+            "metrics.jsonl: %d records past step %d are dropped and written anew",
+            len(lines) - len(kept),
+            step,
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -96,7 +102,9 @@ def _wandb(run_dir: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
     try:
         import wandb  # optional extra
     except ImportError:
-        raise UserError(f"log.wandb={config.wandb} needs the package wandb: pip install 'siglip-train[wandb]'") from None
+        raise UserError(
+            f"log.wandb={config.wandb} needs the package wandb: pip install 'siglip-train[wandb]'"
+        ) from None
     return wandb.init(
         project=config.wandb_project,
         name=run_dir.name,

@@ -30,7 +30,9 @@ class ParameterRule:
 
 # big_vision decays only what flax calls a kernel: the matrices of linear layers (recipe §1.3)
 DEFAULT_RULES = (
-    ParameterRule(r"\.bias$|norm|position|token_embedding|probe|cls_token|logit_scale|logit_bias", decay=False),
+    ParameterRule(
+        r"\.bias$|norm|position|token_embedding|probe|cls_token|logit_scale|logit_bias", decay=False
+    ),
     ParameterRule(r"\.weight$"),
 )
 
@@ -46,7 +48,7 @@ class OptimConfig:
 
     lr: float = 1e-3
     weight_decay: float = 0.1
-    betas: tuple[float, ...] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     warmup_samples: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -60,7 +62,9 @@ class OptimConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in 0..1, got {list(self.betas)}")
         if self.warmup_samples < 0 or self.weight_decay < 0 or self.clip_norm <= 0:
-            raise ValueError("warmup_samples and weight_decay must not be negative, clip_norm must be above 0")
+            raise ValueError(
+                "warmup_samples and weight_decay must not be negative, clip_norm must be above 0"
+            )
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -79,7 +83,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         used.add(index)
         rule = rules[index]
         if rule.frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
             continue
         group = groups.setdefault(
             (rule.decay, rule.lr_multiplier),
@@ -103,7 +107,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups(model, config)`."""
     return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas[:2], eps=config.eps
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
     )
 
 

@@ -31,7 +31,7 @@ def check_kernels_package() -> None:
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch; the same on every rank, as all ranks must build the same weights."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # for libraries that draw from the global state
+    np.random.seed(seed % 2**32)  # for libraries that draw from the global state
     torch.manual_seed(seed)
 
 
@@ -76,7 +76,9 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _revision() -> str:

@@ -23,7 +23,7 @@ from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
 from siglip_train.distributed.setup import World, init_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluator, run_all
+from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter, ProgressDisplay
@@ -43,9 +43,7 @@ OPEN_GROUPS = ("data.sources.", "evaluation.tasks.", "objectives.")
 def main() -> None:
     """`siglip-train [experiment=NAME] [key=value …]`."""
     check_kernels_package()
-    run_hydra(
-        lambda raw: run(plain(raw)), config_name="train", config_class=Config, open_groups=OPEN_GROUPS
-    )
+    run_hydra(lambda raw: run(plain(raw)), config_name="train", config_class=Config, open_groups=OPEN_GROUPS)
 
 
 def run(values: dict[str, Any]) -> None:
@@ -56,29 +54,11 @@ def run(values: dict[str, Any]) -> None:
     run_dir = _open_run_dir(config, world, values)
     seed_everything(config.seed)
 
-    tokenizer = load_tokenizer(config.tokenizer, config.text_rules, config.model.text.context_length)
-    _check_vocabulary(tokenizer, config)
-    transform = ImageTransform(
-        config.model.vision.image_size,
-        config.model.vision.patch_size,
-        config.data.resize,
-        flip=config.data.flip,
-        min_crop_area=config.data.min_crop_area,
-    )
-    tasks = {
-        name: instantiate(node, f"evaluation.tasks.{name}") for name, node in config.evaluation.tasks.items()
-    }
-    objectives = {name: instantiate(node, f"objectives.{name}") for name, node in config.objectives.items()}
-    model = TrainingModel(Siglip(config.model), objectives)
+    tokenizer, transform = _text_and_image_input(config)
+    tasks = _instantiate_all(config.evaluation.tasks, "evaluation.tasks")
+    model = TrainingModel(Siglip(config.model), _instantiate_all(config.objectives, "objectives"))
     engine.apply_speed_options(model, config.engine)
-
-    found = checkpoint.find(config.resume, run_dir)
-    saved = checkpoint.read(found) if found else None
-    if saved is not None:
-        checkpoint.restore_weights(model, saved, found)
-        log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
-    elif config.init_from is not None:
-        log.info("init_from %s: %s", config.init_from, load_weights(model.model, config.init_from))
+    saved = _load_weights(model, config, run_dir)
     progress = saved.progress if saved else checkpoint.Progress()
 
     share = Share(config.global_batch_size, world.rank, world.world_size)
@@ -91,28 +71,32 @@ def run(values: dict[str, Any]) -> None:
         state=progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    optimizer = build_optimizer(model, config.optim)
     precision = _precision(config, world)
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )
-    wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
+    wrapped = engine.build_engine(
+        model, build_optimizer(model, config.optim), config=deepspeed_config, world=world
+    )
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
-    description = Description(config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize)
+    description = Description(
+        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
+    )
     checkpoints = checkpoint.Checkpoints(
         run_dir, config.checkpoint, lambda folder, state: write_export(folder, state, description)
     )
     checkpoints.last_step = progress.step if saved else None
     encoder = Encoder(
-        model.model,
+        model=model.model,
         tokenizer=tokenizer,
         transform=transform.without_augmentation(),
         world=world,
         precision=precision,
         batch_size=config.evaluation.batch_size,
         workers=config.data.workers,
+        scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
         on_batch=_leave_if_stopped(stop),
     )
     last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
@@ -134,7 +118,10 @@ def run(values: dict[str, Any]) -> None:
         if world.is_main
         else None,
         display=ProgressDisplay(
-            total_steps=last_step, start_step=progress.step, is_main=world.is_main, is_terminal=sys.stderr.isatty()
+            total_steps=last_step,
+            start_step=progress.step,
+            is_main=world.is_main,
+            is_terminal=sys.stderr.isatty(),
         ),
         stop=stop,
         evaluate=lambda: _evaluate(tasks, encoder, run_dir, world),
@@ -147,9 +134,46 @@ def run(values: dict[str, Any]) -> None:
         if trainer.writer is not None:
             trainer.writer.close()
     if world.is_main:
-        log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.total_samples, write_report(run_dir))
+        if progress.step >= config.total_steps:
+            _write(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
+        log.info(
+            "%d of %d samples seen; report: %s",
+            progress.samples_seen,
+            config.total_samples,
+            write_report(run_dir),
+        )
     barrier()
     torch.distributed.destroy_process_group()
+
+
+def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
+    tokenizer = load_tokenizer(config.tokenizer, config.text_rules, config.model.text.context_length)
+    _check_vocabulary(tokenizer, config)
+    transform = ImageTransform(
+        config.model.vision.image_size,
+        config.model.vision.patch_size,
+        config.data.resize,
+        flip=config.data.flip,
+        min_crop_area=config.data.min_crop_area,
+    )
+    return tokenizer, transform
+
+
+def _instantiate_all(nodes: dict[str, Any], path: str) -> dict[str, Any]:
+    return {name: instantiate(node, f"{path}.{name}") for name, node in nodes.items()}
+
+
+def _load_weights(model: TrainingModel, config: Config, run_dir: Path) -> checkpoint.Saved | None:
+    """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised."""
+    found = checkpoint.find(config.resume, run_dir)
+    if found is not None:
+        saved = checkpoint.read(found)
+        checkpoint.restore_weights(model, saved, found)
+        log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
+        return saved
+    if config.init_from is not None:
+        log.info("init_from %s: %s", config.init_from, load_weights(model.model, config.init_from))
+    return None
 
 
 def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
@@ -198,7 +222,9 @@ def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
         after = _flat(values)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
-                log.info("config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key))
+                log.info(
+                    "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
+                )
     _write(path, omegaconf.OmegaConf.to_yaml(values))
 
 
@@ -243,14 +269,10 @@ def _leave_if_stopped(stop: StopSignal) -> Callable[[], None]:
 
 def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, world: World) -> dict[str, float]:
     """Run the tasks on all ranks; their details go to `evaluations/<task>.json` for the report."""
-    metrics = {}
-    for name, evaluation in run_all(tasks, encoder).items():
-        metrics.update({f"val/{name}/{key}": value for key, value in evaluation.metrics.items()})
-        if world.is_main:
-            folder = run_dir / "evaluations"
-            folder.mkdir(exist_ok=True)
-            _write(folder / f"{name}.json", json.dumps(evaluation._asdict()))
-    return metrics
+    evaluations = run_all(tasks, encoder)
+    if world.is_main:
+        write_evaluations(run_dir / "evaluations", evaluations)
+    return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 
 def _announce(config: Config, world: World, model: TrainingModel, precision: str) -> None:
@@ -267,7 +289,10 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
         precision,
     )
     if "sigmoid" in config.objectives:
-        log.info("a sigmoid loss near %.2f is to be expected at the start", expected_initial_loss(config.global_batch_size))
+        log.info(
+            "a sigmoid loss near %.2f is to be expected at the start",
+            expected_initial_loss(config.global_batch_size),
+        )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def test_decay_follows_the_schedule_as_in_big_vision() -> None:
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:
     config = OptimConfig(warmup_samples=100)
-    factors = [schedule(config, samples_seen=seen, batch=10, total_samples=1100) for seen in range(0, 1101, 10)]
+    factors = [
+        schedule(config, samples_seen=seen, batch=10, total_samples=1100) for seen in range(0, 1101, 10)
+    ]
     assert factors[0] == pytest.approx(0.1)
     assert factors[10] == pytest.approx(1.0)
     assert factors[60] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))

@@ -118,7 +118,9 @@ def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size:
     for stage, result in enumerate(by_rank[0]):
         measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
         # measured: 2e-6 for the loss, 1e-5 for the norm
-        torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5, msg=lambda m, s=stage: f"stage {s}: {m}")
+        torch.testing.assert_close(
+            measured, expected, rtol=1e-4, atol=1e-5, msg=lambda m, s=stage: f"stage {s}: {m}"
+        )
         assert result["names"] == sorted(training_model().state_dict())
         assert len(result["moments"]) == 2 * len(list(training_model().parameters()))
         assert result["scale"] != pytest.approx(2.302585, abs=1e-6), "the scale should have moved"
@@ -151,7 +153,9 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(world_size: int
 
 
 def test_reduce_dtype_decides_which_parameters_travel_in_bf16() -> None:
-    exact = engines.deepspeed_config(engines.EngineConfig(), precision="bf16", micro_batch_size=1, clip_norm=1.0)
+    exact = engines.deepspeed_config(
+        engines.EngineConfig(), precision="bf16", micro_batch_size=1, clip_norm=1.0
+    )
     halved = engines.deepspeed_config(
         engines.EngineConfig(reduce_dtype="bf16"), precision="bf16", micro_batch_size=1, clip_norm=1.0
     )

@@ -1,0 +1,139 @@
+"""The entry point of evaluation: any checkpoint or published model, the tasks of a config, a table and a JSON file."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import omegaconf
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from siglip_train.composition import build, instantiate, plain, run_hydra
+from siglip_train.distributed.collectives import barrier
+from siglip_train.distributed.setup import init_world
+from siglip_train.errors import UserError, exit_on_user_error
+from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.interop.load import load_model
+from siglip_train.report import write_report
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything `siglip-eval` takes.
+
+    checkpoint: a run, a checkpoint, an export, or a model of another library. tasks: `_target_` nodes by name,
+    usually from `evaluation=NAME`; left empty, a run's own tasks. batch_size, workers: of each rank.
+    output: where the JSON goes; None = `evaluation.json` in the checkpoint's folder.
+    """
+
+    checkpoint: str
+    tasks: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    batch_size: int = 64
+    workers: int = 2
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.batch_size < 1 or self.workers < 0:
+            raise ValueError("batch_size must be at least 1 and workers must not be negative")
+
+
+@exit_on_user_error
+def main() -> None:
+    """`siglip-eval checkpoint=PATH [evaluation=NAME] [key=value …]`."""
+    run_hydra(
+        lambda raw: run(plain(raw)),
+        config_name="evaluate",
+        config_class=EvaluateConfig,
+        open_groups=("tasks.",),
+    )
+
+
+def run(values: dict[str, Any]) -> None:
+    """Evaluate as the composed config `values` says. All ranks."""
+    config = build(EvaluateConfig, values)
+    nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
+    tasks = {name: instantiate(node, f"tasks.{name}") for name, node in nodes.items()}
+    output = _writable_output(config)
+    world = init_world(config.device)
+    loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
+    encoder = Encoder(
+        model=loaded.model,
+        tokenizer=loaded.tokenize,
+        transform=loaded.transform,
+        world=world,
+        precision=_precision(config.precision, world.device),
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+    evaluations = run_all(tasks, encoder)
+    if world.is_main:
+        _write(output, config, evaluations)
+        _show(evaluations, output)
+    barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
+    """Read the tasks that a run evaluated itself with, for a command that names none."""
+    path = checkpoint / "config.yaml"
+    tasks: dict[str, Any] = {}
+    if path.is_file():
+        content = plain(omegaconf.OmegaConf.load(path))  # type: ignore[arg-type]
+        tasks = (content.get("evaluation") or {}).get("tasks") or {}
+    if not tasks:
+        raise UserError(
+            f"nothing to evaluate: give evaluation=NAME (a file of conf/evaluation); {checkpoint} brings no tasks"
+        )
+    return tasks
+
+
+def _writable_output(config: EvaluateConfig) -> Path:
+    """Find out before an hour of evaluation, not after it, whether the result can be written."""
+    checkpoint = Path(config.checkpoint)
+    if not checkpoint.exists():
+        raise UserError(f"checkpoint: there is no {checkpoint}")
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    output = Path(config.output) if config.output else folder / "evaluation.json"
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"output: cannot write {output}; give output=FILE.json in a folder that exists")
+    return output
+
+
+def _precision(wanted: str, device: torch.device) -> Literal["bf16", "fp32"]:
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return "bf16" if wanted == "bf16" else "fp32"
+
+
+def _write(output: Path, config: EvaluateConfig, evaluations: dict[str, Evaluation]) -> None:
+    content = {"checkpoint": config.checkpoint, "metrics": flat_metrics(evaluations)}
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, output)
+    run_dir = Path(config.checkpoint)
+    if (run_dir / "checkpoints").is_dir():
+        write_evaluations(run_dir / "evaluations", evaluations)
+        write_report(run_dir)
+
+
+def _show(evaluations: dict[str, Evaluation], output: Path) -> None:
+    table = Table("task", "metric")
+    table.add_column("value", justify="right")
+    for task, evaluation in evaluations.items():
+        for metric, value in evaluation.metrics.items():
+            table.add_row(task, metric, f"{value:.4f}")
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print(f"written to {output}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Fixtures that several packages share: the generated data set, and a small run's arguments."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generated data set, made once for all pytest workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "tiny"
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "data_tools", "make-tiny", str(folder), "--samples", "600"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_data: Path) -> list[str]:
+    """Overrides that make the quickstart a run of a few seconds on the small data set."""
+    tasks = {
+        "seen.shards": "classes_seen/*.tar",
+        "seen.classnames": "classes_seen/classnames.txt",
+        "seen.templates": "classes_seen/templates.txt",
+        "unseen.shards": "classes_unseen/*.tar",
+        "unseen.classnames": "classes_unseen/classnames.txt",
+        "unseen.templates": "classes_unseen/templates.txt",
+        "retrieval.shards": "validation/*.tar",
+        "loss.shards": "validation/*.tar",
+    }
+    return [
+        "experiment=quickstart",
+        "device=cpu",
+        f"tokenizer={tiny_data}/tokenizer.model",
+        f"data.sources.tiny.shards={tiny_data}/train/*.tar",
+        *[f"evaluation.tasks.{key}={tiny_data}/{value}" for key, value in tasks.items()],
+        "data.workers=0",
+        "model.vision.width=32",
+        "model.vision.depth=1",
+        "model.vision.mlp_dim=64",
+        "model.text.width=32",
+        "model.text.depth=1",
+        "model.text.mlp_dim=64",
+        "global_batch_size=24",
+        "total_samples=240",
+        "optim.warmup_samples=48",
+        "checkpoint.every_steps=3",
+        "log.every_steps=1",
+    ]

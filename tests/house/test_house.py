@@ -1,0 +1,122 @@
+"""The rules of the house: the map is complete, configs compose, targets import, and no drawer for odds and ends."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+
+from siglip_train.composition import defaults_of, plain
+from siglip_train.config import Config
+from siglip_train.errors import UserError
+from siglip_train.runtime import check_kernels_package
+from tests.conftest import ROOT
+
+PACKAGES = ("siglip_train", "kernels", "data_tools")
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def source_files() -> set[str]:
+    files = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    return {name for name in files if (ROOT / name).stat().st_size > 0}
+
+
+def test_the_map_has_a_caption_for_every_file_and_a_file_for_every_caption() -> None:
+    text = (ROOT / "siglip_train" / "README.md").read_text()
+    captions = dict(
+        re.findall(r"^- `((?:siglip_train|kernels|data_tools)/[\w/]+\.py)` – (.+)$", text, re.MULTILINE)
+    )
+    assert source_files() - captions.keys() == set(), "files without a caption"
+    assert captions.keys() - source_files() == set(), "captions without a file"
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    names = {Path(name).stem for name in source_files()}
+    assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def composed(*overrides: str) -> dict:
+    ConfigStore.instance().store(name="train_defaults", node=defaults_of(Config))
+    with initialize_config_module("conf", version_base="1.3"):
+        return plain(compose("train", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_its_values_win(name: str) -> None:
+    base, config = composed(), composed(f"experiment={name}")
+    assert config["total_samples"] != base["total_samples"]
+    assert config["data"]["sources"]
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert re.search(rf"^#.*experiment={name}\b", text, re.MULTILINE), (
+        "an experiment is headed by its command"
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_composes(name: str) -> None:
+    model = composed(f"model={name}")["model"]
+    assert model["vision"]["width"] % model["vision"]["heads"] == 0
+
+
+def targets(node: object) -> list[str]:
+    if isinstance(node, dict):
+        return [value for key, value in node.items() if key == "_target_"] + [
+            found for value in node.values() for found in targets(value)
+        ]
+    return [found for item in node for found in targets(item)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_target_imports(name: str) -> None:
+    found = targets(composed(f"experiment={name}"))
+    assert found
+    for target in found:
+        module, _, attribute = target.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), target
+
+
+def test_transformers_imports_beside_our_kernels_package() -> None:
+    """Hugging Face's kernels package shares the import name; transformers probes for it (design §2)."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = "import kernels, siglip_train; from transformers import SiglipModel; print(kernels.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(ROOT / "kernels") in result.stdout
+
+
+def test_a_foreign_kernels_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels")
+    foreign = importlib.import_module("kernels")
+    monkeypatch.setattr("siglip_train.runtime.kernels", foreign)
+    with pytest.raises(UserError, match="pip uninstall kernels"):
+        check_kernels_package()
+
+
+def test_kernels_needs_torch_alone() -> None:
+    """A drop-in for others: no module of this project, none of its other dependencies."""
+    code = (
+        "import sys, kernels; bad = [m for m in sys.modules if m.split('.')[0] in "
+        "('siglip_train', 'deepspeed', 'hydra', 'omegaconf', 'webdataset', 'open_clip', 'rich')]; "
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_weights_are_unpickled() -> None:
+    """torch.load only with weights_only=True: a checkpoint must not be able to run code."""
+    for name in source_files():
+        for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", (ROOT / name).read_text()):
+            assert "weights_only=True" in call, f"{name}: {call}"

@@ -1,0 +1,246 @@
+"""The program as its user runs it: train, kill, resume, stop, and mistakes answered in one line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from siglip_train import train
+from tests.conftest import ROOT
+
+TRAIN = [sys.executable, "-m", "siglip_train.train"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+        "-m", "siglip_train.train",
+    ]  # fmt: skip
+
+
+def run(command: list[str], arguments: list[str]) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {record["step"]: record["train/loss"] for record in records(run_dir) if "train/loss" in record}
+
+
+@pytest.fixture(scope="module")
+def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of ten steps on one rank."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    result = run(TRAIN, [*small_run, f"run_dir={run_dir}"])
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "report.html",
+        "environment.json",
+    } <= names
+    assert (finished / "checkpoints" / "LAST").read_text().strip() == "step-00000010"
+    assert len(list((finished / "checkpoints").glob("step-*"))) == 2, "the newest two are kept"
+    assert sorted(losses(finished)) == list(range(1, 11))
+    first, last = records(finished)[0], records(finished)[-1]
+    for name in ("lr", "sigmoid_loss", "logit_scale", "logit_bias", "grad_norm", "grad_norm_clipped",
+                 "samples_per_second", "data_time", "exchange_time", "step_time", "memory_gib"):  # fmt: skip
+        assert f"train/{name}" in first
+    assert first["train/logit_bias"] == pytest.approx(-10, abs=0.1)
+    assert {"val/seen/acc1", "val/unseen/acc1", "val/loss/loss"} <= last.keys()
+    log = (finished / "log.txt").read_text()
+    assert "sigmoid loss near" in log
+
+
+def test_the_first_loss_is_the_expected_one(finished: Path) -> None:
+    """Random unit embeddings: near 10 for the pair itself, next to nothing for 23 negatives (recipe §1.1)."""
+    assert losses(finished)[1] == pytest.approx(10.0, abs=1.5)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_train_as_one(finished: Path, small_run: list[str], tmp_path: Path, ranks: int) -> None:
+    stage = {2: 2, 3: 3}[ranks]
+    result = run(
+        torchrun(ranks), [*small_run, f"run_dir={tmp_path}", f"engine.zero_stage={stage}", "data.workers=1"]
+    )
+    assert result.returncode == 0, result.stderr
+    single = losses(finished)
+    for step, loss in losses(tmp_path).items():
+        assert loss == pytest.approx(single[step], rel=1e-4), f"step {step}"
+    last, expected = records(tmp_path)[-1], records(finished)[-1]
+    assert last["val/loss/loss"] == pytest.approx(expected["val/loss/loss"], rel=1e-3)
+
+
+@pytest.mark.dist
+def test_killed_at_a_random_step_it_resumes_with_the_same_losses(
+    finished: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    kill_at = random.Random(os.getpid()).randint(4, 8)
+    process = subprocess.Popen(
+        [*torchrun(2), *small_run, f"run_dir={tmp_path}"], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(tmp_path, kill_at, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # one rank goes on where two were killed, at another ZeRO stage
+    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", "engine.zero_stage=3"])
+    assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stderr
+    single, resumed = losses(finished), losses(tmp_path)
+    assert sorted(resumed) == sorted(single)
+    assert len([record for record in records(tmp_path) if "train/loss" in record]) == len(single), (
+        "no step twice"
+    )
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(single[step], rel=1e-4), f"killed at {kill_at}, step {step}"
+
+
+def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_path: Path) -> None:
+    arguments = [*small_run, f"run_dir={tmp_path}"]
+    assert run(TRAIN, [*arguments, "stop_after_steps=4"]).returncode == 0
+    assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
+    assert run(TRAIN, arguments).returncode == 0
+    assert losses(tmp_path) == losses(finished)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_at_the_next_step_and_leaves_cleanly(
+    small_run: list[str], tmp_path: Path, name: str
+) -> None:
+    process = subprocess.Popen(
+        [*TRAIN, *small_run, f"run_dir={tmp_path}", "total_samples=24000"], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    step = int((tmp_path / "checkpoints" / "LAST").read_text().strip().removeprefix("step-"))
+    assert step == max(losses(tmp_path))
+    assert f"{name}: saving at step {step}" in errors
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"it ended by itself: {process.stderr and process.stderr.read()}"
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in time")
+
+
+def test_a_loss_that_is_not_finite_stops_with_rank_and_step(small_run: list[str], tmp_path: Path) -> None:
+    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", "optim.lr=1e30", "optim.clip_norm=1e30"])
+    assert result.returncode == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "finite on rank 0 at step" in message or "gradient norm at step" in message
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+MISTAKES = {
+    "unknown key": (["optim.lrr=1"], "optim.lrr"),
+    "unknown experiment": (["experiment=nothing"], "nothing"),
+    "unknown model": (["model=b17"], "b17"),
+    "not a number": (["optim.lr=fast"], "optim.lr: expected float, got 'fast'"),
+    "not an integer": (["global_batch_size=2.5"], "global_batch_size: expected int, got 2.5"),
+    "not a boolean": (["engine.compile_blocks=maybe"], "engine.compile_blocks: expected bool"),
+    "batch of nothing": (["global_batch_size=0"], "global_batch_size: must be at least 1"),
+    "no samples": (["total_samples=-5"], "total_samples: must be at least 1"),
+    "warm-up longer than the run": (["optim.warmup_samples=240"], "leaves nothing of total_samples=240"),
+    "learning rate of zero": (["optim.lr=0"], "lr must be above 0"),
+    "betas out of range": (["optim.betas=[0.9,1.5]"], "betas must be two numbers in 0..1"),
+    "rule that is no regex": (["optim.rules=[{pattern: '('}]"], "is not a regular expression"),
+    "rule that covers nothing": (["optim.rules=[{pattern: visoin}]"], "covers no parameter"),
+    "everything frozen": (["optim.rules=[{pattern: '.', frozen: true}]"], "nothing is left to train"),
+    "zero stage 4": (["engine.zero_stage=4"], "engine.zero_stage: 4 is not one of 0, 1, 2, 3"),
+    "unknown precision": (["precision=fp8"], "precision: 'fp8' is not one of"),
+    "keep no checkpoint": (["checkpoint.keep=0"], "keep must be at least 1"),
+    "unknown wandb mode": (["log.wandb=maybe"], "log.wandb: 'maybe' is not one of"),
+    "no tokenizer": (["tokenizer=nowhere/tokenizer.model"], "tokenizer: there is no nowhere/tokenizer.model"),
+    "vocabulary too small": (["model.text.vocab_size=100"], "set model.text.vocab_size="),
+    "no such shard": (["data.sources.tiny.shards=nowhere/*.tar"], "nowhere/*.tar"),
+    "no source": (["data.sources={}"], "data.sources"),
+    "unknown source key": (["data.sources.tiny.shard=x"], "data.sources.tiny.shard"),
+    "negative weight": (["data.sources.tiny.weight=-1"], "weight"),
+    "no objective": (["~objectives.sigmoid"], "objectives: none given"),
+    "objective that does not exist": (
+        ["objectives.sigmoid._target_=siglip_train.objectives.Nothing"],
+        "objectives.sigmoid",
+    ),
+    "objective of weight zero": (["objectives.sigmoid.weight=0"], "weight"),
+    "task with an unknown field": (["evaluation.tasks.seen.shard=x"], "evaluation.tasks.seen"),
+    "width the heads do not divide": (["model.vision.heads=5"], "heads"),
+    "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
+    "resume from nowhere": (["resume=nowhere"], "resume: there is no nowhere"),
+    "resume from what is no run": (["resume={tmp}"], "is neither a checkpoint nor a run"),
+    "init from nowhere": (["init_from=nowhere"], "init_from: there is no nowhere"),
+    "batch larger than the data": (["global_batch_size=100000", "total_samples=200000"], "100000"),
+    "cuda without a GPU": (["device=cuda"], "cuda"),
+    "run_dir that is a file": (["run_dir={tmp}/file/run"], "run_dir"),
+}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    name: str,
+    small_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    overrides, expected = MISTAKES[name]
+    (tmp_path / "file").write_text("")
+    run_dir = (
+        [] if any(override.startswith("run_dir=") for override in overrides) else [f"run_dir={tmp_path}/run"]
+    )
+    overrides = [override.replace("{tmp}", str(tmp_path)) for override in overrides]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["siglip-train", *small_run, *run_dir, *overrides])
+    with pytest.raises(SystemExit) as leaving:
+        train.main()
+    assert leaving.value.code == 2
+    message = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    assert expected in message[0]
+    assert len(message[0]) < 400
