@@ -111,9 +111,10 @@ def make_tiny(out_dir: Path, options: TinyOptions, *, workers: int = 1, force: b
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()
+        # first, because a vocabulary size that cannot be had should not cost the drawing
+        train_tokenizer(_tokenizer_captions(options.seed), folder / "tokenizer.model", options.vocab_size)
         _write_shards(folder, options, workers)
         _write_class_files(folder)
-        train_tokenizer(_tokenizer_captions(options.seed), folder / "tokenizer.model", options.vocab_size)
         write_preview(folder / "train" / "00000.tar", folder / "preview.png")
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if out_dir.exists():

@@ -4,7 +4,7 @@ from data_tools.tiny.languages.grammar import Relation, Size
 
 NUMBERS = {1: "一", 2: "两", 3: "三", 4: "四"}
 COLORS = {
-    "red": "红色", "yellow": "黄色", "green": "绿色", "turquoise": "青绿色", "blue": "蓝色", "purple": "紫色",
+    "red": "红色", "yellow": "黄色", "green": "绿色", "turquoise": "青色", "blue": "蓝色", "purple": "紫色",
     "pink": "粉色", "brown": "棕色",
 }  # fmt: skip
 SHAPES = {

@@ -4,7 +4,7 @@ from data_tools.tiny.languages.grammar import Relation, Size
 
 NUMBERS = {2: "二つの", 3: "三つの", 4: "四つの"}
 COLORS = {
-    "red": "赤い", "yellow": "黄色い", "green": "緑色の", "turquoise": "青緑色の", 
+    "red": "赤い", "yellow": "黄色い", "green": "緑色の", "turquoise": "ターコイズ色の", 
     "blue": "青い", "purple": "紫色の", "pink": "ピンク色の", "brown": "茶色い",
 }  # fmt: skip
 SHAPES = {
