@@ -1,0 +1,110 @@
+"""`sigmoid_loss`: checks, autograd, and the choice between one process and the ring."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.sigmoid_loss.chunked import sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.ring import check_equal_on_ranks, ring_gradients, ring_value
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sigmoid_loss(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sigmoid loss of SigLIP (section 3.2): sum over all texts, mean over this rank's images.
+
+    image_embeddings, text_embeddings: `[B, E]`, row i of one matches row i of the other. They are used as given:
+    normalise them first. logit_scale: the multiplier exp(t'); logit_bias: b; each of shape () or (1,).
+    group: the ranks whose texts are negatives too; all of them must call this together, with equal shapes. None =
+    this rank alone.
+
+    Returns a scalar in float32 (float64 for float64 embeddings), differentiable once in all four inputs. Gradients
+    are made here and scaled in backward, so the upstream gradient must be the same on all ranks, as it is in data
+    parallel training. There, the mean over ranks of every parameter's gradient is that of the global batch.
+    Sums and products are in float32 or better whatever the input; autocast is not followed.
+
+    Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError for a second derivative.
+    """
+    inputs = (image_embeddings, text_embeddings, logit_scale, logit_bias)
+    _check(*inputs)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if group is not None:
+        check_equal_on_ranks(image_embeddings, group, gradients=gradients)
+        group = group if dist.get_world_size(group) > 1 else None
+    with torch.autocast(image_embeddings.device.type, enabled=False):
+        if gradients:
+            return _SigmoidLoss.apply(*inputs, group)
+        return _value(*inputs, group)
+
+
+def _value(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    if group is None:
+        loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0)
+    else:
+        loss = ring_value(images, texts.contiguous(), scale, bias, group)
+    return (loss / len(images)).to(torch.promote_types(images.dtype, torch.float32))
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        if group is None:
+            sums = sigmoid_loss_block(images, texts, scale, bias, positives=0)
+        else:
+            sums = ring_gradients(images, texts.contiguous(), scale, bias, group)
+        ctx.like = [(tensor.shape, tensor.dtype) for tensor in (images, texts, scale, bias)]
+        ctx.save_for_backward(*(part.div_(len(images)) for part in sums[1:]))
+        return (sums.loss / len(images)).to(sums.images.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # grad mode is on here only under create_graph=True
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "sigmoid_loss has no second derivative: call backward without create_graph=True, "
+                "or differentiate kernels.sigmoid_loss.reference"
+            )
+        gradients = [
+            (upstream * saved).to(dtype).reshape(shape) if needed else None
+            for saved, (shape, dtype), needed in zip(
+                ctx.saved_tensors, ctx.like, ctx.needs_input_grad[:4], strict=True
+            )
+        ]
+        return (*gradients, None)
+
+
+def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
+    shapes = f"images {tuple(images.shape)} {images.dtype}, texts {tuple(texts.shape)} {texts.dtype}"
+    if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
+        raise ValueError(
+            f"sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got {shapes}"
+        )
+    if images.dtype != texts.dtype or images.dtype not in _FLOATS:
+        raise ValueError(f"sigmoid_loss: embeddings must have one floating-point dtype; got {shapes}")
+    for name, scalar in (("logit_scale", scale), ("logit_bias", bias)):
+        if scalar.shape not in ((), (1,)) or not scalar.is_floating_point():
+            raise ValueError(
+                f"sigmoid_loss: {name} must be one number of shape () or (1,); got "
+                f"{tuple(scalar.shape)} {scalar.dtype}"
+            )
+    devices = {tensor.device for tensor in (images, texts, scale, bias)}
+    if len(devices) > 1:
+        raise ValueError(f"sigmoid_loss: all inputs must be on one device; got {sorted(map(str, devices))}")

@@ -1,0 +1,105 @@
+"""Exchange of small values and of result rows between ranks: for logs, stop signals and evaluation.
+
+Every function is collective: all ranks call it, in the same order. Without a process group each is a no-op.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def is_distributed() -> bool:
+    """True if there is more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        any_rank(flag=False)  # an all-reduce: NCCL's own barrier guesses the device and warns
+
+
+def any_rank(flag: bool) -> bool:  # noqa: FBT001
+    """Return True on every rank if `flag` is true on one. One small all-reduce: cheap enough for every step."""
+    if not is_distributed():
+        return flag
+    raised = torch.tensor([int(flag)], device=_device())
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def broadcast_object(value: Value, source: int = 0) -> Value:
+    """Return rank `source`'s value (anything that pickles) on every rank."""
+    if not is_distributed():
+        return value
+    box: list[Any] = [value if dist.get_rank() == source else None]
+    dist.broadcast_object_list(box, src=source, device=_device())
+    return box[0]
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Return the value of each rank (anything that pickles), in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Add up what the ranks hold under each name; a name that a rank lacks counts 0 there."""
+    return {name: float(sum(parts)) for name, parts in _by_name(values).items()}
+
+
+def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Average what the ranks hold under each name, over the ranks that have it."""
+    return {name: float(sum(parts) / len(parts)) for name, parts in _by_name(values).items()}
+
+
+def max_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the largest value under each name."""
+    return {name: float(max(parts)) for name, parts in _by_name(values).items()}
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the ranks' rows in rank order, on every rank: `[n_i, ...]` -> `[sum n_i, ...]`.
+
+    The n_i may differ and may be 0; the result is on the device of `rows`, without gradient.
+    Raises ValueError on all ranks if the rows differ in shape or dtype between ranks.
+    """
+    if not is_distributed():
+        return rows.detach()
+    kinds = gather_objects((len(rows), tuple(rows.shape[1:]), rows.dtype))
+    if len({kind[1:] for kind in kinds}) > 1:
+        raise ValueError(f"gather_rows needs rows of one shape and dtype; by rank they are {kinds}")
+    counts = [kind[0] for kind in kinds]
+    # collectives want equal shapes: every rank sends as many rows as the largest has
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=_device())
+    padded[: len(rows)] = rows.detach()
+    received = [torch.empty_like(padded) for _ in counts]
+    if padded.numel():
+        dist.all_gather(received, padded)
+    parts = [part[:count] for part, count in zip(received, counts, strict=True)]
+    return torch.cat(parts).to(rows.device)
+
+
+def _by_name(values: Mapping[str, float]) -> dict[str, list[float]]:
+    parts: dict[str, list[float]] = {}
+    for held in gather_objects(dict(values)):
+        for name, value in held.items():
+            parts.setdefault(name, []).append(float(value))
+    return parts
+
+
+def _device() -> torch.device:
+    """Where the backend wants its tensors; `init_world` has made this rank's GPU the current one."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

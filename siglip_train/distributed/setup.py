@@ -1,0 +1,154 @@
+"""Where this process stands among the others: reads the launcher's variables and starts torch.distributed."""
+
+import datetime
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from siglip_train.errors import UserError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run and this process's place among them.
+
+    local_rank: index of this rank on its machine, and of its GPU among the visible ones.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+
+class _Launch(NamedTuple):
+    rank: int
+    world_size: int
+    local_rank: int
+    address: tuple[str, int] | None  # host and port where rank 0 listens; None = one process, alone
+
+
+def init_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> World:
+    """Join the process group of this run (nccl on GPUs, else gloo) and return this rank's place.  # all ranks
+
+    Reads torchrun's variables, or those of a Slurm step; with neither it is a world of one. The group exists even
+    then, because DeepSpeed needs it. A group that is already there is used as it is.
+
+    timeout_minutes: how long a collective may wait for a slow or dead rank before the run fails.
+    Raises UserError for a missing GPU, incomplete variables or an unreachable rank 0.
+    """
+    launch = _one_gpu_per_task(_read_launch(os.environ), device)
+    place = _choose_device(device, launch.local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        _join(launch, place, datetime.timedelta(minutes=timeout_minutes))
+    # NOTE: the first collective must involve every rank; a point-to-point exchange as the first one can hang NCCL
+    # (pytorch/pytorch#174288)
+    dist.all_reduce(torch.zeros(1, device=place if dist.get_backend() == "nccl" else "cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), launch.local_rank, place)
+
+
+def _read_launch(environment: Mapping[str, str]) -> _Launch:
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _read_torchrun(environment)
+    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
+        return _read_slurm(environment)
+    return _Launch(0, 1, 0, None)
+
+
+def _read_torchrun(environment: Mapping[str, str]) -> _Launch:
+    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    local_rank = _number(environment, "LOCAL_RANK", default=0)
+    if world_size == 1:
+        return _Launch(rank, world_size, local_rank, None)
+    if "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set: start the ranks with torchrun or srun"
+        )
+    address = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT", default=29500)
+    return _Launch(rank, world_size, local_rank, address)
+
+
+def _read_slurm(environment: Mapping[str, str]) -> _Launch:
+    rank, world_size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NTASKS")
+    local_rank = _number(environment, "SLURM_LOCALID", default=0)
+    if world_size == 1:
+        return _Launch(rank, world_size, local_rank, None)
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    host = environment.get("MASTER_ADDR") or first_host(nodes)
+    if not host:
+        raise UserError("no MASTER_ADDR and no SLURM_JOB_NODELIST to take it from: start the ranks with srun")
+    # every rank must arrive at the same port, and two jobs on a machine at different ones
+    derived = 20000 + _number(environment, "SLURM_JOB_ID", default=0) % 20000
+    return _Launch(rank, world_size, local_rank, (host, _number(environment, "MASTER_PORT", default=derived)))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list: `gpu[007-012,20],cpu1` -> `gpu007`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else "")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise UserError(
+            f"the environment variable {name} is {text!r}, not a number: unset it or use torchrun"
+        )
+    return int(text)
+
+
+def _one_gpu_per_task(launch: _Launch, device: Device) -> _Launch:
+    """Under `srun --gpus-per-task=1` each rank sees one GPU, and calls it 0."""
+    alone = device != "cpu" and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() == 1
+    return launch._replace(local_rank=0) if alone else launch
+
+
+def _choose_device(device: Device, local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device} is not known: choose auto, cpu or cuda")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU on this machine: use device=cpu or device=auto")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine shows {count}; start {count} ranks on it"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _join(launch: _Launch, place: torch.device, timeout: datetime.timedelta) -> None:
+    # alone, a store of one's own picks a free port, so that runs on one machine never meet
+    store = None if launch.address else dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    host, port = launch.address or ("127.0.0.1", store.port if store else 0)
+    # libraries (DeepSpeed) read these, whatever the launcher was
+    variables = {"RANK": launch.rank, "WORLD_SIZE": launch.world_size, "LOCAL_RANK": launch.local_rank}
+    os.environ.update(
+        {key: str(value) for key, value in variables.items()}, MASTER_ADDR=host, MASTER_PORT=str(port)
+    )
+    backend, bound = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+    rank, world_size = launch.rank, launch.world_size
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {rank} of {world_size} could not join the others at {host}:{port}: {str(error).splitlines()[0]}. "
+            "Check that every rank was started, and that MASTER_ADDR and MASTER_PORT are right and reachable"
+        ) from error
