@@ -124,15 +124,31 @@ def _write(output: Path, config: EvaluateConfig, evaluations: dict[str, Evaluati
 
 
 def _show(evaluations: dict[str, Evaluation], output: Path) -> None:
+    console = Console()
     table = Table("task", "metric")
     table.add_column("value", justify="right")
     for task, evaluation in evaluations.items():
         for metric, value in evaluation.metrics.items():
-            table.add_row(task, metric, f"{value:.4f}")
+            # languages would fill pages: they get a table of their own
+            if "/" not in metric:
+                table.add_row(task, metric, f"{value:.0f}" if metric == "n" else f"{value:.4f}")
         table.add_section()
-    console = Console()
     console.print(table)
+    for task, evaluation in evaluations.items():
+        _show_languages(console, task, evaluation.metrics)
     console.print(f"written to {output}", soft_wrap=True)
+
+
+def _show_languages(console: Console, task: str, metrics: dict[str, float]) -> None:
+    """Print a row a language, from metrics named `language/metric`."""
+    names = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
+    if not names:
+        return
+    # one word a line, because six columns must fit 80 characters
+    table = Table("language", *(name.replace("_", "\n") for name in names), title=task)
+    for language in dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name):
+        table.add_row(language, *(f"{metrics[f'{language}/{name}']:.4f}" for name in names))
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ class Evaluator(Protocol):
         """Measure the encoder's model."""
 
 
+def _go_on() -> None:
+    """Never end an evaluation early."""
+
+
 @dataclass(kw_only=True)
 class Encoder:
     """A model that is ready to embed: with its tokenizer, its transform, its ranks and its precision.
@@ -90,6 +94,7 @@ class Encoder:
             # all ranks: as many calls as the largest share needs, short ones filled up
             for first in range(0, share, size):
                 self.on_batch()
+                self.on_batch()
                 chunk = mine[first : first + size]
                 tokens = self.tokenizer(chunk + [texts[0]] * (size - len(chunk)))  # [B, context_length]
                 rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
@@ -117,10 +122,10 @@ class Encoder:
                 index.append(batch.index[is_real])
                 kept = is_real.nonzero().flatten().tolist()
                 names += [(batch.keys[row], batch.captions[row]) for row in kept]
-        embeddings = gather_rows(torch.cat(rows)).cpu()
-        if not len(embeddings):
-            raise UserError(f"no usable image in {source.shards}: `siglip-data verify` names the bad samples")
         everyone = [name for part in gather_objects(names) for name in part]
+        if not everyone:
+            raise UserError(f"no usable image in {source.shards}; bad samples, if any, are named in the log")
+        embeddings = gather_rows(torch.cat(rows)).cpu()
         places = gather_rows(torch.cat(index)).tolist()
         all_labels = gather_rows(torch.cat(labels)).cpu()
         return ImageSet(

@@ -27,7 +27,7 @@ def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str
         "image_retrieval": best_ranks(texts, images, owners, every_image),
         "text_retrieval": best_ranks(images, texts, every_image, owners),
     }
-    metrics = {}
+    metrics: dict[str, float] = {}
     for direction, ranks in directions.items():
         metrics |= {f"{direction}_recall@{count}": recall_at(ranks, count) for count in _CUT_OFFS}
         metrics[f"{direction}_mean_rank"] = ranks.double().mean().item() + 1
@@ -103,23 +103,22 @@ class Retrieval:
     def _details(
         self, images: ImageSet, languages: dict[str, _Texts], by_language: dict[str, dict[str, float]]
     ) -> dict[str, Any]:
-        queries = max(1, self.gallery // len(languages)) if self.gallery else 0
-        chosen = list(languages.items())[: self.gallery]
-        return {
+        details: dict[str, Any] = {
             "counts": images.counts,
             "languages": by_language,
-            "similarity": _similarity(images, next(iter(languages.values()))),
-            "image_retrieval": [
-                entry
-                for language, texts in chosen
-                for entry in _found_images(images, language, texts, queries)
-            ],
-            "text_retrieval": [
-                entry
-                for language, texts in chosen
-                for entry in _found_texts(images, language, texts, queries)
-            ],
+            "similarity": _similarity(images, list(languages.values())),
+            "image_retrieval": [],
+            "text_retrieval": [],
         }
+        for place, (language, texts) in enumerate(languages.items()):
+            # each language takes other positions, so that the gallery shows as many images as it can
+            captions, pictures = (
+                spread(length, self.gallery)[place :: len(languages)]
+                for length in (len(texts.words), len(texts.images))
+            )
+            details["image_retrieval"] += _found_images(images, language, texts, captions)
+            details["text_retrieval"] += _found_texts(images, language, texts, pictures)
+        return details
 
 
 def _averaged(by_language: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -143,20 +142,28 @@ def _texts_of(language: str, entries: list[tuple[str, str, int]], embeddings: Te
     return _Texts([entries[row][1] for row in rows], embeddings[rows], owners, images)
 
 
-def _similarity(images: ImageSet, texts: _Texts, count: int = 24) -> dict[str, Any]:
-    """Cosines of the first images (columns) and the first caption of each (rows)."""
-    columns = texts.images[:count]
-    rows = [int((texts.owners == column).nonzero()[0]) for column in range(len(columns))]
-    values = texts.embeddings[rows] @ images.embeddings[columns].T  # [texts, images]
+def _similarity(images: ImageSet, languages: list[_Texts], count: int = 24) -> dict[str, Any]:
+    """Cosines of the first images (columns) and a caption of each (rows), languages in turn."""
+    columns = sorted({image for texts in languages for image in texts.images[:count].tolist()})[:count]
+    words, rows = [], []
+    for turn, column in enumerate(columns):
+        own = [
+            (texts, row)
+            for texts in languages
+            for row in (texts.images[texts.owners] == column).nonzero().flatten()
+        ]
+        texts, row = own[turn % len(own)]
+        words.append(texts.words[row])
+        rows.append(texts.embeddings[row])
+    values = torch.stack(rows) @ images.embeddings[columns].T  # [texts, images]
     return {
-        "pictures": [thumbnail(images.picture(image), 48) for image in columns.tolist()],
-        "captions": [texts.words[row] for row in rows],
+        "pictures": [thumbnail(images.picture(image), 48) for image in columns],
+        "captions": words,
         "values": [[round(value, 3) for value in row] for row in values.tolist()],
     }
 
 
-def _found_images(images: ImageSet, language: str, texts: _Texts, count: int) -> list[dict[str, Any]]:
-    rows = spread(len(texts.words), count)
+def _found_images(images: ImageSet, language: str, texts: _Texts, rows: list[int]) -> list[dict[str, Any]]:
     scores, places = top(texts.embeddings[rows], images.embeddings[texts.images], 5)
     return [
         {
@@ -175,8 +182,7 @@ def _found_images(images: ImageSet, language: str, texts: _Texts, count: int) ->
     ]
 
 
-def _found_texts(images: ImageSet, language: str, texts: _Texts, count: int) -> list[dict[str, Any]]:
-    rows = spread(len(texts.images), count)
+def _found_texts(images: ImageSet, language: str, texts: _Texts, rows: list[int]) -> list[dict[str, Any]]:
     scores, places = top(images.embeddings[texts.images[rows]], texts.embeddings, 5)
     return [
         {

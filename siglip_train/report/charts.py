@@ -1,7 +1,7 @@
 """Line charts as inline SVG: scales, ticks, grid, one line a series, values on hover. Pure functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -170,7 +170,7 @@ def _line(index: int, line: Series, x_scale: Scale, y_scale: Scale, x_name: str)
     return f'<g class="c{index % 8}"><path d="{drawn}"/><g class="{kind}">{dots}</g></g>'
 
 
-def _path(points: Sequence[tuple[float, float]], x_scale: Callable, y_scale: Callable) -> str:
+def _path(points: Sequence[tuple[float, float]], x_scale: Scale, y_scale: Scale) -> str:
     commands, is_down = [], False
     for x, y in points:
         if not math.isfinite(y):

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from siglip_train.report.charts import Series, line_chart
 
@@ -90,7 +90,7 @@ def _points_of(rows: Iterable[Row], value_of: Callable[[Row], Any]) -> list[Poin
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from siglip_train.errors import UserError
 from siglip_train.report.charts import short
 from siglip_train.report.curves import Row, duration, latest, training_charts, validation_charts
-from siglip_train.report.sections import table, task_section, tiles
+from siglip_train.report.sections import shown, table, task_section, tiles
 from siglip_train.report.style import STYLE
 
 
@@ -36,7 +36,7 @@ def _page(run_dir: Path) -> str:
     name = escape(run_dir.resolve().name)
     body = "".join(
         (
-            f"<header><h1>{name}</h1>{_tiles(rows)}</header>",
+            f"<header><h1>{name}</h1>{_headline(rows, evaluations)}</header>",
             _charts("Training", training_charts(rows)),
             _charts("Evaluations over training", validation_charts(rows)),
             "".join(task_section(task, evaluation) for task, evaluation in evaluations.items()),
@@ -73,7 +73,7 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _tiles(rows: list[Row]) -> str:
+def _headline(rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> str:
     times = [row["time"] for row in rows if isinstance(row.get("time"), int | float)]
     values = {
         "training loss": _number(latest(rows, "train/loss")),
@@ -82,6 +82,10 @@ def _tiles(rows: list[Row]) -> str:
         "pairs per second": _number(latest(rows, "train/samples_per_second")),
         "logged time": duration(max(times) - min(times)) if times else None,
     }
+    for task, evaluation in evaluations.items():
+        # an evaluator puts the number that matters most first
+        for metric, value in list((evaluation.get("metrics") or {}).items())[:1]:
+            values[f"{task}: {metric}"] = shown(metric, value)
     return tiles({label: value for label, value in values.items() if value})
 
 

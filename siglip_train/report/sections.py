@@ -39,7 +39,8 @@ def tiles(values: dict[str, str]) -> str:
     return f'<dl class="tiles">{"".join(cards)}</dl>'
 
 
-def _shown(name: str, value: float) -> str:
+def shown(name: str, value: float) -> str:
+    """Give recalls and accuracies in per cent, other numbers as they are."""
     is_share = "recall" in name or name.startswith("acc")
     return f"{100 * value:.1f} %" if is_share and math.isfinite(value) else short(value)
 
@@ -50,7 +51,7 @@ def task_section(name: str, evaluation: dict[str, Any]) -> str:
     step = evaluation.get("step")
     when = "" if step is None else f" <small>at step {step:,}</small>"
     metrics = {
-        key: _shown(key, value) for key, value in (evaluation.get("metrics") or {}).items() if "/" not in key
+        key: shown(key, value) for key, value in (evaluation.get("metrics") or {}).items() if "/" not in key
     }
     parts = [
         tiles(metrics),
@@ -73,7 +74,7 @@ def _by_language(languages: dict[str, dict[str, float]]) -> str:
     return table(
         ("language", *(name.replace("_recall", "") for name in names)),
         (
-            (language or "not named", *(_shown(name, values[name]) for name in names))
+            (language or "not named", *(shown(name, values[name]) for name in names))
             for language, values in languages.items()
         ),
         label="by language",
@@ -175,7 +176,7 @@ def _classes(entries: list[Details]) -> str:
     if not entries:
         return ""
     rows = (
-        (entry["name"], _shown("recall", entry["recall"]), entry["images"])
+        (entry["name"], shown("recall", entry["recall"]), entry["images"])
         for entry in sorted(entries, key=lambda entry: entry["recall"])
     )
     classes = table(("class", "recall", "images"), rows)

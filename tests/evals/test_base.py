@@ -122,7 +122,16 @@ def results_on_rank(rank: int, world_size: int, shards: str) -> list:
     evaluations = run_all(tasks, encoder)
     with_details = sorted(task for task, evaluation in evaluations.items() if evaluation.details)
     labels = images.labels.tolist()
-    return [images.embeddings, texts, two, labels, images.counts, calls, flat_metrics(evaluations), with_details]
+    return [
+        images.embeddings,
+        texts,
+        two,
+        labels,
+        images.counts,
+        calls,
+        flat_metrics(evaluations),
+        with_details,
+    ]
 
 
 def one_rank_of_several(world_size: int, shards: str) -> list:
@@ -165,7 +174,9 @@ def test_modules_return_to_their_own_modes_even_after_an_error():
 
 
 def test_bf16_computes_in_bf16_and_returns_fp32(shards):
-    exact, rounded = (encoder_on(precision=precision).encode_images(source(shards)) for precision in ("fp32", "bf16"))
+    exact, rounded = (
+        encoder_on(precision=precision).encode_images(source(shards)) for precision in ("fp32", "bf16")
+    )
     assert rounded.embeddings.dtype == torch.float32
     # measured 6e-3
     difference = (exact.embeddings - rounded.embeddings).abs().max().item()

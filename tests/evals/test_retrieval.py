@@ -92,8 +92,14 @@ def test_details_show_queries_with_what_they_found():
     assert german["results"][0]["correct"]
     assert german["results"][0]["picture"].startswith("data:image/jpeg;base64,")
     assert [found["correct"] for found in details["text_retrieval"][0]["results"]] == [True] + 4 * [False]
-    assert details["similarity"]["values"][3][3] == 1.0
-    assert details["similarity"]["captions"][3] == "de 3"
+    assert [entry["query"] for entry in details["image_retrieval"]] == ["de 0", "de 6", "en 3", "en 9"]
+    similarity = details["similarity"]
+    assert similarity["captions"][:4] == ["de 0", "en 1", "de 2", "en 3"]
+    assert (similarity["values"][2][2], similarity["values"][3][2], similarity["values"][3][3]) == (
+        1.0,
+        1.0,
+        0.0,
+    )
 
 
 def test_other_ranks_get_the_metrics_without_pictures():

@@ -1,0 +1,137 @@
+"""`siglip-eval` as its user runs it: an export and a run, on one rank and two, and mistakes in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip_train.evaluate import main
+from siglip_train.interop.native import Description, write_export
+from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.text import TextConfig
+from siglip_train.models.vision import VisionConfig
+from tests.conftest import ROOT
+
+MODULE = "siglip_train.evaluate"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+
+def evaluate(*arguments: object, launcher: tuple[str, ...] | list[str] = ()) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, MODULE, *map(str, arguments), "device=cpu"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def export(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model, small enough to embed the whole set in a second."""
+    torch.manual_seed(0)
+    size = {"width": 32, "depth": 1, "mlp_dim": 64, "heads": 2}
+    vision = VisionConfig(image_size=32, patch_size=8, **size)
+    model = Siglip(SiglipConfig(vision, TextConfig(context_length=24, vocab_size=1024, **size)))
+    folder = tmp_path_factory.mktemp("models") / "export"
+    write_export(
+        folder, model.state_dict(), Description(model.config, tokenizer=tiny_data / "tokenizer.model")
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tiny_data: Path) -> list[str]:
+    """Overrides that put the quick start's tasks on the small data set."""
+    files = {
+        "seen.shards": "classes_seen/*.tar",
+        "seen.classnames": "classes_seen/classnames.txt",
+        "seen.templates": "classes_seen/templates.txt",
+        "unseen.shards": "classes_unseen/*.tar",
+        "unseen.classnames": "classes_unseen/classnames.txt",
+        "unseen.templates": "classes_unseen/templates.txt",
+        "retrieval.shards": "validation/*.tar",
+        "loss.shards": "validation/*.tar",
+    }
+    fitting = ["evaluation=quickstart", "tasks.loss.reference_batch=8", "workers=0"]
+    return [*fitting, *(f"tasks.{key}={tiny_data}/{value}" for key, value in files.items())]
+
+
+def metrics_in(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"]
+
+
+@pytest.mark.dist
+def test_table_and_json_agree_and_ranks_do_not_matter(
+    export: Path, places: list[str], tmp_path: Path
+) -> None:
+    result = evaluate(f"checkpoint={export}", *places)
+    assert result.returncode == 0, result.stderr
+    alone = metrics_in(export / "evaluation.json")
+    assert {"seen/acc1", "unseen/acc1", "retrieval/image_retrieval_recall@1", "loss/loss"} <= alone.keys()
+    assert any(name.startswith("retrieval/de/") for name in alone)
+    # a model that knows nothing: the loss is near the 10 of its bias
+    assert alone["loss/loss"] == pytest.approx(10.0, abs=1.5)
+    assert f"{alone['seen/acc1']:.4f}" in result.stdout
+    result = evaluate(f"checkpoint={export}", *places, f"output={tmp_path}/two.json", launcher=TORCHRUN)
+    assert result.returncode == 0, result.stderr
+    assert metrics_in(tmp_path / "two.json") == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
+    export: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(export, tmp_path / "checkpoints" / "step-00000001" / "weights")
+    (tmp_path / "checkpoints" / "LAST").write_text("step-00000001\n")
+    (tmp_path / "config.yaml").write_text(
+        "evaluation:\n  tasks:\n    pictures:\n      _target_: siglip_train.evals.retrieval.Retrieval\n"
+        f"      shards: {tiny_data}/validation/*.tar\n      text: json:captions\n      languages: [de]\n"
+    )
+    result = evaluate(f"checkpoint={tmp_path}", "workers=0")
+    assert result.returncode == 0, result.stderr
+    assert "pictures/text_retrieval_recall@10" in metrics_in(tmp_path / "evaluation.json")
+    details = json.loads((tmp_path / "evaluations" / "pictures.json").read_text(encoding="utf-8"))["details"]
+    assert list(details["languages"]) == ["de"]
+    assert "data:image/jpeg;base64," in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluation=quickstart"], ["checkpoint"]),
+        (["checkpoint=/nowhere", "evaluation=quickstart"], ["/nowhere"]),
+        (["checkpoint={export}"], ["evaluation=NAME"]),
+        (["checkpoint={export}", "evaluation=nothing"], ["evaluation", "nothing"]),
+        (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
+        (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
+        (["checkpoint={export}", "evaluation=coco_retrieval"], ["shards"]),
+        (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
+        (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_loaded(
+    export: Path, monkeypatch, capsys, arguments: list[str], words: list[str]
+) -> None:
+    # in this process, as each start of a new one takes seconds
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(
+        sys, "argv", ["siglip-eval", *(argument.format(export=export) for argument in arguments)]
+    )
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message
+
+
+def test_missing_shards_end_in_a_line_and_status_2(export: Path, places: list[str]) -> None:
+    result = evaluate(f"checkpoint={export}", *places, "tasks.seen.shards=/none/*.tar")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "/none/*.tar" in result.stderr
