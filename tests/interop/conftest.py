@@ -11,10 +11,10 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Letters only: pad 0, EOS 1, unknown 2."""
     prefix = tmp_path_factory.mktemp("tokenizer") / "letters"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red cat", "a blue dog", "the green bird sings"] * 20),
+        sentence_iterator=iter(["a red cat", "a blue dog", "the quick fox jumps over my lazy wren"] * 20),
         model_prefix=str(prefix),
         model_type="char",
-        vocab_size=24,
+        vocab_size=40,
         pad_id=0,
         eos_id=1,
         unk_id=2,
