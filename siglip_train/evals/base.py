@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from siglip_train.batch import Images
 from siglip_train.data.evaluation import Caption, EvaluationSource, build_evaluation_loader
 from siglip_train.data.images import ImageTransform
 from siglip_train.distributed.collectives import gather_objects, gather_rows
@@ -116,7 +117,7 @@ class Encoder:
             for batch in loader:
                 self.on_batch()
                 is_real = batch.index >= 0  # [B]
-                images = type(batch.images)(*(_moved(part, self.world.device) for part in batch.images))
+                images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
                 rows.append(self.model.encode_image(images).float()[is_real.to(self.world.device)])
                 labels.append(batch.labels[is_real] if batch.labels is not None else batch.index[is_real])
                 index.append(batch.index[is_real])
