@@ -117,6 +117,41 @@ def test_gradients_equal_transformers(name: str) -> None:
     assert checked > 40
 
 
+@pytest.mark.parametrize("family", ["Siglip", "Siglip2"])
+@torch.no_grad()
+def test_a_folder_transformers_has_just_written(tmp_path: Path, family: str) -> None:
+    """The same comparison without stored outputs, for this version of transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    extent = {"image_size": 16} if family == "Siglip" else {"num_patches": 16}
+    config = getattr(transformers, f"{family}Config")(
+        vision_config={**sizes, **extent, "patch_size": 4},
+        text_config={**sizes, "vocab_size": 30, "max_position_embeddings": 6, "projection_size": 24},
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}Model")(config).eval()
+    for parameter in theirs.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 4 + parameter)
+    theirs.save_pretrained(tmp_path)
+
+    files = read_huggingface(tmp_path)
+    ours = Siglip(files.description.config)
+    ours.load_state_dict(files.state)
+    pixels, tokens = torch.randn(3, 3, 16, 16), torch.randint(30, (3, 6))
+    inputs = {"pixel_values": pixels}
+    if family == "Siglip2":
+        inputs = {
+            "pixel_values": patchify(pixels, 4).patches,
+            "pixel_attention_mask": torch.ones(3, 16, dtype=torch.int64),
+            "spatial_shapes": torch.full((3, 2), 4),
+        }
+    expected = theirs(input_ids=tokens, **inputs)
+    torch.testing.assert_close(ours.encode_image(pixels), expected.image_embeds, rtol=0, atol=NORMALISED)
+    torch.testing.assert_close(ours.encode_text(tokens), expected.text_embeds, rtol=0, atol=NORMALISED)
+    assert ours.logit_scale == theirs.logit_scale
+    assert ours.logit_bias == theirs.logit_bias
+
+
 def test_config_is_read_in_full() -> None:
     config = read_huggingface(golden_folder("hf_siglip_b8_i32")).description.config
     vision, text = config.vision, config.text
