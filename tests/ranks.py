@@ -1,7 +1,9 @@
 """Run a function on several gloo ranks, each a fresh process, and give back what each returned."""
 
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +47,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _next(results: Any, processes: list, deadline: float) -> tuple[int, Any, str | None]:
+    """The next result; a process that died without one (an import error) fails at once and not by time-out."""
+    while time.monotonic() < deadline:
+        # before asking, so that what a process left behind on its way out is still found
+        died = [process.name for process in processes if process.exitcode not in (None, 0)]
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            assert not died, f"{died} ended without a result"
+    raise AssertionError("the ranks took too long")
+
+
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """Call `function(*args)` on `world_size` gloo ranks; return the values in rank order.
 
@@ -59,10 +73,11 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + timeout
     try:
         values: dict[int, Any] = {}
         for _ in processes:
-            rank, value, failure = results.get(timeout=timeout)
+            rank, value, failure = _next(results, processes, deadline)
             assert failure is None, f"rank {rank} failed:\n{failure}"
             values[rank] = value
     finally:

@@ -73,7 +73,7 @@ def test_decay_follows_the_schedule_as_in_big_vision() -> None:
     """One step on a zero gradient: weight * (1 - lr * decay), lr 1e-3 and decay 0.1 being the papers' 1e-4."""
     layer = nn.Linear(3, 3)
     before = layer.weight.detach().clone()
-    optimizer = build_optimizer(layer, OptimConfig(lr=1e-3, weight_decay=0.1))
+    optimizer = build_optimizer(nn.ModuleDict({"layer": layer}), OptimConfig(lr=1e-3, weight_decay=0.1))
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

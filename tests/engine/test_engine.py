@@ -22,8 +22,7 @@ CONFIG = SiglipConfig(
     VisionConfig(image_size=16, patch_size=8, width=20, depth=2, mlp_dim=35, heads=5),
     TextConfig(context_length=5, vocab_size=31, width=20, depth=2, mlp_dim=35, heads=5),
 )
-# with weights this small the gradients are large enough for the clip to act on every step
-OPTIM = OptimConfig(lr=1e-2, clip_norm=0.5)
+OPTIM = OptimConfig(lr=3e-3, clip_norm=5.0)
 
 
 def training_model() -> TrainingModel:
@@ -113,13 +112,14 @@ def train_and_resume(stages: list[int]) -> list[dict]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size: int) -> None:
     expected = torch.tensor(plain_run(), dtype=torch.float64)
-    assert (expected[:, 1] > OPTIM.clip_norm).all(), "the clip should act, or this test does not see it"
+    acts = expected[:, 1] > OPTIM.clip_norm
+    assert acts.any() and not acts.all(), "steps with and without clipping should both be seen"
     by_rank = run_ranks(world_size, train_and_resume, [0, 1, 2, 3])
     for stage, result in enumerate(by_rank[0]):
         measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
-        # measured: 2e-6 for the loss, 1e-5 for the norm
+        # measured: 2e-7 for the loss, 2e-6 for the norm
         torch.testing.assert_close(
-            measured, expected, rtol=1e-4, atol=1e-5, msg=lambda m, s=stage: f"stage {s}: {m}"
+            measured, expected, rtol=1e-5, atol=0, msg=lambda m, s=stage: f"stage {s}: {m}"
         )
         assert result["names"] == sorted(training_model().state_dict())
         assert len(result["moments"]) == 2 * len(list(training_model().parameters()))
@@ -147,9 +147,9 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(world_size: int
     for values in run_ranks(world_size, loss_and_gradients):
         for name, expected in single.items():
             expected, value = torch.as_tensor(expected), torch.as_tensor(values[name])
-            # relative to the tensor's size: k_proj's bias has a gradient of zero by theory
-            scale = max(expected.abs().max().item(), 1e-4)
-            assert (value - expected).abs().max().item() <= 1e-5 * scale, name
+            # the gradient of a key's bias is zero by theory: softmax does not see what all keys share
+            limit = 1e-5 if name.endswith("key.bias") else 1e-5 * expected.abs().max().item()
+            assert (value - expected).abs().max().item() <= limit, name
 
 
 def test_reduce_dtype_decides_which_parameters_travel_in_bf16() -> None:
