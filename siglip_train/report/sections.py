@@ -184,7 +184,7 @@ def _classes(entries: list[Details]) -> str:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    if not any(name.startswith("bad/") for name in counts):
+    if not any(name.startswith(("bad/", "excluded/")) for name in counts):
         return ""
     return table(("samples", "number"), counts.items(), label="some samples could not be used")
 

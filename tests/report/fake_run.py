@@ -97,7 +97,7 @@ def evaluations() -> dict[str, dict[str, Any]]:
         ],
     }  # fmt: skip
     shapes = {
-        "counts": {"seen": 90},
+        "counts": {"seen": 90, "excluded/no text": 1},
         "classes": [{"name": f"class {i}", "images": 10, "recall": i / 9} for i in range(9)],
         "confusions": [{"label": "red circle", "predicted": HOSTILE, "images": 12}],
         "mistakes": [

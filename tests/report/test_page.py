@@ -56,7 +56,7 @@ def test_a_full_run_is_one_small_file_that_fetches_nothing(tmp_path):
         "training loss", "gradient norm", "learning rate", "logit scale", "samples per second", "surprise",
         "share of the step spent waiting", "shapes: acc", "scenes: image_retrieval_recall", "held_out: loss",
         "by language", "Similarity of captions and images", "Images found for a caption",
-        "Captions found for an image", "most frequent confusions", "Mistakes", "bad/broken image",
+        "Captions found for an image", "most frequent confusions", "Mistakes", "bad/broken image", "excluded/no text",
         "Configuration", "name: <tiny>", "Environment", "at step 600", "81.0 %",
     ):  # fmt: skip
         assert words in text, words
