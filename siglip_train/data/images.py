@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siglip_train.batch import Images
+from siglip_train.data.faults import SampleError
 from siglip_train.errors import UserError
 
 try:
@@ -25,29 +26,21 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 _CROP_ATTEMPTS = 10
 
 
-class BadImage(ValueError):  # noqa: N818 - it names the cause that is counted
-    """Bytes that are no usable picture; `cause` is the short name under which they are counted."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause = cause
-
-
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode JPEG, PNG, WebP, ... to an RGB picture.
 
     Transparent pixels are put over white; 16-bit grey keeps its upper 8 bits; CMYK, palettes and 1-bit follow
     Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
-    Raises `BadImage` for what cannot be decoded completely and for more than `max_pixels` pixels.
+    Raises `SampleError` for what cannot be decoded completely and for more than `max_pixels` pixels.
     """
     if not data:
-        raise BadImage("empty image", "0 bytes")
+        raise SampleError("empty image", "0 bytes")
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
             return _decode_jpeg(data, max_pixels)
         except ValueError as error:
             # also odd but readable files, which are Pillow's to judge
-            if isinstance(error, BadImage):
+            if isinstance(error, SampleError):
                 raise
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -55,16 +48,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image.load()
             return to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise BadImage("image too large", str(error)) from error
-    except BadImage:
+        raise SampleError("image too large", str(error)) from error
+    except SampleError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        raise BadImage("broken image", f"{type(error).__name__}: {error}") from error
+        raise SampleError("broken image", f"{type(error).__name__}: {error}") from error
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise BadImage("image too large", f"{width} x {height} pixels, limit {max_pixels}")
+        raise SampleError("image too large", f"{width} x {height} pixels, limit {max_pixels}")
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> Image.Image:

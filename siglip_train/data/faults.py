@@ -1,0 +1,75 @@
+"""Samples that cannot be used: one error type, how they are logged, and when there are too many of them."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_LOG = logging.getLogger(__name__)
+
+# below so many samples the share of bad ones says nothing
+_MIN_SAMPLES = 200
+# bad samples of one cause: the first are all logged, then every hundredth
+_LOGGED, _LOGGED_EVERY = 20, 100
+
+
+class SampleError(ValueError):
+    """One sample is unusable; `cause` is the short name under which it is counted."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+        self.detail = detail
+
+
+class BadSample(NamedTuple):
+    """Where an unusable sample is, the cause it is counted under, and the details ("" = none)."""
+
+    shard: str
+    key: str
+    cause: str
+    detail: str = ""
+
+    @classmethod
+    def of(cls, shard: str, key: str, error: Exception) -> "BadSample":
+        """The sample that failed with `error`; what no one foresaw is a "read error"."""
+        if isinstance(error, SampleError):
+            return cls(shard, key, error.cause, error.detail)
+        return cls(shard, key, "read error", f"{type(error).__name__}: {error}")
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
+
+class BadSampleLog:
+    """Logs bad samples: of each cause the first ones all, then every hundredth."""
+
+    def __init__(self) -> None:
+        self._logged: Counter[str] = Counter()
+
+    def __call__(self, bad: BadSample) -> None:
+        """Log one, or not."""
+        self._logged[bad.cause] += 1
+        count = self._logged[bad.cause]
+        if count <= _LOGGED or count % _LOGGED_EVERY == 0:
+            _LOG.warning("bad sample %s", bad)
+        if count == _LOGGED:
+            _LOG.warning("of those, only every %dth is logged from now on", _LOGGED_EVERY)
+
+
+def too_many(bad: int, seen: int, max_share: float) -> bool:
+    """Is the share of bad samples really above `max_share`?
+
+    Two standard deviations of chance are granted, and nothing is concluded below 200 samples, so that one bad
+    sample in a small run is no error. With `max_share` 0 every bad sample is one too many.
+    """
+    if max_share == 0:
+        return bad > 0
+    allowed = max_share * seen
+    return seen >= _MIN_SAMPLES and bad > allowed + 2 * allowed**0.5
+
+
+def causes(bad: Iterable[BadSample]) -> str:
+    """`3 no text, 1 truncated`."""
+    counts = Counter(each.cause for each in bad)
+    return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())

@@ -1,0 +1,189 @@
+"""Which sample comes when: a pure function of (seed, position), so that a run's place in the data is one number.
+
+Position g of the run is row g % N of global batch g // N. Neither ranks nor workers nor micro-batches enter, hence
+resuming, and resuming on another number of ranks, is arithmetic.
+"""
+
+import bisect
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_train.errors import UserError
+
+Order = Literal["shuffled", "sequential", "resampled"]
+ORDERS = ("shuffled", "sequential", "resampled")
+Ints = NDArray[np.int64]
+
+# one stream of random numbers per purpose
+_SHARDS, _WINDOW, _LABELS, _SAMPLE = range(4)
+# layouts and permutations kept per source: the windows a batch and its neighbours touch
+_CACHED = 8
+
+
+def generator(seed: int, purpose: int, *path: int) -> np.random.Generator:
+    """A generator that depends on its arguments only."""
+    return np.random.default_rng([seed, purpose, *path])
+
+
+def sample_generator(seed: int, position: int) -> np.random.Generator:
+    """The generator of all choices made inside the sample at this position: caption, crop, mirror, substitute."""
+    return generator(seed, _SAMPLE, position)
+
+
+class _Layout(NamedTuple):
+    """One epoch of a source: its shards in reading order and how they are grouped into windows."""
+
+    shards: Ints  # [S]
+    ends: Ints  # [S] samples up to and including each shard
+    windows: list[int]  # [W + 1] first shard of each window, then S
+    starts: list[int]  # [W] samples before each window
+
+
+class SourceOrder:
+    """The endless sequence of one source: slot -> (shard, sample).
+
+    shuffled: shards permuted every epoch, then samples permuted within windows of consecutive permuted shards that
+    hold at least `window` samples; every sample once an epoch.
+    sequential: file order. resampled: every `window` slots come from shards drawn with replacement, no epochs.
+    """
+
+    def __init__(self, counts: Ints, *, seed: int, source: int, window: int, order: Order) -> None:
+        if order not in ORDERS:
+            raise UserError(f"data.order is {order!r}, but must be one of {', '.join(ORDERS)}")
+        if window < 1:
+            raise UserError(f"data.shuffle_window is {window}, but must be at least 1")
+        self.counts = counts
+        self.samples = int(counts.sum())
+        self.seed, self.source, self.window, self.order = seed, source, window, order
+        self._layout = functools.lru_cache(_CACHED)(self._make_layout)
+        self._permutation = functools.lru_cache(_CACHED)(self._make_permutation)
+        self._drawn = functools.lru_cache(_CACHED)(self._draw_window)
+
+    def __reduce__(self) -> tuple:
+        # the caches do not travel to a worker
+        make = functools.partial(
+            SourceOrder, seed=self.seed, source=self.source, window=self.window, order=self.order
+        )
+        return make, (self.counts,)
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """(shard, sample in shard) of a slot."""
+        if self.order == "resampled":
+            shards, samples = self._drawn(slot // self.window)
+            place = slot % self.window
+            return int(shards[place]), int(samples[place])
+        epoch, place = divmod(slot, self.samples)
+        layout = self._layout(epoch)
+        if self.order == "shuffled":
+            window = bisect.bisect_right(layout.starts, place) - 1
+            start = layout.starts[window]
+            place = start + int(self._permutation(epoch, window)[place - start])
+        row = int(np.searchsorted(layout.ends, place, side="right"))
+        shard = int(layout.shards[row])
+        return shard, place - int(layout.ends[row] - self.counts[shard])
+
+    def elsewhere(self, slot: int, rng: np.random.Generator) -> int:
+        """A slot of the same epoch, a quarter to three quarters of it away: hardly in the same batch."""
+        step = self.samples // 4 + int(rng.integers(max(1, self.samples // 2)))
+        epoch, place = divmod(slot, self.samples)
+        return epoch * self.samples + (place + step) % self.samples
+
+    def _make_layout(self, epoch: int) -> _Layout:
+        shards = np.arange(len(self.counts))
+        if self.order == "shuffled":
+            shards = generator(self.seed, _SHARDS, self.source, epoch).permutation(len(self.counts))
+        ends = np.cumsum(self.counts[shards])
+        first, done = [0], 0
+        for row, end in enumerate(ends.tolist()):
+            # what is left after the last full window joins it, so that no window is short
+            if end - done >= self.window and self.samples - end >= self.window:
+                first.append(row + 1)
+                done = end
+        starts = [0, *(int(ends[row - 1]) for row in first[1:])]
+        return _Layout(shards, ends, [*first, len(shards)], starts)
+
+    def _make_permutation(self, epoch: int, window: int) -> Ints:
+        layout = self._layout(epoch)
+        end = int(layout.ends[layout.windows[window + 1] - 1])
+        return generator(self.seed, _WINDOW, self.source, epoch, window).permutation(
+            end - layout.starts[window]
+        )
+
+    def _draw_window(self, window: int) -> tuple[Ints, Ints]:
+        """`window` samples without replacement from shards drawn in proportion to their size."""
+        rng = generator(self.seed, _WINDOW, self.source, window)
+        needed = math.ceil(self.window * len(self.counts) / self.samples)
+        shards = np.empty(0, dtype=np.int64)
+        while self.counts[shards].sum() < self.window:
+            drawn = rng.choice(len(self.counts), size=needed, p=self.counts / self.samples)
+            shards = np.concatenate((shards, drawn))
+        counts = self.counts[shards]
+        picked = rng.permutation(int(counts.sum()))[: self.window]
+        row = np.searchsorted(np.cumsum(counts), picked, side="right")
+        return shards[row], picked - (np.cumsum(counts) - counts)[row]
+
+
+class Mixture:
+    """Positions of the run to slots of several sources, in proportion to their weights.
+
+    Per block of global batches every source gets its quota (largest remainder of the *cumulative* quota, so its
+    count at the end of a block is always within one of weight x samples), in an order shuffled within the block.
+    A block is one global batch, unless some source gets less than one sample of it.
+    """
+
+    def __init__(self, weights: Sequence[float], global_batch_size: int, seed: int) -> None:
+        if min(weights) <= 0 or not all(map(math.isfinite, weights)):
+            raise UserError(f"source weights are {list(weights)}, but must be finite and above 0")
+        # as written (0.1 is a tenth), so that quotas are exact integers however long the run is
+        shares = [Fraction(str(weight)) for weight in weights]
+        common = math.lcm(*(share.denominator for share in shares))
+        self._parts = [int(share * common) for share in shares]
+        self._total = sum(self._parts)
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        # below one sample a block, the largest remainder could take back what it gave
+        batches = max(math.ceil(Fraction(self._total, part * global_batch_size)) for part in self._parts)
+        self.block_size = batches * global_batch_size
+        self._block = functools.lru_cache(4)(self._make_block)
+
+    def __reduce__(self) -> tuple:
+        return _mixture_from_parts, (self._parts, self.global_batch_size, self.seed)
+
+    def quotas(self, samples: int) -> list[int]:
+        """How many of the first `samples` positions belong to each source, at the end of a block."""
+        floors = [samples * part // self._total for part in self._parts]
+        remainders = [samples * part % self._total for part in self._parts]
+        by_remainder = sorted(range(len(floors)), key=lambda source: -remainders[source])
+        for source in by_remainder[: samples - sum(floors)]:
+            floors[source] += 1
+        return floors
+
+    def slots(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Source and source slot of the positions start..stop-1, which lie in one block."""
+        block, offset = divmod(start, self.block_size)
+        sources, slots = self._block(block)
+        window = slice(offset, offset + stop - start)
+        return sources[window], slots[window]
+
+    def _make_block(self, block: int) -> tuple[Ints, Ints]:
+        begin = block * self.block_size
+        before, after = self.quotas(begin), self.quotas(begin + self.block_size)
+        if len(before) == 1:
+            return np.zeros(self.block_size, dtype=np.int64), np.arange(begin, begin + self.block_size)
+        sources = np.repeat(np.arange(len(before)), np.subtract(after, before))
+        generator(self.seed, _LABELS, block).shuffle(sources)
+        slots = np.empty(self.block_size, dtype=np.int64)
+        for source, first in enumerate(before):
+            mine = sources == source
+            slots[mine] = np.arange(first, first + int(mine.sum()))
+        return sources, slots
+
+
+def _mixture_from_parts(parts: list[int], global_batch_size: int, seed: int) -> Mixture:
+    return Mixture(parts, global_batch_size, seed)

@@ -1,0 +1,144 @@
+"""The work of a loader's worker: read, decode and tokenise a part of this rank's share of a global batch."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from siglip_train.batch import Batch
+from siglip_train.data.faults import BadSample, SampleError
+from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.order import Mixture, SourceOrder, sample_generator
+from siglip_train.data.samples import CaptionChoice, Field
+from siglip_train.data.shards import RawSample, ShardReader, ShardSet, short_name
+from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.errors import UserError
+
+# samples a worker hands over at once: a large batch is made by all workers, and memory stays bounded
+_PIECE = 256
+# substitutes tried for one bad sample
+_ATTEMPTS = 8
+
+
+class Share(NamedTuple):
+    """What part of every global batch this rank takes: positions rank * size and following."""
+
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def size(self) -> int:
+        """Samples of this rank in a global batch. Raises `UserError` where the ranks do not divide it."""
+        if self.global_batch_size % self.world_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of the {self.world_size} ranks"
+            )
+        return self.global_batch_size // self.world_size
+
+
+@dataclass
+class Source:
+    """One source, ready to read."""
+
+    name: str
+    shards: ShardSet
+    order: SourceOrder
+    captions: CaptionChoice
+    language: Field | None
+    language_name: str | None
+    reader: ShardReader
+
+    def language_of(self, sample: RawSample) -> str | None:
+        if self.language is None:
+            return self.language_name
+        return str(self.language.first(sample) or "unknown")
+
+
+class Report(NamedTuple):
+    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not)."""
+
+    counts: Counter[str]
+    bad: list[BadSample]
+    failure: str = ""
+
+
+class _Row(NamedTuple):
+    """One finished sample."""
+
+    patches: np.ndarray  # uint8 [L, P]
+    caption: str
+    key: str
+
+
+class Pieces(Dataset):
+    """Piece number -> part of this rank's share of a global batch. A pure function, so workers hold no state."""
+
+    def __init__(self, sources: list[Source], mixture: Mixture, share: Share, tokenizer: Tokenizer,
+                 transform: ImageTransform, max_pixels: int) -> None:  # fmt: skip
+        self.sources, self.mixture, self.share = sources, mixture, share
+        self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
+        self.per_batch = -(-share.size // _PIECE)
+
+    def __getitem__(self, number: int) -> tuple[Batch | None, Report]:
+        batch, piece = divmod(number, self.per_batch)
+        start = batch * self.share.global_batch_size + self.share.rank * self.share.size
+        begin, end = (start + self.share.size * part // self.per_batch for part in (piece, piece + 1))
+        report = Report(Counter(), [])
+        sources, slots = self.mixture.slots(begin, end)
+        try:
+            rows = [
+                self._row(position, self.sources[source], slot, report)
+                for position, source, slot in zip(
+                    range(begin, end), sources.tolist(), slots.tolist(), strict=True
+                )
+            ]
+        except UserError as error:
+            return None, report._replace(failure=str(error))
+        images = self.transform.batch([row.patches for row in rows])
+        texts = self.tokenizer([row.caption for row in rows])
+        return Batch(images, texts, keys=tuple(row.key for row in rows)), report
+
+    def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
+        rng = sample_generator(self.mixture.seed, position)
+        for attempt in range(1 + _ATTEMPTS):
+            shard, number = source.order.locate(slot)
+            sample = None
+            try:
+                sample = source.reader.read(shard, number)
+                row = self._finished(sample, source, rng)
+            except UserError:
+                raise
+            except Exception as error:  # whatever is wrong with one sample must not end the run
+                name, key = (
+                    (sample.shard, sample.key) if sample else (short_name(source.shards.urls[shard]), "?")
+                )
+                report.bad.append(BadSample.of(name, key, error))
+                slot = source.order.elsewhere(slot, rng)
+                continue
+            report.counts.update(_counted(source, sample, attempt))
+            return row
+        raise UserError(
+            f"source {source.name}: {1 + _ATTEMPTS} samples in a row are unusable, the last {report.bad[-1]};"
+            f" check data.sources.{source.name}"
+        )
+
+    def _finished(self, sample: RawSample, source: Source, rng: np.random.Generator) -> _Row:
+        caption = source.captions.draw(sample, rng)
+        image = decode(sample.members["image"], self.max_pixels)
+        return _Row(self.transform(image, rng), caption, sample.name)
+
+
+def _counted(source: Source, sample: RawSample, attempt: int) -> Iterator[str]:
+    yield f"source/{source.name}"
+    if attempt:
+        yield "substituted"
+    try:
+        language = source.language_of(sample)
+    except SampleError:
+        language = "unknown"
+    if language is not None:
+        yield f"language/{language}"

@@ -1,0 +1,280 @@
+"""The training loader: an endless, resumable stream of `Batch`, this rank's share of every global batch."""
+
+import itertools
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from siglip_train.batch import Batch, Images
+from siglip_train.data.faults import BadSampleLog, causes, too_many
+from siglip_train.data.images import MAX_PIXELS, ImageTransform
+from siglip_train.data.order import Mixture, Order, SourceOrder
+from siglip_train.data.pieces import Pieces, Report, Share, Source
+from siglip_train.data.samples import CaptionChoice, Field
+from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
+from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.data.workers import outlive_signals
+from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class SourceConfig:
+    """One set of shards.
+
+    shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
+    weight: share of the mixture, relative to the other sources. image: member extensions in order of preference.
+    text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them), or a mapping of such to
+    probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`).
+    """
+
+    shards: Any
+    weight: float = 1.0
+    image: str = "jpg;jpeg;png;webp;bmp"
+    text: Any = "txt"
+    language: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """What to train on and how to read it.
+
+    shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
+    max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
+    max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
+    prefetch: pieces of up to 256 samples that each worker holds ready.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    workers: int = 2
+    shuffle_window: int = 16384
+    order: Order = "shuffled"
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: bool = False
+    min_crop_area: float = 1.0
+    max_bad_share: float = 0.01
+    max_image_pixels: int = MAX_PIXELS
+    cache_dir: str | None = None
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.workers < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
+            raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
+
+
+class Loader:
+    """An endless iterator over this rank's `Batch`es.
+
+    samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
+    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`, and `excluded/<cause>` for what the shards
+    hold but cannot be used, `repeated_keys`. fingerprint: changes with the samples or their order.
+    """
+
+    def __init__(
+        self, pieces: Pieces, config: DataConfig, *, state: dict[str, Any] | None, pin_memory: bool
+    ) -> None:
+        self.config = config
+        self.fingerprint = _fingerprint(pieces, config)
+        self.samples_seen = 0
+        self.counts: Counter[str] = Counter()
+        self._pieces, self._pin_memory, self._log = pieces, pin_memory, BadSampleLog()
+        if state is not None:
+            self._resume(state)
+        self._unusable = self._found_unusable()
+        self.counts.update(self._unusable)
+
+    def state(self) -> dict[str, Any]:
+        """What `build_loader` needs to go on after the last batch handed out."""
+        # what is unusable is found anew at the next start
+        counts = dict(self.counts - self._unusable)
+        return {"samples_seen": self.samples_seen, "counts": counts, "fingerprint": self.fingerprint}
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        size = self._pieces.share.global_batch_size
+        self.samples_seen = state["samples_seen"]
+        self.counts.update(state["counts"])
+        if self.samples_seen % size:
+            raise UserError(
+                f"cannot resume after {self.samples_seen} samples with global_batch_size {size}, which does not divide"
+                " it; use the size of the interrupted run"
+            )
+        if state["fingerprint"] != self.fingerprint:
+            _LOG.warning(
+                "the shards, weights, seed or order differ from those of the checkpoint: the data do not go on where"
+                " they stopped, but at the same position of another sequence"
+            )
+
+    def _found_unusable(self) -> Counter[str]:
+        """Count and log what the shards hold but cannot give."""
+        found: Counter[str] = Counter()
+        for source in self._pieces.sources:
+            shards = source.shards
+            found.update(f"excluded/{bad.cause}" for bad in shards.excluded)
+            found.update({"repeated_keys": shards.repeated})
+            if self._pieces.share.rank == 0:
+                self._log_unusable(source)
+            excluded = len(shards.excluded)
+            if too_many(excluded, excluded + len(shards), self.config.max_bad_share):
+                raise UserError(
+                    f"source {source.name}: {excluded} of {excluded + len(shards)} samples are incomplete"
+                    f" ({causes(shards.excluded)}); check image and text of data.sources.{source.name}"
+                    " or raise data.max_bad_share"
+                )
+        # a cause with no case is not worth a line
+        return +found
+
+    def _log_unusable(self, source: Source) -> None:
+        for bad in source.shards.excluded:
+            self._log(bad)
+        if source.shards.repeated:
+            _LOG.warning(
+                "source %s: %d samples have a key that came before in the same shard, as if the members of one sample"
+                " were not adjacent",
+                source.name,
+                source.shards.repeated,
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        per_batch = self._pieces.per_batch
+        first = self.samples_seen // self._pieces.share.global_batch_size * per_batch
+        stream = iter(
+            _data_loader(self._pieces, itertools.count(first), self.config, pin_memory=self._pin_memory)
+        )
+        while True:
+            parts = [self._checked(*next(stream)) for _ in range(per_batch)]
+            self.samples_seen += self._pieces.share.global_batch_size
+            yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+
+    def _checked(self, batch: Batch | None, report: Report) -> Batch:
+        self.counts.update(report.counts)
+        for bad in report.bad:
+            self.counts[f"bad/{bad.cause}"] += 1
+            self._log(bad)
+        if batch is None:
+            raise UserError(report.failure)
+        self.counts["seen"] += batch.size
+        bad_samples = sum(count for name, count in self.counts.items() if name.startswith("bad/"))
+        if report.bad and too_many(bad_samples, self.counts["seen"], self.config.max_bad_share):
+            raise UserError(
+                f"{bad_samples} bad samples among {self.counts['seen']}, more than data.max_bad_share"
+                f" {self.config.max_bad_share} allows; the last: {report.bad[-1]}; the log names the others"
+            )
+        return batch
+
+
+def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
+    def cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+        out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
+        return torch.cat(tensors, out=out)
+
+    images = Images(cat([part.images.patches for part in parts]), cat([part.images.grid for part in parts]))
+    keys = tuple(key for part in parts for key in part.keys)
+    return Batch(images, cat([part.texts for part in parts]), keys=keys)
+
+
+def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        pieces,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals if config.workers else None,
+    )
+
+
+def _fingerprint(pieces: Pieces, config: DataConfig) -> str:
+    parts = [
+        (source.name, [url.rsplit("/", 1)[-1] for url in source.shards.urls], source.shards.counts.tolist())
+        for source in pieces.sources
+    ]
+    weights = [source.weight for source in config.sources.values()]
+    content = (parts, weights, pieces.mixture.seed, config.order, config.shuffle_window)
+    return f"{zlib.crc32(repr(content).encode()):08x}"
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    share: Share,
+    seed: int,
+    state: dict[str, Any] | None = None,
+    pin_memory: bool = False,
+    progress: Progress | None = None,
+) -> Loader:
+    """Find and count the shards, check them, and make the loader.  # all ranks
+
+    state: of an interrupted run's loader, on any number of ranks and workers. progress: called with (shards done,
+    shards in all) while counting. Raises `UserError` for what would stop training: shards that are missing or
+    unreadable, too few samples, too many incomplete ones.
+    """
+    if not config.sources:
+        raise UserError("data.sources is empty; give data.sources.NAME.shards=...")
+    names, sources = list(config.sources), list(config.sources.values())
+    choices = [CaptionChoice(source.text) for source in sources]
+    languages = [_language(source) for source in sources]
+    wanted = [
+        Wanted(extensions(source.image), choice.members, (language.member,) if language else ())
+        for source, choice, language in zip(sources, choices, languages, strict=True)
+    ]
+    shard_sets = survey([source.shards for source in sources], wanted, config.cache_dir, progress)
+    mixture = Mixture([source.weight for source in sources], share.global_batch_size, seed)
+    _check_sizes(names, shard_sets, mixture)
+    ready = [
+        Source(
+            name=name,
+            shards=shards,
+            order=SourceOrder(
+                shards.counts, seed=seed, source=number, window=config.shuffle_window, order=config.order
+            ),
+            captions=choice,
+            language=language,
+            language_name=None if language else source.language,
+            reader=ShardReader(shards),
+        )
+        for number, (name, source, shards, choice, language) in enumerate(
+            zip(names, sources, shard_sets, choices, languages, strict=True)
+        )
+    ]
+    pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
+    return Loader(pieces, config, state=state, pin_memory=pin_memory)
+
+
+def extensions(image: str) -> tuple[str, ...]:
+    """`jpg;png` to its extensions. Raises `UserError` where there is none."""
+    found = tuple(part.strip().lower().lstrip(".") for part in image.split(";") if part.strip())
+    if not found:
+        raise UserError(f'image is {image!r}, but must name member extensions, such as "jpg;png"')
+    return found
+
+
+def _language(source: SourceConfig) -> Field | None:
+    is_field = source.language is not None and source.language.startswith("json:")
+    return Field.parse(source.language or "") if is_field else None
+
+
+def _check_sizes(names: list[str], shard_sets: list[ShardSet], mixture: Mixture) -> None:
+    per_batch = mixture.quotas(mixture.block_size)
+    for name, shards, quota in zip(names, shard_sets, per_batch, strict=True):
+        if len(shards) == 0:
+            raise UserError(
+                f"source {name}: none of its {len(shards.urls)} shards holds a sample with image and text"
+                f" ({causes(shards.excluded) or 'they are empty'}); first shard: {shards.urls[0]}"
+            )
+        if len(shards) < min(quota, mixture.global_batch_size):
+            raise UserError(
+                f"source {name} has {len(shards)} complete samples, fewer than the {quota} of one global batch;"
+                " lower global_batch_size or its weight, or add shards"
+            )
