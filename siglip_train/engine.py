@@ -61,6 +61,8 @@ def build_engine(
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # an all-reduce for CPU ranks that DeepSpeed would compile here, which needs a compiler on the user's machine
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -131,7 +133,7 @@ def _full(engine: Any, parameter: Tensor, key: str | None) -> Tensor:
     return safe_get_full_optimizer_state(parameter, key)
 
 
-def scalar(engine: Any, parameter: nn.Parameter) -> float:
+def scalar(engine: Any, parameter: Tensor) -> float:
     """The value of a one-element parameter, also where ZeRO-3 has sharded it. All ranks."""
     full = _full(engine, parameter, None) if parameter.requires_grad else _frozen(parameter)
     return full.item()
@@ -151,7 +153,7 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     return weights
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+def _gathered(parameters: Iterable[Tensor]) -> AbstractContextManager:
     """A context in which the parameters are whole on every rank, sharded or not. All ranks."""
     import deepspeed
 
@@ -159,9 +161,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
-def _frozen(parameter: nn.Parameter) -> Tensor:
+def _frozen(parameter: Tensor) -> Tensor:
     """A frozen parameter has no fp32 copy in the optimizer; under ZeRO-3 it is gathered from the shards. All ranks."""
-    with gathered([parameter]):
+    with _gathered([parameter]):
         return parameter.detach().clone()
 
 

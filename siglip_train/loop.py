@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 class BatchStream(Protocol):
     """What the loop asks of a loader: batches without end, its state, its counts."""
 
-    counts: dict[str, int]
+    counts: Counter[str]
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -18,7 +18,8 @@ from siglip_train import checkpoint, engine, loop
 from siglip_train.composition import instantiate, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.images import ImageTransform
-from siglip_train.data.pipeline import Share, build_loader
+from siglip_train.data.pieces import Share
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
 from siglip_train.distributed.setup import World, init_world
