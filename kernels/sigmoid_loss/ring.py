@@ -77,11 +77,13 @@ def check_equal_on_ranks(images: Tensor, group: dist.ProcessGroup, *, gradients:
     mine = [*images.shape, _DTYPES.index(images.dtype), int(gradients)]
     highest = _maximum([*mine, *(-value for value in mine)], images.device, group)
     lowest = [-value for value in highest[4:]]
-    if highest[:4] != lowest:
+    names = "number of rows", "width", "dtype", "use of gradients"
+    unequal = [name for name, low, high in zip(names, lowest, highest, strict=False) if low != high]
+    if unequal:
         raise ValueError(
-            "sigmoid_loss: the ranks of a group need equal shapes, dtypes and use of gradients; this rank has "
-            f"{tuple(images.shape)} {images.dtype}, all ranks together {lowest[0]} to {highest[0]} rows of width "
-            f"{lowest[1]} to {highest[1]}. Drop the incomplete last batch, or call the loss alike on every rank"
+            f"sigmoid_loss: the ranks of a group must have equal batches, but differ in {' and '.join(unequal)}; "
+            f"rows from {lowest[0]} to {highest[0]}, on this rank {tuple(images.shape)} {images.dtype}. Drop the "
+            "incomplete last batch, and call the loss alike on every rank"
         )
 
 

@@ -1,5 +1,6 @@
 """Where this process stands among the others: reads the launcher's variables and starts torch.distributed."""
 
+import atexit
 import datetime
 import os
 import re
@@ -61,12 +62,25 @@ def init_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Wor
     return World(dist.get_rank(), dist.get_world_size(), launch.local_rank, place)
 
 
+def leave_world() -> None:
+    """Take the process groups down, at the normal end of a run.  # all ranks"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _read_launch(environment: Mapping[str, str]) -> _Launch:
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _read_torchrun(environment)
-    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
-        return _read_slurm(environment)
-    return _Launch(0, 1, 0, None)
+        launch = _read_torchrun(environment)
+    elif "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
+        launch = _read_slurm(environment)
+    else:
+        launch = _Launch(0, 1, 0, None)
+    if launch.rank >= launch.world_size:
+        raise UserError(
+            f"rank {launch.rank} of a world of {launch.world_size} cannot be: RANK and WORLD_SIZE (or SLURM_PROCID "
+            "and SLURM_NTASKS) disagree; start the ranks with torchrun or srun"
+        )
+    return launch
 
 
 def _read_torchrun(environment: Mapping[str, str]) -> _Launch:
@@ -148,7 +162,12 @@ def _join(launch: _Launch, place: torch.device, timeout: datetime.timedelta) -> 
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
         )
     except dist.DistError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"rank {rank} of {world_size} could not join the others at {host}:{port}: {str(error).splitlines()[0]}. "
+            f"rank {rank} of {world_size} could not join the others at {host}:{port}: {reason}. "
             "Check that every rank was started, and that MASTER_ADDR and MASTER_PORT are right and reachable"
         ) from error
+    if backend == "gloo":
+        # gloo's threads abort an interpreter that ends before them. NCCL only warns, and after an error on one
+        # rank taking it down could wait for the others
+        atexit.register(leave_world)
