@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import omegaconf
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from siglip_train.composition import build, instantiate, plain, run_hydra
+from siglip_train.composition import REQUIRED, build, instantiate, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics, run_all, write_evaluations
 from siglip_train.interop.load import load_model
 from siglip_train.report import write_report
 
@@ -59,7 +60,7 @@ def run(values: dict[str, Any]) -> None:
     """Evaluate as the composed config `values` says. All ranks."""
     config = build(EvaluateConfig, values)
     nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
-    tasks = {name: instantiate(node, f"tasks.{name}") for name, node in nodes.items()}
+    tasks = {name: _task(name, node) for name, node in nodes.items()}
     output = _writable_output(config)
     world = init_world(config.device)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
@@ -78,6 +79,13 @@ def run(values: dict[str, Any]) -> None:
         _show(evaluations, output)
     barrier()
     torch.distributed.destroy_process_group()
+
+
+def _task(name: str, node: Any) -> Evaluator:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if value == REQUIRED:
+            raise UserError(f"tasks.{name}.{key}: a value is required, give tasks.{name}.{key}=…")
+    return instantiate(node, f"tasks.{name}")
 
 
 def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
@@ -144,8 +152,9 @@ def _show_languages(console: Console, task: str, metrics: dict[str, float]) -> N
     names = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
     if not names:
         return
-    # one word a line, because six columns must fit 80 characters
-    table = Table("language", *(name.replace("_", "\n") for name in names), title=task)
+    # short headings and no vertical rules, because six columns must fit 80 characters
+    headings = (name.replace("_retrieval_", "\n") for name in names)
+    table = Table("language", *headings, title=task, box=box.SIMPLE_HEAD, pad_edge=False)
     for language in dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name):
         table.add_row(language, *(f"{metrics[f'{language}/{name}']:.4f}" for name in names))
     console.print(table)

@@ -108,7 +108,7 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["checkpoint={export}", "evaluation=nothing"], ["evaluation", "nothing"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
-        (["checkpoint={export}", "evaluation=coco_retrieval"], ["shards"]),
+        (["checkpoint={export}", "evaluation=coco_retrieval"], ["tasks.coco.shards=…"]),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 WIDTH, HEIGHT = 520, 244
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 36
@@ -11,6 +11,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 36
 # a line of more points than pixels only makes the file larger
 MOST_POINTS = 400
 MOST_HOVER_POINTS = 80
+
+YScale = Literal["linear", "log if wide"]
 
 
 class Series(NamedTuple):
@@ -38,10 +40,10 @@ class Scale(NamedTuple):
         return math.log10(value) if self.is_log else value
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_name: str = "step") -> str:
+def line_chart(title: str, series: Sequence[Series], *, y: YScale = "linear", x_name: str = "step") -> str:
     """Give an `<figure>` with the chart and its legend; an empty string where there is nothing to draw.
 
-    The y axis is logarithmic where all values are positive and span more than two orders of magnitude.
+    y "log if wide": logarithmic where all values are positive and span more than two orders of magnitude.
     """
     finite = [
         Series(line.name, kept)
@@ -50,7 +52,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_name: str = "step") ->
     ]
     if not finite:
         return ""
-    x_scale, y_scale = _scales([point for line in finite for point in line.points])
+    x_scale, y_scale = _scales([point for line in finite for point in line.points], y)
     # gaps are drawn from all points, so only lines without any finite value are dropped
     names = {line.name for line in finite}
     lines = [
@@ -120,9 +122,9 @@ def short(value: float) -> str:
     return f"{value:.4g}" if size >= 1e-3 else f"{value:.2g}"
 
 
-def _scales(points: Sequence[tuple[float, float]]) -> tuple[Scale, Scale]:
+def _scales(points: Sequence[tuple[float, float]], y: YScale) -> tuple[Scale, Scale]:
     xs, ys = zip(*points, strict=True)
-    is_log = min(ys) > 0 and max(ys) / min(ys) > 100
+    is_log = y == "log if wide" and min(ys) > 0 and max(ys) / min(ys) > 100
     x_low, x_high = _room(min(xs), max(xs), 0.0)
     y_low, y_high = (min(ys) / 1.3, max(ys) * 1.3) if is_log else _room(min(ys), max(ys), 0.06)
     return (

@@ -12,28 +12,29 @@ Point = tuple[float, float]
 
 # title -> series name -> metric
 _TRAINING_CHARTS: dict[str, dict[str, str]] = {
-    "gradient norm": {"before clipping": "train/grad_norm", "after clipping": "train/grad_norm_clipped"},
     "learning rate": {"lr": "train/lr"},
     "logit scale (multiplier)": {"scale": "train/logit_scale"},
     "logit bias": {"bias": "train/logit_bias"},
     "samples per second": {"all ranks": "train/samples_per_second"},
+    "seconds per step": {"all": "train/step_time", "computing": "train/compute_time"},
     "model FLOPs utilisation": {"MFU": "train/mfu"},
     "memory, GiB": {"peak": "train/memory_gib"},
 }
-_TIMES = ("train/data_time", "train/exchange_time", "train/step_time")
+_GRADIENT_NORMS = {"before clipping": "train/grad_norm", "after clipping": "train/grad_norm_clipped"}
+# shown as shares of the step, or a constant multiple of what is shown
+_SHOWN_OTHERWISE = {"train/data_time", "train/exchange_time", "train/samples_per_second_per_rank"}
 
 
 def training_charts(rows: list[Row]) -> str:
     """Give the charts of training: losses first, then the known groups, then whatever else was logged."""
     losses = _distinct_losses(rows)
-    shown = {name for chart in _TRAINING_CHARTS.values() for name in chart.values()} | {*_TIMES}
+    charts_shown = (*_TRAINING_CHARTS.values(), _GRADIENT_NORMS)
+    shown = {name for chart in charts_shown for name in chart.values()} | _SHOWN_OTHERWISE
     others = [name for name in _names(rows, "train/") if name not in shown and not name.endswith("loss")]
     charts = [
         line_chart("training loss", [Series(_tail(name), _points(rows, name)) for name in losses]),
-        *(
-            line_chart(title, [Series(name, _points(rows, metric)) for name, metric in chart.items()])
-            for title, chart in _TRAINING_CHARTS.items()
-        ),
+        line_chart("gradient norm", _series(rows, _GRADIENT_NORMS), y="log if wide"),
+        *(line_chart(title, _series(rows, chart)) for title, chart in _TRAINING_CHARTS.items()),
         line_chart("share of the step spent waiting", _waits(rows)),
         *(line_chart(_tail(name), [Series(_tail(name), _points(rows, name))]) for name in others),
     ]
@@ -92,6 +93,10 @@ def _points_of(rows: Iterable[Row], value_of: Callable[[Row], Any]) -> list[Poin
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float)
+
+
+def _series(rows: Iterable[Row], metrics: dict[str, str]) -> list[Series]:
+    return [Series(name, _points(rows, metric)) for name, metric in metrics.items()]
 
 
 def _waits(rows: list[Row]) -> list[Series]:

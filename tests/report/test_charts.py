@@ -78,6 +78,8 @@ def test_nothing_to_draw_gives_nothing():
     assert line_chart("x", [Series("x", []), Series("y", [(1, math.nan)])]) == ""
 
 
-def test_wide_positive_ranges_are_logarithmic():
-    assert "log scale" in line_chart("norm", [Series("norm", [(0, 1e-3), (1, 10.0)])])
-    assert "log scale" not in line_chart("norm", [Series("norm", [(0, 0.0), (1, 10.0)])])
+def test_wide_positive_ranges_are_logarithmic_where_asked():
+    wide, with_zero = ([Series("norm", [(0, low), (1, 10.0)])] for low in (1e-3, 0.0))
+    assert "log scale" in line_chart("norm", wide, y="log if wide")
+    assert "log scale" not in line_chart("norm", with_zero, y="log if wide")
+    assert "log scale" not in line_chart("norm", wide)
