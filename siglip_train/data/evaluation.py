@@ -22,7 +22,7 @@ from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
-from siglip_train.data.workers import outlive_signals
+from siglip_train.data.workers import outlive_signals, unchanged
 from siglip_train.errors import UserError
 
 _LANGUAGE_FIELDS = ("json:lang", "json:language")
@@ -163,6 +163,7 @@ class EvaluationLoader:
         loader = DataLoader(
             self._batches,
             batch_size=None,
+            collate_fn=unchanged,
             sampler=numbers,
             num_workers=workers,
             worker_init_fn=outlive_signals if workers else None,

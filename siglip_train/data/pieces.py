@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +58,15 @@ class Source:
         return str(self.language.first(sample) or "unknown")
 
 
-class Report(NamedTuple):
-    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not)."""
+@dataclass
+class Report:
+    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not).
 
-    counts: Counter[str]
-    bad: list[BadSample]
+    NOTE: no tuple or mapping, because the DataLoader copies those item by item, and a Counter comes out doubled.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    bad: list[BadSample] = field(default_factory=list)
     failure: str = ""
 
 
@@ -87,7 +91,7 @@ class Pieces(Dataset):
         batch, piece = divmod(number, self.per_batch)
         start = batch * self.share.global_batch_size + self.share.rank * self.share.size
         begin, end = (start + self.share.size * part // self.per_batch for part in (piece, piece + 1))
-        report = Report(Counter(), [])
+        report = Report()
         sources, slots = self.mixture.slots(begin, end)
         try:
             rows = [
@@ -97,7 +101,8 @@ class Pieces(Dataset):
                 )
             ]
         except UserError as error:
-            return None, report._replace(failure=str(error))
+            report.failure = str(error)
+            return None, report
         images = self.transform.batch([row.patches for row in rows])
         texts = self.tokenizer([row.caption for row in rows])
         return Batch(images, texts, keys=tuple(row.key for row in rows)), report
@@ -113,10 +118,8 @@ class Pieces(Dataset):
             except UserError:
                 raise
             except Exception as error:  # whatever is wrong with one sample must not end the run
-                name, key = (
-                    (sample.shard, sample.key) if sample else (short_name(source.shards.urls[shard]), "?")
-                )
-                report.bad.append(BadSample.of(name, key, error))
+                name = short_name(source.shards.urls[shard])
+                report.bad.append(BadSample.of(name, sample.key if sample else "?", error))
                 slot = source.order.elsewhere(slot, rng)
                 continue
             report.counts.update(_counted(source, sample, attempt))

@@ -19,7 +19,7 @@ from siglip_train.data.pieces import Pieces, Report, Share, Source
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.data.workers import outlive_signals
+from siglip_train.data.workers import outlive_signals, unchanged
 from siglip_train.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory
     return DataLoader(
         pieces,
         batch_size=None,
+        collate_fn=unchanged,
         sampler=numbers,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
