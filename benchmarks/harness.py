@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 # from here on the others on the machine may explain a difference
 CONTENDED_CORES = 0.15
 
@@ -265,10 +266,11 @@ def tree_cpu_seconds(pid: int | None = None) -> float:
 
 def _revision() -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        command = ["git", "-C", str(HERE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    return commit + ("-dirty" if git("status", "--porcelain", "-uno") else "")
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,143 @@
+"""One loader in a process of its own, driven over pipes by bench_loader.py, with the project's packages or the peer's.
+
+Reads a line of JSON per measurement and answers with a line: samples a second, and a second of CPU time.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from harness import tree_cpu_seconds
+
+BATCH_SIZE, CONTEXT_LENGTH, PATCH_SIZE = 64, 64, 16
+WARMUP_BATCHES = 20  # beyond the first 1,000 samples, which fill the shuffle buffers of the peers
+
+
+class Job(NamedTuple):
+    """What to load: shards, the side of the pictures, a sentencepiece model, and for how long to measure."""
+
+    shards: list[str]
+    image_size: int
+    tokenizer: str
+    seconds: float
+
+
+def load_ours(job: Job) -> Iterator[Any]:
+    """`siglip_train.data`, one worker."""
+    from siglip_train.data.images import ImageTransform
+    from siglip_train.data.pieces import Share
+    from siglip_train.data.pipeline import DataConfig, SourceConfig, build_loader
+    from siglip_train.data.tokenizer import load_tokenizer
+
+    config = DataConfig({"all": SourceConfig(job.shards)}, workers=1, resize="bicubic")
+    loader = build_loader(
+        config,
+        tokenizer=load_tokenizer(job.tokenizer, context_length=CONTEXT_LENGTH),
+        transform=ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic"),
+        share=Share(BATCH_SIZE),
+        seed=0,
+    )
+    return iter(loader)
+
+
+def load_open_clip(job: Job) -> Iterator[Any]:
+    """`get_wds_dataset` of open_clip_train, one worker, as its training command builds it."""
+    import open_clip_train.data as peer
+
+    # as large as its initial fill, so that the measured stretch is a steady state
+    peer._SAMPLE_SHUFFLE_SIZE = peer._SAMPLE_SHUFFLE_INITIAL
+    arguments = SimpleNamespace(
+        train_data="::".join(job.shards),
+        train_num_samples=10**9,
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        batch_size=BATCH_SIZE,
+        workers=1,
+        world_size=1,
+        seed=0,
+    )
+    tokenize = _tokenizer(job.tokenizer)
+    return iter(
+        peer.get_wds_dataset(arguments, _transform(job.image_size), True, tokenizer=tokenize).dataloader  # noqa: FBT003
+    )
+
+
+def load_webdataset(job: Job) -> Iterator[Any]:
+    """The pipeline of webdataset's own documentation, one worker."""
+    import webdataset
+
+    tokenize = _tokenizer(job.tokenizer)
+    dataset = (
+        webdataset.WebDataset(job.shards, shardshuffle=len(job.shards))
+        .repeat()
+        .shuffle(1000, initial=1000)
+        .decode("pilrgb")
+        .to_tuple("jpg;png;jpeg;webp", "txt")
+        .map_tuple(_transform(job.image_size), lambda text: tokenize(text)[0])
+        .batched(BATCH_SIZE)
+    )
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=1))
+
+
+CONTESTANTS: dict[str, Callable[[Job], Iterator[Any]]] = {
+    "ours": load_ours,
+    "open_clip": load_open_clip,
+    "webdataset": load_webdataset,
+}
+
+
+def _transform(image_size: int) -> Callable[[Any], Any]:
+    """open_clip's transform with SigLIP's settings: squash, no crop, which costs less than its training crop."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    half = (0.5, 0.5, 0.5)
+    settings = PreprocessCfg(
+        size=image_size, mean=half, std=half, interpolation="bicubic", resize_mode="squash"
+    )
+    return image_transform_v2(settings, is_train=False)
+
+
+def _tokenizer(path: str) -> Callable[[str], Any]:
+    """The same sentencepiece model for the peers, called as open_clip calls its tokenizers."""
+    import sentencepiece
+    import torch
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    end, pad = processor.eos_id(), processor.pad_id()
+
+    def tokenize(text: str) -> Any:
+        pieces = [*processor.encode(text.lower())[: CONTEXT_LENGTH - 1], end]
+        return torch.tensor([pieces + [pad] * (CONTEXT_LENGTH - len(pieces))])
+
+    return tokenize
+
+
+def measure(load: Callable[[Job], Iterator[Any]], job: Job) -> dict[str, float]:
+    """Rates in the steady state: after the warm-up, for `job.seconds`."""
+    batches = load(job)
+    for _ in range(WARMUP_BATCHES):
+        next(batches)
+    start, cpu, count = time.perf_counter(), tree_cpu_seconds(), 0
+    while time.perf_counter() - start < job.seconds:
+        next(batches)
+        count += BATCH_SIZE
+    elapsed, spent = time.perf_counter() - start, tree_cpu_seconds() - cpu
+    return {"per_second": count / elapsed, "per_cpu_second": count / spent}
+
+
+def main() -> None:
+    """Measure as often as asked, until the input ends."""
+    load = CONTESTANTS[sys.argv[1]]
+    if load is not load_ours:
+        # the peers must not find this project, nor we theirs
+        assert str(Path(__file__).resolve().parents[1]) not in sys.path
+    for line in sys.stdin:
+        print(json.dumps(measure(load, Job(**json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
