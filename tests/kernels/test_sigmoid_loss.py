@@ -152,6 +152,14 @@ def test_op_is_not_cast_down_by_autocast():
     assert_close(leaves[0].grad, expected[1], 1e-6)  # measured 2e-7; bf16 logits give 1e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_block_on_a_gpu(dtype):
+    inputs = [tensor.cuda() for tensor in make(1300, 1300, 72, *TRAINED, dtype)]
+    check_block(inputs, [1e-12 if dtype == torch.float64 else 1e-5] * 5, positives=0)
+
+
 def test_matching_embeddings_at_scale_ten_cost_what_the_formula_says():
     """Orthogonal pairs: an image pays softplus(-(10 - 10)) for its own text and softplus(-10) for each other."""
     embeddings = torch.eye(8, dtype=torch.float64)
