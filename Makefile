@@ -33,7 +33,7 @@ fmt: setup  ## format the code
 lint: setup  ## ruff, import floors, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell siglip_train kernels data_tools tests benchmarks conf README.md CONTRIBUTING.md
 
 types: setup  ## mypy

@@ -152,10 +152,14 @@ def run_hydra(
     sys.argv[1:] = [_open(argument, open_groups) for argument in sys.argv[1:]]
     # Hydra would print its own errors with advice about HYDRA_FULL_ERROR and exit with status 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    composed: list[omegaconf.DictConfig] = []
     try:
-        hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(function)()
+        hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(composed.append)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         raise UserError(_first_cause(error, config_class)) from None
+    # outside Hydra, which would print a line of its own for every exception of a job; several with --multirun
+    for config in composed:
+        function(config)
 
 
 def _open(argument: str, open_groups: tuple) -> str:
@@ -189,8 +193,11 @@ def plain(config: omegaconf.DictConfig) -> dict[str, Any]:
 
 def instantiate(node: dict[str, Any], path: str) -> Any:
     """Make the object that a `_target_` node names; a wrong target or argument is a `UserError` naming `path`."""
-    if "_target_" not in node:
+    if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{path}: has no _target_ (which class should it be?)")
+    for key, value in node.items():
+        if value == REQUIRED:
+            raise UserError(f"{path}.{key}: a value is required, give {path}.{key}=…")
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except (HydraException, ValueError) as error:
@@ -198,3 +205,8 @@ def instantiate(node: dict[str, Any], path: str) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__  # type: ignore[assignment]
         raise UserError(f"{path}: {' '.join(str(cause).split())}") from None
+
+
+def instantiate_all(nodes: dict[str, Any], path: str) -> dict[str, Any]:
+    """Make what each node names; a node set to null is left out."""
+    return {name: instantiate(node, f"{path}.{name}") for name, node in nodes.items() if node is not None}

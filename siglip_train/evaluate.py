@@ -8,15 +8,14 @@ from typing import Any, Literal
 
 import omegaconf
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from siglip_train.composition import REQUIRED, build, instantiate, plain, run_hydra
+from siglip_train.composition import build, instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
 from siglip_train.report import write_report
 
@@ -60,7 +59,7 @@ def run(values: dict[str, Any]) -> None:
     """Evaluate as the composed config `values` says. All ranks."""
     config = build(EvaluateConfig, values)
     nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
-    tasks = {name: _task(name, node) for name, node in nodes.items()}
+    tasks = instantiate_all(nodes, "tasks")
     output = _writable_output(config)
     world = init_world(config.device)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
@@ -76,16 +75,11 @@ def run(values: dict[str, Any]) -> None:
     evaluations = run_all(tasks, encoder)
     if world.is_main:
         _write(output, config, evaluations)
-        _show(evaluations, output)
+        console = Console()
+        console.print(result_tables(evaluations), soft_wrap=True)
+        console.print(f"written to {output}", soft_wrap=True)
     barrier()
     torch.distributed.destroy_process_group()
-
-
-def _task(name: str, node: Any) -> Evaluator:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if value == REQUIRED:
-            raise UserError(f"tasks.{name}.{key}: a value is required, give tasks.{name}.{key}=…")
-    return instantiate(node, f"tasks.{name}")
 
 
 def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
@@ -129,35 +123,6 @@ def _write(output: Path, config: EvaluateConfig, evaluations: dict[str, Evaluati
     if (run_dir / "checkpoints").is_dir():
         write_evaluations(run_dir / "evaluations", evaluations)
         write_report(run_dir)
-
-
-def _show(evaluations: dict[str, Evaluation], output: Path) -> None:
-    console = Console()
-    table = Table("task", "metric")
-    table.add_column("value", justify="right")
-    for task, evaluation in evaluations.items():
-        for metric, value in evaluation.metrics.items():
-            # languages would fill pages: they get a table of their own
-            if "/" not in metric:
-                table.add_row(task, metric, f"{value:.0f}" if metric == "n" else f"{value:.4f}")
-        table.add_section()
-    console.print(table)
-    for task, evaluation in evaluations.items():
-        _show_languages(console, task, evaluation.metrics)
-    console.print(f"written to {output}", soft_wrap=True)
-
-
-def _show_languages(console: Console, task: str, metrics: dict[str, float]) -> None:
-    """Print a row a language, from metrics named `language/metric`."""
-    names = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
-    if not names:
-        return
-    # short headings and no vertical rules, because six columns must fit 80 characters
-    headings = (name.replace("_retrieval_", "\n") for name in names)
-    table = Table("language", *headings, title=task, box=box.SIMPLE_HEAD, pad_edge=False)
-    for language in dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name):
-        table.add_row(language, *(f"{metrics[f'{language}/{name}']:.4f}" for name in names))
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Trainer(NamedTuple):
     writer: MetricWriter | None
     display: ProgressDisplay
     stop: StopSignal
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[int], dict[str, float]]
 
 
 def train(run: Trainer, progress: Progress) -> Progress:
@@ -186,14 +186,11 @@ def _evaluation_due(run: Trainer, step: int) -> bool:
 def _evaluate(run: Trainer, progress: Progress) -> bool:
     """Evaluate and record; False when a stop signal ended it early. All ranks."""
     try:
-        metrics = run.evaluate()
+        metrics = run.evaluate(progress.step)
     except StopTraining:
         return False
-    if metrics:
-        if run.writer is not None:
-            run.writer.write(progress.step, progress.samples_seen, metrics)
-        shown = {name: value for name, value in metrics.items() if "/n" not in name}
-        log.info("step %d  %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    if metrics and run.writer is not None:
+        run.writer.write(progress.step, progress.samples_seen, metrics)
     return True
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from siglip_train import checkpoint, engine, loop
-from siglip_train.composition import instantiate, plain, run_hydra
+from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
@@ -25,6 +25,7 @@ from siglip_train.distributed.collectives import any_rank, barrier, broadcast_ob
 from siglip_train.distributed.setup import World, init_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter, ProgressDisplay
@@ -56,8 +57,8 @@ def run(values: dict[str, Any]) -> None:
     seed_everything(config.seed)
 
     tokenizer, transform = _text_and_image_input(config)
-    tasks = _instantiate_all(config.evaluation.tasks, "evaluation.tasks")
-    model = TrainingModel(Siglip(config.model), _instantiate_all(config.objectives, "objectives"))
+    tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
+    model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
     engine.apply_speed_options(model, config.engine)
     saved = _load_weights(model, config, run_dir)
     progress = saved.progress if saved else checkpoint.Progress()
@@ -125,7 +126,7 @@ def run(values: dict[str, Any]) -> None:
             is_terminal=sys.stderr.isatty(),
         ),
         stop=stop,
-        evaluate=lambda: _evaluate(tasks, encoder, run_dir, world),
+        evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
     _announce(config, world, model, precision)
     try:
@@ -158,10 +159,6 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
         min_crop_area=config.data.min_crop_area,
     )
     return tokenizer, transform
-
-
-def _instantiate_all(nodes: dict[str, Any], path: str) -> dict[str, Any]:
-    return {name: instantiate(node, f"{path}.{name}") for name, node in nodes.items()}
 
 
 def _load_weights(model: TrainingModel, config: Config, run_dir: Path) -> checkpoint.Saved | None:
@@ -268,11 +265,12 @@ def _leave_if_stopped(stop: StopSignal) -> Callable[[], None]:
     return leave
 
 
-def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, world: World) -> dict[str, float]:
+def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step: int) -> dict[str, float]:
     """Run the tasks on all ranks; their details go to `evaluations/<task>.json` for the report."""
     evaluations = run_all(tasks, encoder)
-    if world.is_main:
-        write_evaluations(run_dir / "evaluations", evaluations)
+    if encoder.world.is_main and evaluations:
+        write_evaluations(run_dir / "evaluations", evaluations, step=step)
+        log.info("evaluation at step %d\n%s", step, result_tables(evaluations))
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 

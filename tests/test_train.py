@@ -199,7 +199,7 @@ MISTAKES = {
     "no tokenizer": (["tokenizer=nowhere/tokenizer.model"], "tokenizer: there is no nowhere/tokenizer.model"),
     "vocabulary too small": (["model.text.vocab_size=100"], "set model.text.vocab_size="),
     "no such shard": (["data.sources.tiny.shards=nowhere/*.tar"], "nowhere/*.tar"),
-    "no source": (["data.sources={}"], "data.sources"),
+    "no source": (["~data.sources.tiny"], "data.sources: no source"),
     "unknown source key": (["data.sources.tiny.shard=x"], "data.sources.tiny.shard"),
     "negative weight": (["data.sources.tiny.weight=-1"], "weight"),
     "no objective": (["~objectives.sigmoid"], "objectives: none given"),

@@ -21,6 +21,7 @@ from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, cause
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
+from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
 from siglip_train.data.workers import outlive_signals, unchanged
 from siglip_train.errors import UserError
@@ -41,7 +42,7 @@ class EvaluationSource:
 
     shards, image: as in training. text: member or `json:field`; a text, a list of texts, or a mapping of languages
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer; None = no labels wanted.
-    max_samples: only the first so many.
+    max_samples: only the first so many. select: which samples, by key, as in training.
     """
 
     shards: str | list[str]
@@ -49,6 +50,7 @@ class EvaluationSource:
     text: str | None = None
     label: str | None = None
     max_samples: int | None = None
+    select: Selection = EVERYTHING
 
 
 class EvaluationBatch(NamedTuple):
@@ -202,7 +204,9 @@ def build_evaluation_loader(
     """
     text = Field.parse(source.text) if source.text is not None else None
     extra = tuple(Field.parse(name).member for name in (source.label, *_LANGUAGE_FIELDS) if name is not None)
-    wanted = Wanted(extensions(source.image), (text.member,) if text is not None else None, extra)
+    wanted = Wanted(
+        extensions(source.image), (text.member,) if text is not None else None, extra, source.select
+    )
     (shards,) = survey([source.shards], [wanted], cache_dir=None)
     if len(shards) == 0:
         raise UserError(

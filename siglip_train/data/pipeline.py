@@ -17,6 +17,7 @@ from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.order import Mixture, Order, SourceOrder
 from siglip_train.data.pieces import Pieces, Report, Share, Source
 from siglip_train.data.samples import CaptionChoice, Field
+from siglip_train.data.select import Selection
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.data.workers import outlive_signals, unchanged
@@ -32,7 +33,7 @@ class SourceConfig:
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
     weight: share of the mixture, relative to the other sources. image: member extensions in order of preference.
     text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them), or a mapping of such to
-    probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`).
+    probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`). select: which samples, by key.
     """
 
     shards: Any
@@ -40,6 +41,7 @@ class SourceConfig:
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
     language: str | None = None
+    select: Selection = field(default_factory=Selection)
 
 
 @dataclass
@@ -227,7 +229,9 @@ def build_loader(
     choices = [CaptionChoice(source.text) for source in sources]
     languages = [_language(source) for source in sources]
     wanted = [
-        Wanted(extensions(source.image), choice.members, (language.member,) if language else ())
+        Wanted(
+            extensions(source.image), choice.members, (language.member,) if language else (), source.select
+        )
         for source, choice, language in zip(sources, choices, languages, strict=True)
     ]
     shard_sets = survey([source.shards for source in sources], wanted, config.cache_dir, progress)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import default_cache, expand, local_tar, was_damaged
+from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
 from siglip_train.distributed.collectives import gather_objects, is_distributed
 from siglip_train.errors import UserError
@@ -47,12 +48,13 @@ class RawSample(NamedTuple):
 class Wanted:
     """Which members make a sample: one of `image` (in order of preference), one of `text` (None = no text needed).
 
-    extra: members that are read where they are present.
+    extra: members that are read where they are present. select: the keys that are meant.
     """
 
     image: tuple[str, ...]
     text: tuple[str, ...] | None = None
     extra: tuple[str, ...] = ()
+    select: Selection = EVERYTHING
 
 
 class _Shard(NamedTuple):
@@ -150,10 +152,10 @@ def _scan(url: str, wanted: Wanted, cache: Path) -> _Shard:
     except UserError as error:
         return _Shard(Path(), 0, failure=str(error))
     name = short_name(url)
-    image, complete = _complete(index, wanted)
+    image, meant, complete = _complete(index, wanted)
     excluded = [
         BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
-        for sample in np.flatnonzero(~complete)
+        for sample in np.flatnonzero(meant & ~complete)
     ]
     excluded += [BadSample(name, key, "truncated", "the shard ends inside it") for key in index.torn.tolist()]
     if was_damaged(path) and not len(index.torn):
@@ -161,12 +163,18 @@ def _scan(url: str, wanted: Wanted, cache: Path) -> _Shard:
     return _Shard(path, int(complete.sum()), tuple(excluded), index.repeated)
 
 
-def _complete(index: TarIndex, wanted: Wanted) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _complete(
+    index: TarIndex, wanted: Wanted
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of every sample in the index: its image member or -1, whether it is selected, and whether it is to be read."""
     image = index.find(wanted.image)
-    complete = image >= 0
+    meant = np.ones(len(index), dtype=bool)
+    if wanted.select != EVERYTHING:
+        meant = np.array([index.key(sample) in wanted.select for sample in range(len(index))], dtype=bool)
+    complete = meant & (image >= 0)
     if wanted.text is not None:
         complete &= index.find(wanted.text) >= 0
-    return image, complete
+    return image, meant, complete
 
 
 class _Open(NamedTuple):
@@ -189,7 +197,7 @@ class ShardReader:
 
     def _load(self, shard: int) -> _Open:
         index = load_index(self._path(shard), self.shards.cache)
-        return _Open(index, np.flatnonzero(_complete(index, self.shards.wanted)[1]))
+        return _Open(index, np.flatnonzero(_complete(index, self.shards.wanted)[2]))
 
     def _path(self, shard: int) -> Path:
         path = self.shards.paths[shard]

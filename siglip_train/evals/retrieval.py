@@ -1,12 +1,13 @@
 """Image-text retrieval in both directions, with several captions an image, language by language."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.gallery import spread, thumbnail
@@ -59,13 +60,22 @@ class Retrieval:
     image: str = EvaluationSource.image
     languages: list[str] | None = None
     max_samples: int | None = None
+    select: Selection | dict[str, Any] = field(default_factory=Selection)
     gallery: int = 12
+
+    def __post_init__(self) -> None:
+        """Check the selection."""
+        self.select = as_selection(self.select)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed images and captions, rank both ways. All ranks."""
         images = encoder.encode_images(
             EvaluationSource(
-                shards=self.shards, image=self.image, text=self.text, max_samples=self.max_samples
+                shards=self.shards,
+                image=self.image,
+                text=self.text,
+                max_samples=self.max_samples,
+                select=as_selection(self.select),
             )
         )
         languages = self._embed_captions(images, encoder)

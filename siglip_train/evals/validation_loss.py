@@ -1,12 +1,14 @@
 """The training loss on held-out pairs, at a batch size of its own, so that runs of any batch size compare."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import sigmoid_loss
 from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
 
@@ -26,12 +28,21 @@ class ValidationLoss:
     language: str | None = None
     reference_batch: int = 256
     max_samples: int | None = None
+    select: Selection | dict[str, Any] = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        """Check the selection."""
+        self.select = as_selection(self.select)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed the pairs and take the loss block by block. All ranks."""
         images = encoder.encode_images(
             EvaluationSource(
-                shards=self.shards, image=self.image, text=self.text, max_samples=self.max_samples
+                shards=self.shards,
+                image=self.image,
+                text=self.text,
+                max_samples=self.max_samples,
+                select=as_selection(self.select),
             )
         )
         captions = [

@@ -1,12 +1,13 @@
 """Zero-shot classification: an image belongs to the class whose averaged prompt embedding is nearest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.gallery import spread, thumbnail
@@ -58,7 +59,12 @@ class ZeroShotClassification:
     label: str = "cls"
     canonical: bool = False
     max_samples: int | None = None
+    select: Selection | dict[str, Any] = field(default_factory=Selection)
     gallery: int = 24
+
+    def __post_init__(self) -> None:
+        """Check the selection."""
+        self.select = as_selection(self.select)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed prompts and images, compare. All ranks."""
@@ -66,7 +72,11 @@ class ZeroShotClassification:
         classes = class_embeddings(self._embed_prompts(encoder, names))
         images = encoder.encode_images(
             EvaluationSource(
-                shards=self.shards, image=self.image, label=self.label, max_samples=self.max_samples
+                shards=self.shards,
+                image=self.image,
+                label=self.label,
+                max_samples=self.max_samples,
+                select=as_selection(self.select),
             )
         )
         labels = self._checked_labels(images, len(names))
