@@ -114,8 +114,6 @@ class _Batches(Dataset):
                 _label(self.label, sample) if self.label is not None else -1,
                 sample.name,
             )
-        except UserError:
-            raise
         except Exception as error:  # as in training, one sample must not end the run
             name = short_name(self.reader.shards.urls[shard])
             bad.append(BadSample.of(name, sample.key if sample else "?", error))

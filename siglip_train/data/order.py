@@ -116,17 +116,23 @@ class SourceOrder:
         )
 
     def _draw_window(self, window: int) -> tuple[Ints, Ints]:
-        """`window` samples without replacement from shards drawn in proportion to their size."""
+        """(shards, samples) of `window` slots: equal parts from shards drawn in proportion to their size.
+
+        So every slot holds each sample of the source with the same probability.
+        """
         rng = generator(self.seed, _WINDOW, self.source, window)
-        needed = math.ceil(self.window * len(self.counts) / self.samples)
-        shards = np.empty(0, dtype=np.int64)
-        while self.counts[shards].sum() < self.window:
-            drawn = rng.choice(len(self.counts), size=needed, p=self.counts / self.samples)
-            shards = np.concatenate((shards, drawn))
-        counts = self.counts[shards]
-        picked = rng.permutation(int(counts.sum()))[: self.window]
-        row = np.searchsorted(np.cumsum(counts), picked, side="right")
-        return shards[row], picked - (np.cumsum(counts) - counts)[row]
+        draws = math.ceil(self.window * len(self.counts) / self.samples)
+        drawn = rng.choice(len(self.counts), size=draws, p=self.counts / self.samples)
+        shards = np.sort(np.resize(drawn, self.window))
+        starts = np.searchsorted(shards, shards)
+        # the n-th slot of a shard takes the n-th of its permuted samples, from the start again after the last
+        turn = (np.arange(self.window) - starts) % self.counts[shards]
+        samples = np.empty_like(turn)
+        for shard in np.unique(drawn):
+            mine = shards == shard
+            samples[mine] = rng.permutation(int(self.counts[shard]))[turn[mine]]
+        mixed = rng.permutation(self.window)
+        return shards[mixed], samples[mixed]
 
 
 class Mixture:

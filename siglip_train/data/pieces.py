@@ -115,8 +115,6 @@ class Pieces(Dataset):
             try:
                 sample = source.reader.read(shard, number)
                 row = self._finished(sample, source, rng)
-            except UserError:
-                raise
             except Exception as error:  # whatever is wrong with one sample must not end the run
                 name = short_name(source.shards.urls[shard])
                 report.bad.append(BadSample.of(name, sample.key if sample else "?", error))

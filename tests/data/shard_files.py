@@ -1,0 +1,48 @@
+"""Writes tar shards member by member."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.data.conftest import encoded, picture
+
+Member = tuple[str, bytes]
+
+
+def sample(key: str, number: int = 0, **members: bytes) -> list[Member]:
+    """A complete sample `key` with `caption <number>`; keywords add or replace members, b"" removes none."""
+    content = {
+        "png": encoded(picture(number)),
+        "txt": f"caption {number}".encode(),
+        "json": json.dumps({"number": number}).encode(),
+        **members,
+    }
+    return [(f"{key}.{extension}", data) for extension, data in content.items()]
+
+
+def without(members: list[Member], extension: str) -> list[Member]:
+    """The sample less one member."""
+    return [member for member in members if not member[0].endswith(f".{extension}")]
+
+
+def write_tar(path: Path, members: Iterable[Member], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """A plain tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, sizes: list[int]) -> str:
+    """Shards 00000.tar, ... of so many samples, keyed by a running number; gives the glob that matches them."""
+    number = 0
+    for shard, size in enumerate(sizes):
+        rows = [sample(f"{number + i:05d}", number + i) for i in range(size)]
+        write_tar(folder / f"{shard:05d}.tar", [member for row in rows for member in row])
+        number += size
+    return str(folder / "*.tar")

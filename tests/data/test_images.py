@@ -1,0 +1,174 @@
+"""Decoding, colour modes, resize parity, patches."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from siglip_train.data import images
+from siglip_train.data.faults import SampleError
+from siglip_train.data.images import ImageTransform, decode, patchify
+from siglip_train.errors import UserError
+from tests.data.conftest import encoded, picture
+
+GOLDENS = Path(__file__).resolve().parents[2].parent / "shared" / "goldens"
+
+
+@pytest.mark.skipif(not GOLDENS.exists(), reason="../shared/goldens is not here")
+@pytest.mark.parametrize("size", [32, 56])
+def test_bicubic_squash_equals_the_huggingface_processor_exactly(size: int):
+    expected = np.load(GOLDENS / "fixed_res_preprocess" / "expected.npz")[f"{size}/hf_pil_u8"]
+    transform = ImageTransform(size, 8, "bicubic")
+    for path, levels in zip(sorted((GOLDENS / "images").glob("*.png")), expected, strict=True):
+        got = np.asarray(transform.resized(decode(path.read_bytes())))
+        np.testing.assert_array_equal(got.transpose(2, 0, 1), levels)
+
+
+def test_bilinear_is_pillows():
+    image = picture(size=(75, 40))
+    expected = image.resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(np.asarray(ImageTransform(32, 8).resized(image)), np.asarray(expected))
+
+
+def test_jpeg_decodes_to_the_same_pixels_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch):
+    data = encoded(picture(size=(101, 67)).resize((90, 64)), "jpg")
+    fast = np.asarray(decode(data))
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(fast, np.asarray(decode(data)))
+
+
+def test_patches_are_row_major_with_row_column_channel_inside():
+    pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
+    patches = patchify(pixels, 2)
+    assert patches.shape == (6, 12)
+    for number, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        block = pixels[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(patches[number], block.reshape(-1))
+
+
+def test_remainder_is_dropped_at_the_right_and_the_bottom():
+    transform = ImageTransform(384, 14)
+    image = picture(size=(384, 384))
+    patches = transform(image)
+    assert patches.shape == (27 * 27, 14 * 14 * 3)
+    assert transform.grid.shape == (27 * 27, 2)
+    np.testing.assert_array_equal(patches[-1], np.asarray(image)[364:378, 364:378].reshape(-1))
+
+
+def test_grid_is_row_column():
+    assert ImageTransform(16, 8).grid.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_batch_stacks_patches_and_grid():
+    transform = ImageTransform(16, 8)
+    batch = transform.batch([transform(picture(seed)) for seed in range(3)])
+    assert batch.patches.shape == (3, 4, 192)
+    assert batch.patches.dtype == torch.uint8
+    assert batch.grid.shape == (3, 4, 2)
+    assert batch.mask is None
+
+
+def _centre(data: bytes) -> tuple[int, ...]:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel((image.width // 2, image.height // 2))
+
+
+def test_grey_one_bit_and_palette():
+    assert _centre(encoded(Image.new("L", (4, 4), 77))) == (77, 77, 77)
+    assert _centre(encoded(Image.new("L", (16, 16), 77), "jpg")) == (77, 77, 77)
+    assert _centre(encoded(Image.new("1", (4, 4), 1))) == (255, 255, 255)
+    assert _centre(encoded(Image.new("RGB", (4, 4), (10, 200, 30)).convert("P"))) == pytest.approx(
+        (10, 200, 30), abs=26
+    )
+
+
+def test_transparency_is_over_white():
+    assert _centre(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))) == (255, 255, 255)
+    assert _centre(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))) == (127, 127, 127)
+    assert _centre(encoded(Image.new("LA", (4, 4), (9, 0)))) == (255, 255, 255)
+    out = io.BytesIO()
+    indexed = Image.new("P", (4, 4), 1)
+    indexed.putpalette([10, 20, 30, 40, 50, 60])
+    indexed.save(out, "PNG", transparency=1)
+    assert _centre(out.getvalue()) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    levels = np.full((4, 4), 0x4080, dtype=np.uint16)
+    assert _centre(encoded(Image.fromarray(levels))) == (0x40, 0x40, 0x40)
+
+
+def test_cmyk_jpeg():
+    red = Image.new("RGB", (32, 32), (250, 10, 10)).convert("CMYK")
+    assert _centre(encoded(red, "jpg")) == pytest.approx((250, 10, 10), abs=4)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "empty image"),
+        (b"no picture at all", "broken image"),
+        (encoded(picture(size=(64, 64)), "jpg")[:900], "broken image"),
+        (encoded(picture(size=(64, 64)), "png")[:900], "broken image"),
+        (b"\xff\xd8 no jpeg", "broken image"),
+    ],
+    ids=["empty", "text", "torn jpeg", "torn png", "jpeg magic only"],
+)
+def test_unusable_bytes_have_a_cause(data: bytes, cause: str):
+    with pytest.raises(SampleError) as caught:
+        decode(data)
+    assert caught.value.cause == cause
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_too_many_pixels_are_refused_before_decoding(kind: str):
+    data = encoded(picture(size=(50, 40)), kind)
+    assert decode(data, max_pixels=2000).size == (50, 40)
+    with pytest.raises(SampleError) as caught:
+        decode(data, max_pixels=1999)
+    assert caught.value.cause == "image too large"
+
+
+def test_flip_mirrors_half_of_the_pictures():
+    image = picture(size=(16, 16))
+    plain, transform = np.asarray(image), ImageTransform(16, 8, flip=True)
+    flipped = [
+        np.array_equal(np.asarray(transform.resized(image, np.random.default_rng(seed))), plain[:, ::-1])
+        for seed in range(400)
+    ]
+    assert 160 < sum(flipped) < 240
+    np.testing.assert_array_equal(np.asarray(transform.without_augmentation().resized(image)), plain)
+
+
+def test_random_crops_keep_the_least_area_and_the_aspect():
+    # a picture whose levels say where a pixel is
+    rows, columns = np.mgrid[0:100, 0:100].astype(np.uint8)
+    image = Image.fromarray(np.stack([rows, columns, rows], axis=2))
+    transform = ImageTransform(50, 10, min_crop_area=0.25)
+    boxes = set()
+    for seed in range(50):
+        got = np.asarray(transform.resized(image, np.random.default_rng(seed))).astype(int)
+        height, width = np.ptp(got[..., 0]) + 2, np.ptp(got[..., 1]) + 2
+        assert height * width > 0.22 * 100 * 100
+        assert 0.68 < width / height < 1.47
+        boxes.add((height, width))
+    assert len(boxes) > 20
+
+
+def test_crop_of_a_picture_nothing_fits_is_the_whole():
+    image = picture(size=(300, 2))
+    transform = ImageTransform(16, 8, min_crop_area=0.9)
+    got = transform.resized(image, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(ImageTransform(16, 8).resized(image)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"resize": "nearest"}, {"min_crop_area": 0.0}, {"patch_size": 17}], ids=str
+)
+def test_wrong_options_are_user_errors(options: dict):
+    with pytest.raises(UserError):
+        ImageTransform(**{"image_size": 16, "patch_size": 8, **options})
