@@ -24,6 +24,8 @@ except ImportError:
 MAX_PIXELS = 178_956_970
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
+# first bytes of the common formats: otherwise Pillow tries half a dozen plugins on every picture
+_MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP"))
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -43,7 +45,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if isinstance(error, SampleError):
                 raise
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
             _check_pixels(*image.size, max_pixels)
             image.load()
             return to_rgb(image)
@@ -53,6 +55,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         raise SampleError("broken image", f"{type(error).__name__}: {error}") from error
+
+
+def _formats(data: bytes) -> list[str] | None:
+    return next(([name] for magic, name in _MAGIC if data.startswith(magic)), None)
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

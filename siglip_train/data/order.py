@@ -21,7 +21,7 @@ ORDERS = ("shuffled", "sequential", "resampled")
 Ints = NDArray[np.int64]
 
 # one stream of random numbers per purpose
-_SHARDS, _WINDOW, _LABELS, _SAMPLE = range(4)
+_SHARDS, _WINDOW, _LABELS = range(3)
 # layouts and permutations kept per source: the windows a batch and its neighbours touch
 _CACHED = 8
 
@@ -33,7 +33,8 @@ def generator(seed: int, purpose: int, *path: int) -> np.random.Generator:
 
 def sample_generator(seed: int, position: int) -> np.random.Generator:
     """The generator of all choices made inside the sample at this position: caption, crop, mirror, substitute."""
-    return generator(seed, _SAMPLE, position)
+    # keyed directly: a third of the time of `default_rng`, which shows where one is made for every sample
+    return np.random.Generator(np.random.Philox(key=[seed, position]))
 
 
 class _Layout(NamedTuple):

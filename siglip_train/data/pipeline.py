@@ -201,8 +201,8 @@ def _fingerprint(pieces: Pieces, config: DataConfig) -> str:
         (source.name, [url.rsplit("/", 1)[-1] for url in source.shards.urls], source.shards.counts.tolist())
         for source in pieces.sources
     ]
-    weights = [source.weight for source in config.sources.values()]
-    content = (parts, weights, pieces.mixture.seed, config.order, config.shuffle_window)
+    choices = [(source.weight, source.select) for source in config.sources.values()]
+    content = (parts, choices, pieces.mixture.seed, config.order, config.shuffle_window)
     return f"{zlib.crc32(repr(content).encode()):08x}"
 
 
