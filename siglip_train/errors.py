@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2."""
+    """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2; Ctrl-C into 130."""
 
     @functools.wraps(main)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -23,5 +23,8 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted; checkpoints written before are complete", file=sys.stderr)  # noqa: T201
+            raise SystemExit(130) from None
 
     return guarded

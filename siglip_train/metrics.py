@@ -1,5 +1,6 @@
 """Where numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request; progress on screen."""
 
+import hashlib
 import json
 import logging
 import os
@@ -105,6 +106,8 @@ def _wandb(run_dir: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
         raise UserError(
             f"log.wandb={config.wandb} needs the package wandb: pip install 'siglip-train[wandb]'"
         ) from None
+    # the id follows from the place, so that a resumed run goes on in its own curves
+    place = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=4).hexdigest()
     return wandb.init(
         project=config.wandb_project,
         name=run_dir.name,
@@ -112,7 +115,7 @@ def _wandb(run_dir: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
         mode=config.wandb,
         config=run_config,
         resume="allow",
-        id=run_dir.name,
+        id=f"{run_dir.name}-{place}",
     )
 
 

@@ -1,0 +1,109 @@
+"""Checkpoints are complete or absent, the newest are kept, and damage is said in one line."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from siglip_train import checkpoint, engine
+from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from siglip_train.errors import UserError
+
+
+class TrainingStandIn(nn.Module):
+    """A module of the shape of TrainingModel: `model.` and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(2, 3)
+        self.head = nn.Linear(3, 1)
+
+
+@pytest.fixture
+def saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
+    module = TrainingStandIn()
+    monkeypatch.setattr(engine, "gather_weights", lambda _: dict(module.state_dict()))
+    monkeypatch.setattr(engine, "gather_moments", lambda _: {"model.weight.exp_avg": torch.ones(3, 2)})
+    return Checkpoints(tmp_path, CheckpointConfig(every_steps=2, keep=2), write_weights)
+
+
+def write_weights(folder: Path, state: dict) -> None:
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+
+
+ENGINE = SimpleNamespace(global_rank=0)
+
+
+def test_the_newest_are_kept_and_last_names_the_newest(saver: Checkpoints, tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        assert saver.is_due(step)
+        assert not saver.is_due(step + 1)
+        saver.save(ENGINE, Progress(step, 10 * step, {"seen": step}))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "LAST", "step-00000004", "step-00000006"
+    ]  # fmt: skip
+    found = checkpoint.find("auto", tmp_path)
+    saved = checkpoint.read(found)
+    assert saved.progress == Progress(6, 60, {"seen": 6})
+    module = TrainingStandIn()
+    checkpoint.restore_weights(module, saved, found)
+    assert torch.equal(module.head.weight, saved.weights["head.weight"])
+
+
+def test_a_checkpoint_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Checkpoints(tmp_path, CheckpointConfig(every_steps=0, every_minutes=10), write_weights)
+    assert not saver.is_due(100)
+    now = checkpoint.time.monotonic()
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 601)
+    assert saver.is_due(101)
+
+
+def test_a_write_that_fails_leaves_the_earlier_one(saver: Checkpoints, tmp_path: Path) -> None:
+    saver.save(ENGINE, Progress(2, 20))
+
+    def full_disk(folder: Path, state: dict) -> None:
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    saver._write_weights = full_disk
+    with pytest.raises(UserError, match="No space left on device; earlier ones are untouched"):
+        saver.save(ENGINE, Progress(4, 40))
+    assert checkpoint.find("auto", tmp_path).name == "step-00000002"
+    assert not (tmp_path / "checkpoints" / "step-00000004").exists()
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights/model.safetensors", "moments.safetensors"])
+def test_damage_is_named(saver: Checkpoints, tmp_path: Path, name: str) -> None:
+    saver.save(ENGINE, Progress(2, 20))
+    found = checkpoint.find("auto", tmp_path)
+    (found / name).write_bytes((found / name).read_bytes()[:7])
+    with pytest.raises(UserError, match="step-00000002 cannot be read"):
+        checkpoint.read(found)
+
+
+def test_last_that_names_nothing_is_an_error(saver: Checkpoints, tmp_path: Path) -> None:
+    saver.save(ENGINE, Progress(2, 20))
+    (tmp_path / "checkpoints" / "LAST").write_text("step-00000009\n")
+    with pytest.raises(UserError, match="names step-00000009, which is not there"):
+        checkpoint.find("auto", tmp_path)
+
+
+def test_another_shape_is_named(saver: Checkpoints, tmp_path: Path) -> None:
+    saver.save(ENGINE, Progress(2, 20))
+    found = checkpoint.find("auto", tmp_path)
+    module = TrainingStandIn()
+    module.model = nn.Linear(5, 3)
+    with pytest.raises(UserError, match=r"model.weight is \(3, 2\) there and \(3, 5\) here"):
+        checkpoint.restore_weights(module, checkpoint.read(found), found)
+
+
+def test_nothing_executable_is_stored(saver: Checkpoints, tmp_path: Path) -> None:
+    saver.save(ENGINE, Progress(2, 20))
+    files = [path for path in checkpoint.find("auto", tmp_path).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert json.loads((tmp_path / "checkpoints/step-00000002/state.json").read_text())["samples_seen"] == 20

@@ -1,0 +1,80 @@
+"""From plain mappings to dataclasses: every wrong key and type is named with its path."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from siglip_train.composition import build, defaults_of, instantiate, instantiate_all
+from siglip_train.errors import UserError
+
+
+@dataclass
+class Inner:
+    size: int = 3
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass
+class Outer:
+    needed: float
+    inner: Inner = field(default_factory=Inner)
+    many: dict[str, Inner] = field(default_factory=dict)
+    rules: list[Inner] = field(default_factory=list)
+    pair: tuple[float, float] = (0.0, 1.0)
+    maybe: str | None = None
+    flag: bool = False
+    free: Any = None
+
+
+def test_values_arrive_with_their_types() -> None:
+    built = build(
+        Outer,
+        {"needed": "1e-3", "many": {"x": {"kind": "b"}}, "rules": [{"size": 5}], "pair": [1, 2], "free": {"y": 1}},
+    )
+    assert built == Outer(0.001, many={"x": Inner(kind="b")}, rules=[Inner(5)], pair=(1.0, 2.0), free={"y": 1})
+
+
+def test_defaults_and_back() -> None:
+    values = defaults_of(Outer)
+    assert values["needed"] == "???"
+    assert build(Outer, {**values, "needed": 1}) == Outer(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "needed: a value is required"),
+        ({"needed": "???"}, "needed: a value is required"),
+        ({"needed": 1, "iner": {}}, "iner: no such key, did you mean inner?"),
+        ({"needed": 1, "inner": {"sise": 1}}, "inner.sise: no such key, did you mean size?"),
+        ({"needed": 1, "inner": 5}, "inner: expected a group of keys, got 5"),
+        ({"needed": 1, "inner": {"size": True}}, "inner.size: expected int, got True"),
+        ({"needed": 1, "inner": {"kind": "c"}}, "inner.kind: 'c' is not one of 'a', 'b'"),
+        ({"needed": 1, "many": {"x": {"size": "big"}}}, "many.x.size: expected int, got 'big'"),
+        ({"needed": 1, "rules": [{}, {"size": 0.5}]}, "rules[1].size: expected int, got 0.5"),
+        ({"needed": 1, "pair": [1]}, "pair: expected a list of 2, got [1]"),
+        ({"needed": 1, "maybe": 3}, "maybe: expected str, got 3"),
+        ({"needed": 1, "flag": "yes"}, "flag: expected bool, got 'yes'"),
+        ({"needed": True}, "needed: expected float, got True"),
+    ],
+)
+def test_mistakes_are_named(values: dict, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        build(Outer, values)
+    assert message in str(raised.value)
+
+
+def test_targets() -> None:
+    made = instantiate_all({"one": {"_target_": "fractions.Fraction", "numerator": 3}, "none": None}, "tasks")
+    assert made["one"] == 3
+    assert list(made) == ["one"]
+    for node, message in (
+        ({"numerator": 3}, "tasks.x: has no _target_"),
+        ({"_target_": "fractions.Fractoin"}, "tasks.x: "),
+        ({"_target_": "fractions.Fraction", "numerator": "???"}, "tasks.x.numerator: a value is required"),
+        ({"_target_": "fractions.Fraction", "colour": 1}, "colour"),
+    ):
+        with pytest.raises(UserError) as raised:
+            instantiate(node, "tasks.x")
+        assert message in str(raised.value)
