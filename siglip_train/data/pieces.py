@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from siglip_train.batch import Batch
+from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.order import Mixture, SourceOrder, sample_generator
@@ -60,14 +60,31 @@ class Source:
 
 @dataclass
 class Report:
-    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not).
-
-    NOTE: no tuple or mapping, because the DataLoader copies those item by item, and a Counter comes out doubled.
-    """
+    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
     failure: str = ""
+
+
+@dataclass
+class Piece:
+    """What a worker hands over; `batch` is None where it gave up.
+
+    NOTE: no tuple or mapping, because torch pins those item by item: tuples become lists and Counters double.
+    """
+
+    batch: Batch | None
+    report: Report
+
+    def pin_memory(self) -> "Piece":
+        """Called by the DataLoader's pinning thread."""
+        if self.batch is None:
+            return self
+        images, texts = self.batch.images, self.batch.texts
+        # a piece of training data has no mask and no labels
+        pinned = Images(images.patches.pin_memory(), images.grid.pin_memory())
+        return Piece(self.batch._replace(images=pinned, texts=texts.pin_memory()), self.report)
 
 
 class _Row(NamedTuple):
@@ -87,7 +104,7 @@ class Pieces(Dataset):
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
         self.per_batch = -(-share.size // _PIECE)
 
-    def __getitem__(self, number: int) -> tuple[Batch | None, Report]:
+    def __getitem__(self, number: int) -> Piece:
         batch, piece = divmod(number, self.per_batch)
         start = batch * self.share.global_batch_size + self.share.rank * self.share.size
         begin, end = (start + self.share.size * part // self.per_batch for part in (piece, piece + 1))
@@ -102,10 +119,10 @@ class Pieces(Dataset):
             ]
         except UserError as error:
             report.failure = str(error)
-            return None, report
+            return Piece(None, report)
         images = self.transform.batch([row.patches for row in rows])
         texts = self.tokenizer([row.caption for row in rows])
-        return Batch(images, texts, keys=tuple(row.key for row in rows)), report
+        return Piece(Batch(images, texts, keys=tuple(row.key for row in rows)), report)
 
     def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
         rng = sample_generator(self.mixture.seed, position)

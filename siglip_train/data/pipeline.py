@@ -15,7 +15,7 @@ from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.order import Mixture, Order, SourceOrder
-from siglip_train.data.pieces import Pieces, Report, Share, Source
+from siglip_train.data.pieces import Piece, Pieces, Share, Source
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
@@ -151,11 +151,12 @@ class Loader:
             _data_loader(self._pieces, itertools.count(first), self.config, pin_memory=self._pin_memory)
         )
         while True:
-            parts = [self._checked(*next(stream)) for _ in range(per_batch)]
+            parts = [self._checked(next(stream)) for _ in range(per_batch)]
             self.samples_seen += self._pieces.share.global_batch_size
             yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
 
-    def _checked(self, batch: Batch | None, report: Report) -> Batch:
+    def _checked(self, piece: Piece) -> Batch:
+        batch, report = piece.batch, piece.report
         self.counts.update(report.counts)
         for bad in report.bad:
             self.counts[f"bad/{bad.cause}"] += 1

@@ -375,3 +375,20 @@ def test_keys_of_an_epoch_mix_the_shards_of_a_window(build: Build, tmp_path: Pat
     loader = build(write_shards(tmp_path, [20] * 4), Share(10), shuffle_window=80)
     shards = Counter(key.split("/")[0] for key in _keys(loader, 1))
     assert len(shards) >= 3
+
+
+def test_pinning_keeps_keys_and_counts(build: Build, shards: str, monkeypatch: pytest.MonkeyPatch):
+    pinned: list[tuple[int, ...]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    piece = build(shards)._pieces[0]
+    # what the DataLoader's pinning thread does
+    copy = torch.utils.data._utils.pin_memory.pin_memory(piece)
+    assert pinned == [(6, 4, 192), (6, 4, 2), (6, 8)]
+    assert copy.batch.keys == piece.batch.keys
+    assert copy.report.counts == {"source/all": 6}
+    assert copy.batch.texts.equal(piece.batch.texts)
