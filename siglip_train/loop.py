@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -28,12 +27,14 @@ log = logging.getLogger(__name__)
 class BatchStream(Protocol):
     """What the loop asks of a loader: batches without end, its state, its counts."""
 
-    counts: Counter[str]
-
     def __iter__(self) -> Iterator[Batch]: ...
 
     def state(self) -> dict[str, Any]:
-        """What resumes it after the last batch it gave out."""
+        """What resumes it after the last batch it gave out. All ranks."""
+        ...
+
+    def total_counts(self) -> dict[str, float]:
+        """Samples seen, bad and substituted, over all ranks. All ranks."""
         ...
 
 
@@ -87,13 +88,13 @@ def train(run: Trainer, progress: Progress) -> Progress:
             batch = next(batches).to(run.world.device)  # type: ignore[call-overload]
         lr = _set_learning_rates(run, progress.samples_seen)
         report, stop = plain_step(run, batch, progress.step + 1)
-        progress = Progress(
-            progress.step + 1, progress.samples_seen + run.schedule.global_batch_size, run.loader.state()
-        )
+        progress = Progress(progress.step + 1, progress.samples_seen + run.schedule.global_batch_size)
         metrics = None
         if progress.step % run.schedule.log_every == 0 or progress.step == run.schedule.last_step:
             metrics = {**_loss_metrics(run, report), "train/lr": lr, **timer.metrics()}
-            _write(run, progress, metrics)
+            counts = {f"data/{name}": float(count) for name, count in run.loader.total_counts().items()}
+            if run.writer is not None:
+                run.writer.write(progress.step, progress.samples_seen, {**metrics, **counts})
         run.display.step(progress.step, metrics)
         if stop:
             log.info(
@@ -103,14 +104,18 @@ def train(run: Trainer, progress: Progress) -> Progress:
             )
             break
         if run.checkpoints.is_due(progress.step):
-            run.checkpoints.save(run.engine, progress)
+            _save(run, progress)
         if _evaluation_due(run, progress.step) and not _evaluate(run, progress):
             break
         timer.restart_if(
             paused=run.checkpoints.last_step == progress.step or _evaluation_due(run, progress.step)
         )
-    run.checkpoints.save(run.engine, progress)
+    _save(run, progress)
     return progress
+
+
+def _save(run: Trainer, progress: Progress) -> None:
+    run.checkpoints.save(run.engine, progress._replace(loader=run.loader.state()))
 
 
 def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
@@ -170,12 +175,6 @@ def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
         "train/grad_norm": report.gradient_norm,
         "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),
     }
-
-
-def _write(run: Trainer, progress: Progress, metrics: dict[str, float]) -> None:
-    if run.writer is not None:
-        counts = {f"data/{name}": float(count) for name, count in run.loader.counts.items()}
-        run.writer.write(progress.step, progress.samples_seen, {**metrics, **counts})
 
 
 def _evaluation_due(run: Trainer, step: int) -> bool:

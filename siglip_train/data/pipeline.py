@@ -21,6 +21,7 @@ from siglip_train.data.select import Selection
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.data.workers import outlive_signals, unchanged
+from siglip_train.distributed.collectives import sum_over_ranks
 from siglip_train.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ class Loader:
     """An endless iterator over this rank's `Batch`es.
 
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
-    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`, and `excluded/<cause>` for what the shards
-    hold but cannot be used, `repeated_keys`. fingerprint: changes with the samples or their order.
+    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards
+    hold but cannot be used, `repeated_keys`; the same on all ranks. fingerprint: changes with the samples or their
+    order.
     """
 
     def __init__(
@@ -90,19 +92,24 @@ class Loader:
         self._pieces, self._pin_memory, self._log = pieces, pin_memory, BadSampleLog()
         if state is not None:
             self._resume(state)
-        self._unusable = self._found_unusable()
-        self.counts.update(self._unusable)
+        self.unusable = self._found_unusable()
+
+    def total_counts(self) -> dict[str, float]:
+        """Counts over all ranks.  # all ranks"""
+        return {**sum_over_ranks(self.counts), **self.unusable}
 
     def state(self) -> dict[str, Any]:
-        """What `build_loader` needs to go on after the last batch handed out."""
+        """What `build_loader` needs to go on after the last batch handed out.  # all ranks"""
         # what is unusable is found anew at the next start
-        counts = dict(self.counts - self._unusable)
+        counts = sum_over_ranks(self.counts)
         return {"samples_seen": self.samples_seen, "counts": counts, "fingerprint": self.fingerprint}
 
     def _resume(self, state: dict[str, Any]) -> None:
         size = self._pieces.share.global_batch_size
         self.samples_seen = state["samples_seen"]
-        self.counts.update(state["counts"])
+        if self._pieces.share.rank == 0:
+            # they are sums over the ranks there were, which may have been others
+            self.counts.update({name: int(count) for name, count in state["counts"].items()})
         if self.samples_seen % size:
             raise UserError(
                 f"cannot resume after {self.samples_seen} samples with global_batch_size {size}, which does not divide"

@@ -157,8 +157,8 @@ def test_counts_survive_a_resume_and_what_is_excluded_is_not_counted_twice(build
     loader = build(path)
     next(iter(loader))
     expected = {"seen": 6, "source/all": 6, "excluded/no text": 1}
-    assert loader.counts == expected
-    assert build(path, state=loader.state()).counts == expected
+    assert loader.total_counts() == expected
+    assert build(path, state=loader.state()).total_counts() == expected
 
 
 def test_sources_are_mixed_by_weight_and_counted(build: Build, tmp_path: Path):
@@ -273,14 +273,14 @@ def test_too_many_incomplete_samples_are_an_error_before_training(build: Build, 
     path = str(write_tar(tmp_path / "a.tar", [member for row in rows for member in row]))
     with pytest.raises(UserError, match=r"110 of 220 samples are incomplete \(110 no text\)"):
         build(path)
-    assert build(path, max_bad_share=0.6).counts["excluded/no text"] == 110
+    assert build(path, max_bad_share=0.6).unusable["excluded/no text"] == 110
 
 
 def test_repeated_keys_are_told(build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     members = [m for i in range(8) for m in sample(f"{i}", i)]
     split = [*sample("s"), *sample("t"), ("s.cls", b"1")]
     loader = build(str(write_tar(tmp_path / "a.tar", members + split)))
-    assert (loader.counts["repeated_keys"], loader.counts["excluded/no image"]) == (1, 1)
+    assert (loader.unusable["repeated_keys"], loader.unusable["excluded/no image"]) == (1, 1)
     assert "not adjacent" in caplog.text
 
 
@@ -353,7 +353,7 @@ def test_gzipped_shards_with_damage_give_what_is_left(build: Build, tmp_path: Pa
     packed = gzip.compress(plain.read_bytes())
     (tmp_path / "a.tar.gz").write_bytes(packed[: len(packed) // 2])
     loader = build(str(tmp_path / "a.tar.gz"))
-    assert loader.counts["excluded/truncated"] == 1
+    assert loader.unusable["excluded/truncated"] == 1
     keys = _keys(loader, 5)
     assert set(keys) <= {f"a.tar.gz/{i:03d}" for i in range(20)}
     assert len(set(keys)) > 6
