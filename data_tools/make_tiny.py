@@ -29,14 +29,14 @@ from siglip_train.errors import UserError
 GENERATOR_VERSION = 1
 RECORD = "dataset.json"
 TOKENIZER_SCENES = 4000
-EXAMPLE = "example: siglip-data make-tiny data/tiny --samples 20000 --seed 0"
+EXAMPLE = "example: siglip-data make-tiny data/tiny --samples 30000 --seed 0"
 
 
 @dataclass(frozen=True)
 class TinyOptions:
     """What decides the bytes of the data set."""
 
-    samples: int = 20_000
+    samples: int = 30_000
     validation_samples: int = 500
     samples_per_class: int = 10
     vocab_size: int = 1024

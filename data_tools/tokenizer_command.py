@@ -28,7 +28,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("shards", help="as in data.sources.NAME.shards")
     parser.add_argument("model", type=Path, help="file to write, NAME.model")
     parser.add_argument(
-        "--text", nargs="+", default=["txt"], help="fields that hold captions, as in data.sources (%(default)s)"
+        "--text",
+        nargs="+",
+        default=["txt"],
+        help="fields that hold captions, as in data.sources (%(default)s)",
     )
     parser.add_argument("--vocab-size", type=int, default=8192, help="number of pieces (%(default)s)")
     parser.set_defaults(run=_run)

@@ -30,9 +30,17 @@ class Outer:
 def test_values_arrive_with_their_types() -> None:
     built = build(
         Outer,
-        {"needed": "1e-3", "many": {"x": {"kind": "b"}}, "rules": [{"size": 5}], "pair": [1, 2], "free": {"y": 1}},
+        {
+            "needed": "1e-3",
+            "many": {"x": {"kind": "b"}},
+            "rules": [{"size": 5}],
+            "pair": [1, 2],
+            "free": {"y": 1},
+        },
     )
-    assert built == Outer(0.001, many={"x": Inner(kind="b")}, rules=[Inner(5)], pair=(1.0, 2.0), free={"y": 1})
+    assert built == Outer(
+        0.001, many={"x": Inner(kind="b")}, rules=[Inner(5)], pair=(1.0, 2.0), free={"y": 1}
+    )
 
 
 def test_defaults_and_back() -> None:

@@ -12,10 +12,10 @@ LONGEST_SIDE = 160
 GAP = 2  # pixels between two objects at least
 # of the shorter side; the gaps between the ranges keep "large" and "small" beyond dispute
 SINGLE_EXTENT: dict[Size | None, tuple[float, float]] = {
-    "small": (0.22, 0.30), None: (0.38, 0.55), "large": (0.68, 0.88),
+    "small": (0.34, 0.42), None: (0.54, 0.66), "large": (0.78, 0.94),
 }  # fmt: skip
-SEVERAL_EXTENT = (0.24, 0.40)
-TEXTURES = ("flat", "gradient", "stripes", "dots")
+SEVERAL_EXTENT = (0.28, 0.42)
+TEXTURES = ("flat", "flat", "gradient", "stripes", "dots")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Scene:
 def plan_scene(random: Random) -> Scene:
     """A scene of one to four objects of the pairs seen in training."""
     draw = random.random()
-    if draw < 0.35:
+    if draw < 0.50:
         return plan_single(random, random.choice(SEEN))
     counts: tuple[int, ...]
-    if draw < 0.50:
+    if draw < 0.60:
         counts = (random.randint(2, 4),)
-    elif draw < 0.80:
+    elif draw < 0.85:
         counts = (1, 1)
     else:
         counts = random.choice(
@@ -81,7 +81,7 @@ def plan_single(random: Random, pair: tuple[str, str]) -> Scene:
         left=random.randint(1, width - extent - 1),
         top=random.randint(1, height - extent - 1),
         extent=extent,
-        turn=_plan_turn(random, shape),
+        turn=_plan_turn(random),
         tint=_plan_tint(random),
     )
     # half of the captions of a large or small object say so; a third of the rest name the background
@@ -108,13 +108,13 @@ def _plan_several(random: Random, groups: tuple[Group, ...]) -> Scene:
 
 def _plan_canvas(random: Random) -> tuple[int, int]:
     short = random.randint(*SHORT_SIDE)
-    long = min(LONGEST_SIDE, round(short * random.uniform(1.0, 1.6)))
+    long = min(LONGEST_SIDE, round(short * random.uniform(1.0, 1.5)))
     return (short, long) if random.random() < 0.4 else (long, short)
 
 
-def _plan_turn(random: Random, shape: str) -> float:
-    # more would make a diamond of a square and an x of a cross; an arrow may point anywhere
-    return random.uniform(0, 360) if shape == "arrow" else random.uniform(-12, 12)
+def _plan_turn(random: Random) -> float:
+    # more would make a diamond of a square and an x of a cross
+    return random.uniform(-12, 12)
 
 
 def _plan_tint(random: Random) -> tuple[int, int, int]:
@@ -132,7 +132,7 @@ def _place(random: Random, canvas: tuple[int, int], pairs: list[tuple[str, str]]
             for _ in range(20):
                 left, top = random.randint(1, width - extent - 1), random.randint(1, height - extent - 1)
                 if all(_is_apart(left, top, extent, other) for other in things):
-                    turn, tint = _plan_turn(random, shape), _plan_tint(random)
+                    turn, tint = _plan_turn(random), _plan_tint(random)
                     things.append(Thing(color, shape, left, top, extent, turn, tint))
                     break
         if len(things) == len(pairs):

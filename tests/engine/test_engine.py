@@ -113,7 +113,8 @@ def train_and_resume(stages: list[int]) -> list[dict]:
 def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size: int) -> None:
     expected = torch.tensor(plain_run(), dtype=torch.float64)
     acts = expected[:, 1] > OPTIM.clip_norm
-    assert acts.any() and not acts.all(), "steps with and without clipping should both be seen"
+    assert acts.any(), "steps with clipping should be seen"
+    assert not acts.all(), "steps without clipping should be seen"
     by_rank = run_ranks(world_size, train_and_resume, [0, 1, 2, 3])
     for stage, result in enumerate(by_rank[0]):
         measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
