@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_tools.tiny.captions import word_everywhere
 from data_tools.tiny.preview import write_preview
-from data_tools.tiny.scenes import plan_scene
-from data_tools.tiny.shards import SAMPLES_PER_SHARD, ShardTask, sample_random, write_shard
+from data_tools.tiny.shards import SAMPLES_PER_SHARD, ShardTask, plan_training, write_shard
 from data_tools.tiny.vocabulary import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES
 from data_tools.tokenizer import train_tokenizer
 from siglip_train.errors import UserError
@@ -193,5 +192,4 @@ def _write_class_files(folder: Path) -> None:
 def _tokenizer_captions(seed: int) -> Iterator[str]:
     """Captions of training scenes in every language; as many for a small set as for a large one."""
     for index in range(TOKENIZER_SCENES):
-        scene = plan_scene(sample_random(seed, "train", index))
-        yield from word_everywhere(scene.description).values()
+        yield from word_everywhere(plan_training(seed, index).description).values()

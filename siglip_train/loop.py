@@ -187,6 +187,11 @@ def _evaluate(run: Trainer, progress: Progress) -> bool:
     try:
         metrics = run.evaluate(progress.step)
     except StopTraining:
+        log.info(
+            "%s: leaving the evaluation, saving at step %d",
+            run.stop.received or "stop signal on a rank",
+            progress.step,
+        )
         return False
     if metrics and run.writer is not None:
         run.writer.write(progress.step, progress.samples_seen, metrics)

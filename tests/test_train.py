@@ -151,6 +151,32 @@ def test_a_signal_saves_at_the_next_step_and_leaves_cleanly(
     assert f"{name}: saving at step {step}" in errors
 
 
+def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(small_run: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*TRAIN, *small_run, f"run_dir={tmp_path}", "total_samples=24000", "evaluation.every_steps=2",
+         "evaluation.batch_size=4"],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "SIGUSR1: leaving the evaluation, saving at step 2" in errors
+    assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000002"
+    assert not [record for record in records(tmp_path) if "val/seen/acc1" in record]
+
+
+def test_bf16_stays_near_fp32(finished: Path, small_run: list[str], tmp_path: Path) -> None:
+    arguments = ["precision=bf16", "stop_after_steps=4", "evaluation.tasks.retrieval=null"]
+    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", *arguments])
+    assert result.returncode == 0, result.stderr
+    measured, single = losses(tmp_path), losses(finished)
+    assert measured != {step: single[step] for step in measured}, "it should have computed in bf16"
+    # measured: 2e-3
+    for step, loss in measured.items():
+        assert loss == pytest.approx(single[step], rel=2e-2)
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -51,12 +51,12 @@ class Scene:
 def plan_scene(random: Random) -> Scene:
     """A scene of one to four objects of the pairs seen in training."""
     draw = random.random()
-    if draw < 0.50:
+    if draw < 0.70:
         return plan_single(random, random.choice(SEEN))
     counts: tuple[int, ...]
-    if draw < 0.60:
+    if draw < 0.78:
         counts = (random.randint(2, 4),)
-    elif draw < 0.85:
+    elif draw < 0.92:
         counts = (1, 1)
     else:
         counts = random.choice(

@@ -4,14 +4,14 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from PIL import Image
 
-from data_tools.tiny.captions import word_everywhere
+from data_tools.tiny.captions import Description, word_everywhere
 from data_tools.tiny.drawing import draw_scene
 from data_tools.tiny.languages import SHARES
 from data_tools.tiny.scenes import Scene, plan_scene, plan_single
@@ -41,6 +41,19 @@ class ShardTask:
 def sample_random(seed: int, split: str, index: int) -> Random:
     """The random stream of one sample; a string seed is hashed, so neighbours do not correlate."""
     return Random(f"{seed}/{split}/{index}")
+
+
+def plan_training(seed: int, index: int) -> Scene:
+    """A training scene. Of two single objects in five the caption says the shape alone.
+
+    Where every caption names the colour, a model tells most pairs of a batch apart by it, and takes several times as
+    many samples to see shapes.
+    """
+    random = sample_random(seed, "train", index)
+    scene = plan_scene(random)
+    if len(scene.things) == 1 and random.random() < 0.4:
+        return replace(scene, description=Description(scene.description.groups, shape_alone=True))
+    return scene
 
 
 def plan_validation(seed: int, count: int) -> list[Scene]:
@@ -74,9 +87,9 @@ def write_shard(task: ShardTask) -> int:
 
 
 def _plan(task: ShardTask, index: int) -> tuple[Scene, int | None]:
-    random = sample_random(task.seed, task.split, index)
     if task.split == "train":
-        return plan_scene(random), None
+        return plan_training(task.seed, index), None
+    random = sample_random(task.seed, task.split, index)
     pairs = SEEN if task.split == "classes_seen" else HELD_OUT
     color, shape = pair = pairs[index % len(pairs)]
     return plan_single(random, pair), CLASS_INDEX[f"{color} {shape}"]

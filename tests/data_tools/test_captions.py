@@ -49,6 +49,12 @@ def test_english_captions_are_true(splits):
     for sample in splits["train"] + splits["validation"]:
         facts = sample.facts
         caption = facts["captions"]["en"]
+        alone = re.fullmatch(rf"an? ({'|'.join(SHAPES)})", caption)
+        if alone:
+            assert [item["shape"] for item in facts["objects"]] == [alone[1]], caption
+            assert caption.startswith("an " if alone[1] == "arrow" else "a "), caption
+            patterns["shape alone"] += 1
+            continue
         objects, size, relation, background = _parse(caption)
         assert objects == Counter(item["label"] for item in facts["objects"]), caption
         boxes = {item["label"]: item["box"] for item in facts["objects"]}
@@ -140,6 +146,10 @@ LEFT = {
     "hi": "एक नीले तारे के बाईं ओर एक फ़िरोज़ी त्रिभुज",
     "ja": "青い星の左にあるターコイズ色の三角形",
 }
+ALONE = {
+    "en": "a star", "de": "ein Stern", "zh": "一个五角星", "ar": "نجمة", "es": "una estrella", "ru": "звезда",
+    "hi": "एक तारा", "ja": "星",
+}  # fmt: skip
 CASES = {
     "single": (Description((Group(1, "blue", "star"),), size="small"), SINGLE),
     "counted": (
@@ -150,6 +160,7 @@ CASES = {
     ),
     "above": (Description((Group(1, "purple", "diamond"), Group(1, "blue", "ring")), relation="above"), ABOVE),
     "left": (Description((Group(1, "turquoise", "triangle"), Group(1, "blue", "star")), relation="left"), LEFT),
+    "alone": (Description((Group(1, "red", "star"),), shape_alone=True), ALONE),
 }  # fmt: skip
 
 

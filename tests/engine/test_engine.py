@@ -162,3 +162,32 @@ def test_reduce_dtype_decides_which_parameters_travel_in_bf16() -> None:
     )
     assert exact["torch_autocast"]["lower_precision_safe_modules"] == []
     assert "lower_precision_safe_modules" not in halved["torch_autocast"]
+
+
+def gradients(model: TrainingModel) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(batch(0)).total.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = training_model()
+    expected = gradients(model)
+    calls = []
+    block = type(model.model.vision.encoder.blocks[0])
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args: calls.append(self) or forward(self, *args))
+    engines.apply_speed_options(model, engines.EngineConfig(activation_checkpointing=True))
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+    assert len(calls) == 2 * (CONFIG.vision.depth + CONFIG.text.depth), "every block runs forward twice"
+
+
+def test_blocks_are_compiled_one_by_one_where_asked() -> None:
+    model = training_model()
+    engines.apply_speed_options(model, engines.EngineConfig(compile_blocks=True))
+    blocks = [*model.model.vision.encoder.blocks, *model.model.text.encoder.blocks]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert model.model.vision._compiled_call_impl is None
+    engines.apply_speed_options(plain := training_model(), engines.EngineConfig())
+    assert plain.model.vision.encoder.blocks[0]._compiled_call_impl is None

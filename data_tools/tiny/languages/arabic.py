@@ -45,6 +45,9 @@ class Arabic:
         phrase = f"{singular} {COLORS[color][feminine]}"
         return f"{phrase} {SIZES[size][feminine]}" if size else phrase
 
+    def shape_alone(self, shape: str) -> str:
+        return SHAPES[shape][1]
+
     def join(self, phrases: list[str]) -> str:
         return " و".join(phrases)
 

@@ -22,6 +22,9 @@ class Chinese:
     def group(self, count: int, color: str, shape: str, size: Size | None = None) -> str:
         return f"{NUMBERS[count]}个{COLORS[color]}的{SIZES[size] if size else ''}{SHAPES[shape]}"
 
+    def shape_alone(self, shape: str) -> str:
+        return f"{NUMBERS[1]}个{SHAPES[shape]}"
+
     def join(self, phrases: list[str]) -> str:
         *head, last = phrases
         return f"{'、'.join(head)}和{last}" if head else last

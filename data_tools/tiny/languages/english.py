@@ -15,6 +15,9 @@ class English:
             return f"{NUMBERS[count]} {color} {PLURALS.get(shape, shape + 's')}"
         return f"a {size} {color} {shape}" if size else f"a {color} {shape}"
 
+    def shape_alone(self, shape: str) -> str:
+        return f"{'an' if shape[0] in 'aeiou' else 'a'} {shape}"
+
     def join(self, phrases: list[str]) -> str:
         return join_with_commas(phrases, "and")
 

@@ -40,6 +40,10 @@ class German:
         adjectives = " ".join(stem + ENDING[gender] for stem in [*stems, COLORS[color]])
         return f"{ARTICLE[gender]} {adjectives} {nominative}"
 
+    def shape_alone(self, shape: str) -> str:
+        gender, nominative, _, _ = SHAPES[shape]
+        return f"{ARTICLE[gender]} {nominative}"
+
     def join(self, phrases: list[str]) -> str:
         return join_with_commas(phrases, "und")
 

@@ -13,6 +13,10 @@ class Grammar(Protocol):
         """`count` (1 to 4) equal shapes; `size` only with one shape."""
         ...
 
+    def shape_alone(self, shape: str) -> str:
+        """One shape without its colour."""
+        ...
+
     def join(self, phrases: list[str]) -> str:
         """The phrases as one list."""
         ...

@@ -28,6 +28,9 @@ class Hindi:
         phrase = f"{COLORS[color][0]} {SHAPES[shape][0]}"
         return f"एक {SIZES[size]} {phrase}" if size else f"एक {phrase}"
 
+    def shape_alone(self, shape: str) -> str:
+        return f"एक {SHAPES[shape][0]}"
+
     def join(self, phrases: list[str]) -> str:
         return join_with_commas(phrases, "और")
 

@@ -23,6 +23,9 @@ class Japanese:
         lead = NUMBERS[count] if count > 1 else SIZES[size] if size else ""
         return f"{lead}{COLORS[color]}{SHAPES[shape]}"
 
+    def shape_alone(self, shape: str) -> str:
+        return SHAPES[shape]
+
     def join(self, phrases: list[str]) -> str:
         return "と".join(phrases)
 

@@ -59,6 +59,9 @@ class Russian:
         phrase = f"{_color(color, gender)} {nominative}"
         return f"{SIZES[size][gender]} {phrase}" if size else phrase
 
+    def shape_alone(self, shape: str) -> str:
+        return SHAPES[shape][1]
+
     def join(self, phrases: list[str]) -> str:
         return join_with_commas(phrases, "и")
 

@@ -44,6 +44,10 @@ class Spanish:
         phrase = f"{'una' if feminine else 'un'} {singular} {COLORS[color][feminine]}"
         return f"{phrase} {SIZES[size][feminine]}" if size else phrase
 
+    def shape_alone(self, shape: str) -> str:
+        feminine, singular, _ = SHAPES[shape]
+        return f"{'una' if feminine else 'un'} {singular}"
+
     def join(self, phrases: list[str]) -> str:
         return join_with_commas(phrases, "y")
 
