@@ -1,3 +1,5 @@
+# The compiler gives the types.
+# mypy: disable-error-code="no-untyped-def"
 """The two kernels in Triton: one does the n m E work on tiles of pairs, the other finishes rows and matching pairs.
 
 Letters: X images, Y texts, S = X Y' cosines, G = sigmoid(logits), all of one tile. Logits are in units of ln 2, because
@@ -139,12 +141,12 @@ def _cosines(
                 x, y = x.to(tl.float32), y.to(tl.float32)
             S = tl.dot(x, y.T, S, input_precision=PRECISION)
     else:
-        # the last row again instead of a mask
-        row = tl.minimum(first_row + tl.arange(0, BN), n - 1).to(tl.int64)
-        column = tl.minimum(first_column + tl.arange(0, BM), m - 1).to(tl.int64)
+        # the last row again instead of a mask; 64 bits for where the tile is, 32 within it
+        row = tl.minimum(tl.arange(0, BN), n - 1 - first_row)
+        column = tl.minimum(tl.arange(0, BM), m - 1 - first_column)
         depth = tl.arange(0, BD)
-        x_at = X + row[:, None] * width + depth[None, :]
-        y_at = Y + column[:, None] * width + depth[None, :]
+        x_at = X + first_row.to(tl.int64) * width + (row[:, None] * width + depth[None, :])
+        y_at = Y + first_column.to(tl.int64) * width + (column[:, None] * width + depth[None, :])
         for start in range(0, width, BD):
             if EVEN:
                 x, y = tl.load(x_at), tl.load(y_at)
@@ -173,9 +175,9 @@ def _store(
     if DESCRIPTORS:
         G.store([first_row, first_column], g.to(dtype))
     else:
-        row = (first_row + tl.arange(0, g.shape[0])).to(tl.int64)
-        column = first_column + tl.arange(0, g.shape[1])
-        tl.store(G + row[:, None] * stride_g + column[None, :], g.to(dtype))
+        row, column = tl.arange(0, g.shape[0]), tl.arange(0, g.shape[1])
+        corner = G + first_row.to(tl.int64) * stride_g + first_column
+        tl.store(corner + (row[:, None] * stride_g + column[None, :]), g.to(dtype))
 
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])

@@ -23,6 +23,8 @@ AMPERE = Tile(128, 128, 32, parts=4, group=8, warps=4, stages=4, descriptors=Fal
 # three products of tf32 parts take the registers that a wider tile would need; group 4: G is 1 to 5e-10
 HOPPER_FP32 = Tile(128, 64, 32, parts=2, group=4, warps=4, stages=3, descriptors=True)
 AMPERE_FP32 = Tile(64, 64, 32, parts=2, group=4, warps=4, stages=3, descriptors=False)
+# rows that begin anywhere are loaded through registers
+UNALIGNED = Tile(128, 128, 32, parts=4, group=8, warps=8, stages=2, descriptors=False)
 # the interpreter's time goes by the number of programs and not by their size
 INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=False)
 
@@ -35,6 +37,8 @@ def choose_tile(capability: tuple[int, int], element_size: int, *, aligned: bool
     has_descriptors = capability[0] in (9, 10) and aligned
     if element_size == 4:
         return HOPPER_FP32 if has_descriptors else AMPERE_FP32
+    if not aligned:
+        return UNALIGNED
     return HOPPER if has_descriptors else AMPERE
 
 

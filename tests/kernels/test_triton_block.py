@@ -59,7 +59,7 @@ def test_chunks_are_bounded(width, multiprocessors):
 
 def test_tiles_by_gpu():
     assert choose_tile((9, 0), 2, aligned=True) == choose_tile((10, 0), 2, aligned=True) == tiles.HOPPER
-    assert choose_tile((9, 0), 2, aligned=False) == tiles.AMPERE
+    assert choose_tile((9, 0), 2, aligned=False) == tiles.UNALIGNED
     assert choose_tile((8, 0), 2, aligned=True) == choose_tile((12, 0), 2, aligned=True) == tiles.AMPERE
     assert choose_tile((9, 0), 4, aligned=True) == tiles.HOPPER_FP32
     assert choose_tile((8, 6), 4, aligned=True) == tiles.AMPERE_FP32
