@@ -1,7 +1,4 @@
-"""Loss and gradients of one block of images against one block of texts, in row chunks: no n x m tensor.
-
-Callers see one function for the gradients and one for the loss alone, and not how they are computed.
-"""
+"""A block in torch alone, in row chunks: no n x m tensor. For CPUs and float64, and the check of the Triton kernel."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.chunked import sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.block import sigmoid_loss_block, sigmoid_loss_block_value
 from kernels.sigmoid_loss.ring import check_equal_on_ranks, ring_gradients, ring_value
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.chunked import BlockGradients, sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.block import BlockGradients, sigmoid_loss_block, sigmoid_loss_block_value
 
 # gloo matches messages between two ranks by tag, NCCL by order; the order is the same on both ends too
 _TEXTS, _GRADIENTS = 1, 2

@@ -1,0 +1,41 @@
+"""Which implementation of an op runs: the Triton kernel on a GPU that can, torch elsewhere. Tests may force one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["triton", "chunked"]
+
+_forced: list[Implementation] = []
+
+
+def implementation(tensor: Tensor) -> Implementation:
+    """ "triton" for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, else "chunked"."""
+    if _forced:
+        return _forced[-1]
+    is_narrow = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return "triton" if is_narrow and tensor.is_cuda and _has_triton(tensor.device) else "chunked"
+
+
+@contextmanager
+def force(name: Implementation) -> Iterator[None]:
+    """Within it, every op runs as `name`. On a CPU, "triton" needs TRITON_INTERPRET=1 before triton is imported."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    # the kernels have PTX in them: no AMD
+    is_nvidia = torch.version.cuda is not None
+    return (
+        is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+    )

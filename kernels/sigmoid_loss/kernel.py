@@ -1,0 +1,268 @@
+# The compiler gives the types.
+# mypy: disable-error-code="no-untyped-def"
+"""The two kernels in Triton: one does the n m E work on tiles of pairs, the other finishes rows and matching pairs.
+
+Letters: X images, Y texts, S = X Y' cosines, G = sigmoid(logits), all of one tile. Logits are in units of ln 2, because
+the machine's exponential and logarithm have base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+# as a logit: its power of two is 0, and so are its loss and its gradient
+LEFT_OUT = tl.constexpr(-10000.0)
+# below it, log(1 + q) is its series: 1 + q would round q away
+SERIES = tl.constexpr(0.0625)
+
+
+@triton.jit
+def _exp2(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _reciprocal(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _log2(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _log1p(q, INTERPRETED: tl.constexpr):
+    series = q * (1.0 - q * (0.5 - q * (0.33333334 - q * (0.25 - q * 0.2))))
+    return tl.where(q < SERIES, series, _log2(1.0 + q, INTERPRETED) * LN2)
+
+
+@triton.jit
+def _halves(x):
+    """Left and right columns of `[BN, W]`. A thread holds some of both, so nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _join(pair):
+    # (1 + p) (1 + q) - 1, exact for small p and q
+    p, q = pair
+    return p + q * (1.0 + p)
+
+
+@triton.jit
+def _pairs(logits, GROUP: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr):
+    """Of pairs with logits `[BN, W]`: G, the sum of their losses, and that of G.
+
+    The loss of GROUP pairs takes one logarithm: that of the product of 1 + e^logit. Logits are cut off where the
+    product would overflow; what is above adds to the loss as it is, and G is 1 to 2^(-124 / GROUP).
+    """
+    low = tl.minimum(logits, 124.0 / GROUP)
+    e = _exp2(low, INTERPRETED)
+    G = e
+    sum_g = 0.0
+    if GRADIENTS:
+        G = e * _reciprocal(1.0 + e, INTERPRETED)
+        sum_g = tl.sum(G)
+    above = tl.sum(logits - low)
+    q = _join(_halves(e))
+    q = _join(_halves(q))
+    if GROUP == 8:
+        # neighbours, as those are in one thread
+        q = _join(tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2))))
+    loss = tl.sum(_log1p(q, INTERPRETED)) + above * LN2
+    return G, loss, sum_g
+
+
+@triton.jit
+def _logits(S, scale, bias, row, column, n, m, positives, is_special, CHECKED: tl.constexpr):
+    logits = S * scale + bias
+    if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
+        if is_special:
+            counts = (
+                (column[None, :] - positives != row[:, None]) & (row < n)[:, None] & (column < m)[None, :]
+            )
+            logits = tl.where(counts, logits, LEFT_OUT)
+    return logits
+
+
+@triton.jit
+def _columns(S, PARTS: tl.constexpr):
+    """S cut into PARTS (2 or 4) equal blocks of columns."""
+    left, right = _halves(S)
+    if PARTS == 2:
+        return left, right
+    else:
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d
+
+
+@triton.jit
+def _tile_of_program(n, m, BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
+    """First row and column. Programs that run together share a band of BAND tile rows, for the cache's sake."""
+    program = tl.program_id(0)
+    tile_rows = tl.cdiv(n, BN)
+    in_band = BAND * tl.cdiv(m, BM)
+    first = program // in_band * BAND
+    height = tl.minimum(tile_rows - first, BAND)
+    within = program % in_band
+    return (first + within % height) * BN, within // height * BM
+
+
+@triton.jit
+def _cosines(
+    X, Y, first_row, first_column, n, m, width,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """S `[BN, BM]` in fp32. Rows beyond the end give anything finite."""
+    S = tl.zeros((BN, BM), dtype=tl.float32)
+    if DESCRIPTORS:
+        for start in range(0, width, BD):
+            x, y = X.load([first_row, start]), Y.load([first_column, start])
+            if INTERPRETED:
+                x, y = x.to(tl.float32), y.to(tl.float32)
+            S = tl.dot(x, y.T, S, input_precision=PRECISION)
+    else:
+        # the last row again instead of a mask; 64 bits for where the tile is, 32 within it
+        row = tl.minimum(tl.arange(0, BN), n - 1 - first_row)
+        column = tl.minimum(tl.arange(0, BM), m - 1 - first_column)
+        depth = tl.arange(0, BD)
+        x_at = X + first_row.to(tl.int64) * width + (row[:, None] * width + depth[None, :])
+        y_at = Y + first_column.to(tl.int64) * width + (column[:, None] * width + depth[None, :])
+        for start in range(0, width, BD):
+            if EVEN:
+                x, y = tl.load(x_at), tl.load(y_at)
+            else:
+                inside = depth[None, :] < width - start
+                x, y = tl.load(x_at, mask=inside, other=0.0), tl.load(y_at, mask=inside, other=0.0)
+            if INTERPRETED:
+                x, y = x.to(tl.float32), y.to(tl.float32)
+            S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION)
+            x_at += BD
+            y_at += BD
+    return S
+
+
+@triton.jit
+def _store(
+    G, g, first_row, first_column, stride_g, UNIT: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    dtype: tl.constexpr = G.dtype if DESCRIPTORS else G.dtype.element_ty
+    if UNIT != 1:
+        g *= UNIT
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = g.to(tl.int32, bitcast=True)
+        g = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    # the buffer has room for whole tiles, and pairs that were left out store their 0: no mask
+    if DESCRIPTORS:
+        G.store([first_row, first_column], g.to(dtype))
+    else:
+        row, column = tl.arange(0, g.shape[0]), tl.arange(0, g.shape[1])
+        corner = G + first_row.to(tl.int64) * stride_g + first_column
+        tl.store(corner + (row[:, None] * stride_g + column[None, :]), g.to(dtype))
+
+
+@triton.jit(do_not_specialize=["n", "m", "positives"])
+def sigmoid_tile_kernel(
+    X, Y, SCALE, BIAS, G, SUMS, n, m, width, stride_g, positives,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    GRADIENTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
+
+    X `[n, width]`, Y `[m, width]`, contiguous; G with room for whole tiles, row stride stride_g: pointers, or
+    descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`: of loss and of G.
+    positives: row i matches column i + positives; m or more for none. CHECKED: the call has matching pairs or tiles
+    that stick out; only such tiles pay for it. EVEN: width is a multiple of BD. G is stored times UNIT.
+    PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
+    INTERPRETED: plain functions; and bf16 by hand, which the interpreter multiplies wrongly and does not round.
+    """
+    first_row, first_column = _tile_of_program(n, m, BN, BM, BAND)
+    S = _cosines(
+        X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
+    )
+    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
+    on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
+    is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
+    row = first_row + tl.arange(0, BN)
+    WIDTH: tl.constexpr = BM // PARTS
+    loss, sum_g = 0.0, 0.0
+    parts = _columns(S, PARTS)
+    for part in tl.static_range(PARTS):
+        left = first_column + part * WIDTH
+        column = left + tl.arange(0, WIDTH)
+        logits = _logits(parts[part], scale, bias, row, column, n, m, positives, is_special, CHECKED)
+        g, part_loss, part_g = _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
+        loss += part_loss
+        if GRADIENTS:
+            _store(G, g, first_row, left, stride_g, UNIT, DESCRIPTORS, INTERPRETED)
+            sum_g += part_g
+    sums = SUMS + tl.program_id(0).to(tl.int64) * 2
+    tl.store(sums, loss)
+    if GRADIENTS:
+        tl.store(sums + 1, sum_g)
+
+
+@triton.jit(do_not_specialize=["n", "m", "positives"])
+def finish_kernel(
+    X, Y, SCALE, BIAS, DX, DY, SUMS, n, m, width, positives,
+    BN: tl.constexpr, BD: tl.constexpr, GRADIENTS: tl.constexpr, UNIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What is left after the products, for BN rows a program: the matching pairs in fp32, exactly, and the scale.
+
+    DX `[n, width]` holds UNIT G Y and becomes the gradient of the images; DY `[m, width]` gets UNIT g x of matching
+    pairs added (each of its rows has one writer). SUMS `[programs, 3]`: loss and g of matching pairs, and g S of all.
+    """
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    column = row + positives
+    matches = (row < n) & (column >= 0) & (column < m)
+    depth = tl.arange(0, BD)
+    x_at = row.to(tl.int64)[:, None] * width + depth[None, :]
+    y_at = column.to(tl.int64)[:, None] * width + depth[None, :]
+    scale, bias = tl.load(SCALE), tl.load(BIAS)
+    S = tl.zeros((BN,), dtype=tl.float32)
+    for start in range(0, width, BD):
+        inside = matches[:, None] & (depth[None, :] < width - start)
+        x = tl.load(X + x_at + start, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(Y + y_at + start, mask=inside, other=0.0).to(tl.float32)
+        S += tl.sum(x * y, axis=1)
+    against = -(S * scale + bias)
+    e = tl.exp(-tl.abs(against))
+    loss = tl.maximum(against, 0.0) + _log1p(e, INTERPRETED)
+    g = tl.where(matches, tl.where(against > 0, -1.0, -e) / (1.0 + e), 0.0)
+    sums = SUMS + tl.program_id(0).to(tl.int64) * 3
+    tl.store(sums, tl.sum(tl.where(matches, loss, 0.0)))
+    if GRADIENTS:
+        cosine_sum = g * S
+        for start in range(0, width, BD):
+            real = (row < n)[:, None] & (depth[None, :] < width - start)
+            inside = real & matches[:, None]
+            x = tl.load(X + x_at + start, mask=real, other=0.0).to(tl.float32)
+            y = tl.load(Y + y_at + start, mask=inside, other=0.0).to(tl.float32)
+            negatives = tl.load(DX + x_at + start, mask=real, other=0.0) / UNIT
+            cosine_sum += tl.sum(x * negatives, axis=1)
+            tl.store(DX + x_at + start, (negatives + g[:, None] * y) * scale, mask=real)
+            d_text = tl.load(DY + y_at + start, mask=inside, other=0.0)
+            tl.store(DY + y_at + start, d_text + g[:, None] * x * UNIT, mask=inside)
+        tl.store(sums + 1, tl.sum(g))
+        tl.store(sums + 2, tl.sum(cosine_sum))

@@ -1,0 +1,200 @@
+"""Loss and gradients of a block by the Triton kernels: G of a chunk of rows, then two library products with it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
+
+# rows and columns that one program of finish_kernel takes at a time
+_FINISH = (8, 256)
+# tile rows that share the texts in the cache
+_BAND = 8
+# fp16 ends at 6e-8: with this factor G keeps its digits down to a logit of -16
+_UNIT = {torch.float16: 1024, torch.bfloat16: 1, torch.float32: 1}
+
+
+@torch.no_grad()
+def sigmoid_loss_block(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    chunk_rows: int | None = None,
+    tile: Tile | None = None,
+) -> BlockGradients:
+    """Loss and all four gradients of a block in one pass over its logits; fp32, bf16 or fp16 embeddings.
+
+    images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
+    i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
+    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that.
+    """
+    block = _Block(images, texts, scale, bias, positives, tile)
+    n, m, width = len(images), len(texts), images.shape[1]
+    image_gradients = images.new_empty(n, width, dtype=torch.float32)
+    text_gradients = (
+        texts.new_empty(m, width, dtype=torch.float32) if n else texts.new_zeros(m, width).float()
+    )
+    totals = images.new_zeros(3, dtype=torch.float64)
+    rows = chunk_rows or block.chunk_rows()
+    G = block.buffer(min(rows, n))
+    for start, chunk in block.chunks(rows):
+        totals[:2] += block.tiles(chunk, start, G)
+        g, gradients = G[: len(chunk), :m], image_gradients[start : start + len(chunk)]
+        _multiply(g, block.texts, out=gradients, keep=0)
+        _multiply(g.T, chunk, out=text_gradients, keep=int(start > 0))
+        totals += block.finish(chunk, start, gradients, text_gradients)
+    loss, bias_gradient, scale_gradient = totals.unbind()
+    text_gradients.mul_(block.scale / block.unit)
+    return BlockGradients(loss, image_gradients, text_gradients, scale_gradient, bias_gradient)
+
+
+@torch.no_grad()
+def sigmoid_loss_block_value(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    chunk_rows: int | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
+    block = _Block(images, texts, scale, bias, positives, tile)
+    loss = images.new_zeros((), dtype=torch.float64)
+    for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
+        loss += block.tiles(chunk, start, None)[0] + block.finish(chunk, start, None, None)[0]
+    return loss
+
+
+class _Block:
+    """The inputs of one call as the kernels take them, and their launches."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        positives: int | None,
+        tile: Tile | None,
+    ) -> None:
+        self.images, self.texts = images.contiguous(), texts.contiguous()
+        self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
+        self.unit = _UNIT[images.dtype]
+        self._positives = positives
+        self._tile = tile or _default_tile(self.images, self.texts)
+        self._is_interpreted = not images.is_cuda
+
+    def chunk_rows(self) -> int:
+        rows, width = self.images.shape
+        return max(1, choose_chunk_rows(rows, width, _multiprocessors(self.images.device)))
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(self.images), rows):
+            yield start, self.images[start : start + rows]
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for whole tiles, so that the kernel stores without a mask, and rows are aligned."""
+        shape = [
+            triton.cdiv(size, side) * side
+            for size, side in ((rows, self._tile.images), (len(self.texts), self._tile.texts))
+        ]
+        return self.images.new_empty(shape)
+
+    def tiles(self, chunk: Tensor, start: int, G: Tensor | None) -> Tensor:
+        """Write G of a chunk `[c, E]` (None: not wanted); give the sums of loss and of G, float64 `[2]`."""
+        tile, (n, m) = self._tile, (len(chunk), len(self.texts))
+        programs = triton.cdiv(n, tile.images) * triton.cdiv(m, tile.texts)
+        sums = torch.zeros(programs, 2, device=chunk.device)
+        has_edge = n % tile.images != 0 or m % tile.texts != 0
+        with _device(chunk):
+            sigmoid_tile_kernel[(programs,)](
+                self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
+                sums if G is None else self._destination(G), sums, n, m, chunk.shape[1],
+                0 if G is None else G.stride(0), self._offset(start),
+                BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
+                EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
+                GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
+                PRECISION=_precision(), INTERPRETED=self._is_interpreted,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        return sums.sum(0, dtype=torch.float64)
+
+    def finish(
+        self, chunk: Tensor, start: int, image_gradients: Tensor | None, text_gradients: Tensor | None
+    ) -> Tensor:
+        """Add the matching pairs; give their loss and bias gradient and the scale gradient of all, float64 `[3]`."""
+        programs = triton.cdiv(len(chunk), _FINISH[0])
+        sums = torch.zeros(programs, 3, device=chunk.device)
+        with _device(chunk):
+            finish_kernel[(programs,)](
+                chunk, self.texts, self.scale, self.bias,
+                sums if image_gradients is None else image_gradients,
+                sums if text_gradients is None else text_gradients,
+                sums, len(chunk), len(self.texts), chunk.shape[1], self._offset(start),
+                BN=_FINISH[0], BD=_FINISH[1], GRADIENTS=image_gradients is not None, UNIT=self.unit,
+                INTERPRETED=self._is_interpreted,
+            )  # fmt: skip
+        return sums.sum(0, dtype=torch.float64)
+
+    def _offset(self, start: int) -> int:
+        # from m on, no row has a match
+        return len(self.texts) if self._positives is None else self._positives + start
+
+    def _source(self, embeddings: Tensor, rows: int) -> Any:
+        if not self._tile.descriptors:
+            return embeddings
+        return TensorDescriptor.from_tensor(embeddings, [rows, self._tile.depth])
+
+    def _destination(self, G: Tensor) -> Any:
+        if not self._tile.descriptors:
+            return G
+        return TensorDescriptor.from_tensor(G, [self._tile.images, self._tile.texts // self._tile.parts])
+
+
+def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
+    """out = keep * out + a b, summed and kept in fp32; keep 0 does not read out."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=keep, out=out)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=keep, out=out)
+    else:  # under the interpreter: the CPU has no such product
+        torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
+
+
+def _default_tile(images: Tensor, texts: Tensor) -> Tile:
+    if not images.is_cuda:
+        return INTERPRETED
+    size = images.element_size()
+    starts = (images.data_ptr(), texts.data_ptr(), images.shape[1] * size)
+    return choose_tile(
+        torch.cuda.get_device_capability(images.device),
+        size,
+        aligned=all(start % 16 == 0 for start in starts),
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _precision() -> str:
+    """How fp32 is multiplied; "tf32x3" is three products of parts, as good as fp32. No effect on bf16 and fp16."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

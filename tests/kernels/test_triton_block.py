@@ -1,0 +1,67 @@
+"""Starts `triton_block_cases.py` in a process of its own; the choice of implementation, tile and chunk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.dispatch import force, implementation
+from kernels.sigmoid_loss import tiles
+from kernels.sigmoid_loss.tiles import choose_chunk_rows, choose_tile
+
+CASES = Path(__file__).with_name("triton_block_cases.py")
+ROOT = CASES.parents[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_triton_kernels_equal_the_reference():
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    if "only 0-dimensional arrays can be converted" in run.stdout:
+        pytest.skip("the interpreter of this Triton (3.6) does not run with this numpy (2.4)")
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_a_cpu_takes_the_chunks_unless_forced():
+    tensor = torch.zeros(2, 2)
+    assert implementation(tensor) == "chunked"
+    with force("triton"):
+        assert implementation(tensor) == "triton"
+        with force("chunked"):
+            assert implementation(tensor) == "chunked"
+    assert implementation(tensor) == "chunked"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_triton_but_for_float64():
+    assert implementation(torch.zeros(2, 2, device="cuda")) == "triton"
+    assert implementation(torch.zeros(2, 2, device="cuda", dtype=torch.float64)) == "chunked"
+
+
+def test_chunks_fill_the_waves_of_an_h200():
+    # 132 multiprocessors: 33 rows of 4 tiles, or 22 of 6
+    assert {width: choose_chunk_rows(32768, width, 132) for width in (768, 1024, 1152, 1536)} == {
+        768: 4224, 1024: 4224, 1152: 5632, 1536: 8448,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 108, 132, 148])
+@pytest.mark.parametrize("width", [1, 64, 768, 1000, 4096])
+def test_chunks_are_bounded(width, multiprocessors):
+    assert choose_chunk_rows(100, width, multiprocessors) == 100
+    rows = choose_chunk_rows(1_000_000, width, multiprocessors)
+    assert rows % 128 == 0
+    assert 128 <= rows <= max(128, 6 * width)
+
+
+def test_tiles_by_gpu():
+    assert choose_tile((9, 0), 2, aligned=True) == choose_tile((10, 0), 2, aligned=True) == tiles.HOPPER
+    assert choose_tile((9, 0), 2, aligned=False) == tiles.UNALIGNED
+    assert choose_tile((8, 0), 2, aligned=True) == choose_tile((12, 0), 2, aligned=True) == tiles.AMPERE
+    assert choose_tile((9, 0), 4, aligned=True) == tiles.HOPPER_FP32
+    assert choose_tile((8, 6), 4, aligned=True) == tiles.AMPERE_FP32

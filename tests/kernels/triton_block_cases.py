@@ -1,0 +1,150 @@
+"""The Triton kernels against float64: compiled where there is a GPU, else in Triton's interpreter, on small tiles.
+
+The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported, for the whole process. So these tests have a
+process of their own, which `test_triton_block.py` starts; pytest does not collect this file by its name.
+"""
+
+import pytest
+import torch
+
+from kernels import sigmoid_loss
+from kernels.dispatch import force
+from kernels.sigmoid_loss import triton_block
+from kernels.sigmoid_loss.reference import sigmoid_loss_block_reference, sigmoid_loss_reference
+from kernels.sigmoid_loss.tiles import INTERPRETED
+from kernels.testing import ODD_SHAPES, OpRecorder, assert_close, poisoned_memory
+from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate, make
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# loss, images, texts, scale, bias; scale goes through G in the embeddings' dtype. The worst of all, measured in the
+# interpreter: fp32 6e-7; bf16 5e-7, 2.1e-3, 1.8e-3, 1.1e-3, 5e-7; fp16 2e-7, 2.6e-4, 2.4e-4, 1.6e-4, 2e-7
+LIMITS = {
+    torch.float32: [1.5e-6] * 5,
+    torch.bfloat16: [1.5e-6, 3e-3, 3e-3, 2e-3, 1.5e-6],
+    torch.float16: [1.5e-6, 4e-4, 4e-4, 3e-4, 1.5e-6],
+}
+# the GPU's logarithm is good to 2^-22 absolutely: not measured, from its specification
+LEAST = 1e-5 if DEVICE == "cuda" else 0.0
+WITH_DESCRIPTORS = INTERPRETED._replace(descriptors=True)
+# shapes by dtypes: 66 cases
+SHAPES = [
+    (n, m, DTYPES[(turn + shift) % 3], shift) for turn, (n, m) in enumerate(ODD_SHAPES) for shift in range(3)
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    with poisoned_memory():
+        yield
+
+
+def check(inputs, *, positives, limits=None, **options):
+    inputs = [tensor.to(DEVICE) for tensor in inputs]
+    limits = limits or LIMITS[inputs[0].dtype]
+    expected = differentiate(sigmoid_loss_block_reference, inputs, positives=positives)
+    block = triton_block.sigmoid_loss_block(*inputs, positives=positives, **options)
+    for name, actual, truth, limit in zip(NAMES, block, expected, limits, strict=True):
+        assert_close(actual, truth, max(limit, LEAST), name)
+    value = triton_block.sigmoid_loss_block_value(*inputs, positives=positives, **options)
+    assert_close(value, expected[0], max(limits[0], LEAST), "value")
+
+
+@pytest.mark.parametrize(("n", "m", "dtype", "shift"), SHAPES)
+def test_block_equals_the_reference_for_odd_shapes(n, m, dtype, shift):
+    positives = [0, None, 2, -3][(n + m + shift) % 4]
+    check(make(n, m, 1 + (n * m) % 37, 10.0, -3.0, dtype), positives=positives, chunk_rows=48)
+
+
+@pytest.mark.parametrize("bias", [-20.0, -10.0, 0.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 120.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_over_the_range_of_scale_and_bias(scale, bias, dtype):
+    check(make(67, 67, 72, scale, bias, dtype), positives=0)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_through_the_tile(dtype, parts, group):
+    """Blocks of columns, pairs of a logarithm and descriptors, as the tiles for GPUs have them."""
+    tile = WITH_DESCRIPTORS._replace(texts=16 * parts, parts=parts, group=group)
+    # in eights, G ends at 1 - 2e-5; measured: bias 8e-6, the rest in fp32 1.2e-5
+    limits = [max(limit, 3e-5 if group == 8 else 0.0) for limit in LIMITS[dtype]]
+    check(make(70, 50, 40, *TRAINED, dtype), positives=1, chunk_rows=64, tile=tile, limits=limits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_without_edges_and_matches(dtype):
+    check(make(64, 96, 32, 20.0, -2.0, dtype), positives=None, tile=WITH_DESCRIPTORS)
+
+
+@pytest.mark.parametrize("positives", [-200, -69, -1, 0, 31, 32, 33, 96, 99, 100, 5000])
+def test_matches_anywhere(positives):
+    check(make(70, 100, 24, *TRAINED, torch.float32), positives=positives, chunk_rows=32)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("scale", "bias"), [(200.0, 0.0), (200.0, -20.0), (1000.0, 0.0)])
+def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias):
+    images, _, scale, bias = make(33, 33, 16, scale, bias, torch.float32)
+    check([images, sign * images, scale, bias], positives=0)
+
+
+def test_matching_pairs_that_cost_nothing_leave_their_small_loss():
+    """Orthogonal pairs, matches at +30: all losses are 1e-13, which adding and subtracting 30 would drown."""
+    embeddings = torch.eye(40)
+    # measured 1.1e-6, from the rounding of the logit
+    check([embeddings, embeddings, torch.tensor(60.0), torch.tensor(-30.0)], positives=0, limits=[5e-6] * 5)
+
+
+def test_a_block_without_images():
+    _, texts, scale, bias = make(1, 40, 24, *INIT, torch.float32)
+    block = triton_block.sigmoid_loss_block(
+        *(tensor.to(DEVICE) for tensor in (texts[:0], texts, scale, bias)), positives=0
+    )
+    assert block.images.shape == (0, 24)
+    assert all(part.count_nonzero() == 0 for part in block)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_op_runs_on_it_and_rounds_once(dtype):
+    images, texts, scale, bias = (tensor.to(DEVICE) for tensor in make(37, 37, 48, *TRAINED, dtype))
+    strided = images.T.contiguous().T
+    leaves = [tensor.detach().requires_grad_() for tensor in (strided, texts, scale.float(), bias.float())]
+    with force("triton"):
+        loss = sigmoid_loss(*leaves)
+        (loss * -2.5).backward()
+        with torch.no_grad():
+            evaluated = sigmoid_loss(*leaves)
+    value, *gradients = differentiate(sigmoid_loss_reference, [images, texts, scale, bias])
+    assert_close(loss.detach(), value, LIMITS[dtype][0] + LEAST)
+    assert_close(evaluated, value, LIMITS[dtype][0] + LEAST)
+    for name, leaf, gradient, limit in zip(NAMES[1:], leaves, gradients, LIMITS[dtype][1:], strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert_close(leaf.grad, -2.5 * gradient, limit * 1.5, name)
+
+
+def test_not_a_number_shows_in_the_loss():
+    images, texts, scale, bias = (tensor.to(DEVICE) for tensor in make(40, 40, 16, *INIT, torch.float32))
+    images[33, 5] = float("nan")
+    assert triton_block.sigmoid_loss_block(images, texts, scale, bias, positives=None).loss.isnan()
+
+
+def test_memory_is_a_chunk_and_a_few_copies_of_the_embeddings():
+    n, width, rows = 160, 24, 32
+    inputs = [tensor.to(DEVICE) for tensor in make(n, n, width, *INIT, torch.float32)]
+    with OpRecorder() as recorder:
+        triton_block.sigmoid_loss_block(*inputs, positives=0, chunk_rows=rows)
+    assert recorder.allocated[0] == rows * n
+    assert recorder.allocated[1] <= n * width
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [768, 1152, 1000, 515])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_blocks_on_a_gpu(dtype, width):
+    check(make(9001, 5003, width, *TRAINED, dtype), positives=7)
