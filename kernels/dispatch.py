@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the Triton kernel on a GPU that can, torch elsewhere. Tests may force one."""
+"""Which implementation of an op runs: the Triton kernel or torch. Tests and benchmarks may force one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,19 @@ from torch import Tensor
 
 Implementation = Literal["triton", "chunked"]
 
+# NOTE: the Triton kernels have been run by the interpreter and compiled for three architectures, but not yet run on
+# a GPU. Until their tests have passed on one, nobody's training rests on them; then this becomes "triton".
+ON_GPU: Implementation = "chunked"
+
 _forced: list[Implementation] = []
 
 
 def implementation(tensor: Tensor) -> Implementation:
-    """ "triton" for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, else "chunked"."""
+    """`ON_GPU` for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, else "chunked"."""
     if _forced:
         return _forced[-1]
     is_narrow = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return "triton" if is_narrow and tensor.is_cuda and _has_triton(tensor.device) else "chunked"
+    return ON_GPU if is_narrow and tensor.is_cuda and _has_triton(tensor.device) else "chunked"
 
 
 @contextmanager
