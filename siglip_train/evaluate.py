@@ -12,7 +12,7 @@ from rich.console import Console
 
 from siglip_train.composition import build, instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
-from siglip_train.distributed.setup import init_world
+from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
@@ -79,7 +79,7 @@ def run(values: dict[str, Any]) -> None:
         console.print(result_tables(evaluations), soft_wrap=True)
         console.print(f"written to {output}", soft_wrap=True)
     barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from siglip_train.data.pieces import Share
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
-from siglip_train.distributed.setup import World, init_world
+from siglip_train.distributed.setup import World, init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
@@ -145,7 +145,7 @@ def run(values: dict[str, Any]) -> None:
             write_report(run_dir),
         )
     barrier()
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:

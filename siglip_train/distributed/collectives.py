@@ -20,8 +20,12 @@ def is_distributed() -> bool:
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if is_distributed():
-        any_rank(flag=False)  # an all-reduce: NCCL's own barrier guesses the device and warns
+    if not is_distributed():
+        return
+    if dist.get_backend() == "nccl":
+        any_rank(flag=False)  # NCCL's own barrier guesses the device and warns
+    else:
+        dist.barrier()  # before the end of a process: unlike an all-reduce it leaves gloo's threads no tensor to free
 
 
 def any_rank(flag: bool) -> bool:  # noqa: FBT001

@@ -27,8 +27,21 @@ print(json.dumps({
 }))
 """
 
+LEAVE = """
+import json, os
+from siglip_train.distributed.setup import init_world, leave_world
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+init_world()
+during = threads()
+import open_clip
+leave_world()
+print(json.dumps([during, threads()]))
+"""
 
-def start(**variables):
+
+def start(script=JOIN, **variables):
     inherited = {
         key: value
         for key, value in os.environ.items()
@@ -36,7 +49,7 @@ def start(**variables):
     }
     environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
-        [sys.executable, "-c", JOIN],
+        [sys.executable, "-c", script],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -153,3 +166,10 @@ def test_worlds_of_one_and_a_slurm_step_of_two_come_about():
     assert first["device"] == "cpu"
     # two runs on one machine at the same time must not meet
     assert first["port"] != second["port"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads from /proc")
+def test_no_thread_outlives_the_group_though_a_library_was_imported_meanwhile():
+    during, after = finish(start(LEAVE))
+    assert during > 0
+    assert after == 0
