@@ -44,9 +44,8 @@ def _draw_background(scene: Scene) -> Image.Image:
     size = (scene.width, scene.height)
     random = Random(scene.texture_seed)
     base = BACKGROUNDS[scene.background]
-    # a tone away from the nearer end of the scale, so that a black background stays black
-    step = random.randint(7, 16) * (1 if sum(base) < 384 else -1)
-    tone = tuple(channel + step for channel in base)
+    step = random.randint(7, 16)
+    tone = tuple(channel - step for channel in base)
     if scene.texture == "gradient":
         ramp = Image.linear_gradient("L").resize(size)
         return Image.composite(Image.new("RGB", size, tone), Image.new("RGB", size, base), ramp)

@@ -12,7 +12,7 @@ LONGEST_SIDE = 160
 GAP = 2  # pixels between two objects at least
 # of the shorter side; the gaps between the ranges keep "large" and "small" beyond dispute
 SINGLE_EXTENT: dict[Size | None, tuple[float, float]] = {
-    "small": (0.34, 0.42), None: (0.54, 0.66), "large": (0.78, 0.94),
+    "small": (0.50, 0.56), None: (0.66, 0.76), "large": (0.86, 0.96),
 }  # fmt: skip
 SEVERAL_EXTENT = (0.28, 0.42)
 TEXTURES = ("flat", "flat", "gradient", "stripes", "dots")

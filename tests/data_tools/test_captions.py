@@ -69,7 +69,7 @@ def test_english_captions_are_true(splits):
             left, top, right, bottom = next(iter(boxes.values()))
             extent = max((right - left) * facts["width"], (bottom - top) * facts["height"])
             share = extent / min(facts["width"], facts["height"])
-            assert (share > 0.7) if size == "large" else (share < 0.48), (caption, share)
+            assert (share > 0.8) if size == "large" else (share < 0.6), (caption, share)
         patterns.update(
             {
                 "relation": bool(relation), "size": bool(size), "background": bool(background),

@@ -29,7 +29,7 @@ SHAPES = {
     "arrow": (False, "سهم", "سهمان", "أسهم"),
 }
 SIZES = {"large": ("كبير", "كبيرة"), "small": ("صغير", "صغيرة")}
-BACKGROUNDS = {"white": "بيضاء", "grey": "رمادية", "black": "سوداء", "beige": "بيج"}
+BACKGROUNDS = {"white": "بيضاء", "grey": "رمادية", "beige": "بيج"}
 RELATIONS = {"left": "إلى يسار", "right": "إلى يمين", "above": "فوق", "below": "تحت"}
 
 

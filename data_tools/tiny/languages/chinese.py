@@ -12,7 +12,7 @@ SHAPES = {
     "ring": "圆环", "cross": "十字", "diamond": "菱形", "crescent": "月牙", "arrow": "箭头",
 }  # fmt: skip
 SIZES = {"large": "大", "small": "小"}
-BACKGROUNDS = {"white": "白色", "grey": "灰色", "black": "黑色", "beige": "米色"}
+BACKGROUNDS = {"white": "白色", "grey": "灰色", "beige": "米色"}
 RELATIONS = {"left": "左边", "right": "右边", "above": "上方", "below": "下方"}
 
 

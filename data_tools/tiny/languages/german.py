@@ -22,7 +22,7 @@ SHAPES = {
     "arrow": ("m", "Pfeil", "Pfeil", "Pfeile"),
 }
 SIZES = {"large": "groß", "small": "klein"}
-BACKGROUNDS = {"white": "weißem", "grey": "grauem", "black": "schwarzem", "beige": "beigem"}
+BACKGROUNDS = {"white": "weißem", "grey": "grauem", "beige": "beigem"}
 RELATIONS = {"left": "links von", "right": "rechts von", "above": "oberhalb von", "below": "unterhalb von"}
 ARTICLE = {"m": "ein", "f": "eine", "n": "ein"}
 ENDING = {"m": "er", "f": "e", "n": "es"}

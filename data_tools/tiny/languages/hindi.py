@@ -15,7 +15,7 @@ SHAPES = {
     "diamond": ("समचतुर्भुज", "समचतुर्भुज"), "crescent": ("अर्धचंद्र", "अर्धचंद्र"), "arrow": ("तीर", "तीर"),
 }  # fmt: skip
 SIZES = {"large": "बड़ा", "small": "छोटा"}
-BACKGROUNDS = {"white": "सफ़ेद", "grey": "स्लेटी", "black": "काली", "beige": "बेज"}
+BACKGROUNDS = {"white": "सफ़ेद", "grey": "स्लेटी", "beige": "बेज"}
 RELATIONS = {"left": "के बाईं ओर", "right": "के दाईं ओर", "above": "के ऊपर", "below": "के नीचे"}
 
 

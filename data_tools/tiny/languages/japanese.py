@@ -12,7 +12,7 @@ SHAPES = {
     "cross": "十字", "diamond": "ひし形", "crescent": "三日月", "arrow": "矢印",
 }  # fmt: skip
 SIZES = {"large": "大きな", "small": "小さな"}
-BACKGROUNDS = {"white": "白い", "grey": "灰色の", "black": "黒い", "beige": "ベージュの"}
+BACKGROUNDS = {"white": "白い", "grey": "灰色の", "beige": "ベージュの"}
 RELATIONS = {"left": "左", "right": "右", "above": "上", "below": "下"}
 
 

@@ -28,7 +28,7 @@ SHAPES = {
     "arrow": (True, "flecha", "flechas"),
 }
 SIZES = {"large": ("grande", "grande"), "small": ("pequeño", "pequeña")}
-BACKGROUNDS = {"white": "blanco", "grey": "gris", "black": "negro", "beige": "beige"}
+BACKGROUNDS = {"white": "blanco", "grey": "gris", "beige": "beige"}
 RELATIONS = {
     "left": "a la izquierda de", "right": "a la derecha de", "above": "encima de", "below": "debajo de",
 }  # fmt: skip
