@@ -25,7 +25,7 @@ from data_tools.tokenizer import train_tokenizer
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 RECORD = "dataset.json"
 TOKENIZER_SCENES = 4000
 EXAMPLE = "example: siglip-data make-tiny data/tiny --samples 30000 --seed 0"
