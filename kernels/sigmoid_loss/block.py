@@ -10,26 +10,39 @@ from torch import Tensor
 from kernels.dispatch import implementation
 from kernels.sigmoid_loss import chunked
 from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.pair_ids import PairIds
 
 __all__ = ["BlockGradients", "sigmoid_loss_block", "sigmoid_loss_block_value"]
 
 
 def sigmoid_loss_block(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, *, positives: int | None
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
 ) -> BlockGradients:
     """Loss and all four gradients of `[n, E]` images and `[m, E]` texts, in one pass over the logits.
 
     scale and bias have one element. positives: image i matches text i + positives, where there is one; None if
-    nothing matches. No n x m tensor is made.
+    nothing matches. ids: pairs that are alike and count otherwise. No n x m tensor is made.
     """
-    return _module(images).sigmoid_loss_block(images, texts, scale, bias, positives=positives)
+    return _module(images).sigmoid_loss_block(images, texts, scale, bias, positives=positives, ids=ids)
 
 
 def sigmoid_loss_block_value(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, *, positives: int | None
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
-    return _module(images).sigmoid_loss_block_value(images, texts, scale, bias, positives=positives)
+    return _module(images).sigmoid_loss_block_value(images, texts, scale, bias, positives=positives, ids=ids)
 
 
 def _module(images: Tensor) -> ModuleType:

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.sigmoid_loss.chunked import BlockGradients
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
+from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
 
 # rows and columns that one program of finish_kernel takes at a time
@@ -30,6 +31,7 @@ def sigmoid_loss_block(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int | None = None,
     tile: Tile | None = None,
 ) -> BlockGradients:
@@ -39,6 +41,7 @@ def sigmoid_loss_block(
     i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
     the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that.
     """
+    assert ids is None, "the Triton kernels do not know pair ids yet"
     block = _Block(images, texts, scale, bias, positives, tile)
     n, m, width = len(images), len(texts), images.shape[1]
     image_gradients = images.new_empty(n, width, dtype=torch.float32)
@@ -67,10 +70,12 @@ def sigmoid_loss_block_value(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
+    assert ids is None, "the Triton kernels do not know pair ids yet"
     block = _Block(images, texts, scale, bias, positives, tile)
     loss = images.new_zeros((), dtype=torch.float64)
     for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
