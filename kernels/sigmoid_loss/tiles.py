@@ -42,9 +42,9 @@ def choose_tile(capability: tuple[int, int], element_size: int, *, aligned: bool
     return HOPPER if has_descriptors else AMPERE
 
 
-def choose_warps(tile: Tile, element_size: int, *, weighted: bool) -> int:
-    """Twice the warps for the second round of alike pairs, whose registers would spill, but for fp32's small tiles."""
-    return 8 if weighted and element_size == 2 else tile.warps
+def choose_warps(tile: Tile, *, weighted: bool) -> int:
+    """Twice the warps where the second round that weighted pairs take would spill."""
+    return 8 if weighted and tile == AMPERE else tile.warps
 
 
 def choose_chunk_rows(rows: int, width: int, multiprocessors: int) -> int:

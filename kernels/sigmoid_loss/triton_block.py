@@ -165,8 +165,8 @@ class _Block:
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
                 PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 WEIGHTED=self._is_weighted,
-                num_warps=choose_warps(tile, chunk.element_size(), weighted=self._is_weighted),
-                num_stages=tile.stages, enable_fp_fusion=True,
+                num_warps=choose_warps(tile, weighted=self._is_weighted), num_stages=tile.stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
 

@@ -55,7 +55,7 @@ def tile_kernel(
         "UNIT": 1024 if dtype == "fp16" else 1, "PRECISION": precision, "INTERPRETED": False,
         "HAS_IDS": ids, "WEIGHTED": weighted,
     }  # fmt: skip
-    warps = choose_warps(tile, ELEMENT[dtype], weighted=weighted)
+    warps = choose_warps(tile, weighted=weighted)
     options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return compile_kernel(sigmoid_tile_kernel, capability, types, constants, **options)
 
@@ -151,8 +151,8 @@ def test_pair_ids_do_not_spill(capability, dtype):
     if dtype == "bf16":
         # with both branches, of which a tile without alike pairs takes neither: 25.8, 24.6, 25.4
         assert left_out <= 27
-        # and with the second round: 34.9, 35.0, 36.8
-        assert weighted <= 38
+        # and with the second round: 34.9 (eight warps), 27.8, 26.9 (with Triton 3.6 30.2)
+        assert weighted <= (37 if capability == 80 else 32)
         # 20.0, 18.9, 19.8
         assert compiled(weighted=False, gradients=False) <= 22
         compiled(weighted=True, gradients=False)
