@@ -210,10 +210,17 @@ def test_memory_is_a_chunk_and_a_few_copies_of_the_embeddings():
         triton_block.sigmoid_loss_block(*inputs, positives=0, chunk_rows=rows)
     assert recorder.allocated[0] == rows * n
     assert recorder.allocated[1] <= n * width
+
+
+def test_memory_of_scores_is_the_sums_of_tiles():
+    n, rows = 320, 64
+    inputs = [tensor.to(DEVICE) for tensor in make(n, n, 24, *INIT, torch.float32)]
+    ids = PairIds(torch.arange(n, device=DEVICE), torch.arange(n, device=DEVICE) // 2, 0.5)
     with OpRecorder() as recorder:
-        triton_block.sigmoid_loss_block_scores(*inputs, positives=0, ids=make_ids(n, n, 0.5), chunk_rows=rows)
-    # the sums of tiles of 32 x 32, and their total in float64
-    assert recorder.allocated[0] <= rows * n / 32 + n
+        triton_block.sigmoid_loss_block_scores(
+            *inputs, positives=0, ids=ids, chunk_rows=rows, tile=INTERPRETED
+        )
+    assert recorder.allocated[0] == rows * n // 32
 
 
 @pytest.mark.gpu
