@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.sigmoid_loss.pair_ids import PairIds, count_pairs, number
+
 # 512 to 2048 were within 4 per cent of one another on a CPU
 CHUNK_ROWS = 1024
 
@@ -23,6 +25,13 @@ class BlockGradients(NamedTuple):
     bias: Tensor
 
 
+class Scores(NamedTuple):
+    """Sums of the pairwise loss: of each image `[n]` and of each text `[m]`; float32, or float64 for float64 input."""
+
+    images: Tensor
+    texts: Tensor
+
+
 @torch.no_grad()
 def sigmoid_loss_block(
     images: Tensor,
@@ -31,21 +40,23 @@ def sigmoid_loss_block(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> BlockGradients:
     """Loss and all four gradients of a block in one pass over its logits.
 
     images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
-    i + positives, where there is one; None if nothing matches. Memory beside the result: two chunk_rows x m buffers.
+    i + positives, where there is one; None if nothing matches. Memory beside the result: two chunk_rows x m buffers,
+    with ids a third and as many bytes.
     """
     images, texts, scale, bias = _for_accumulation(images, texts, scale, bias)
     image_gradients, text_gradients = torch.empty_like(images), torch.zeros_like(texts)
     loss, scale_gradient, bias_gradient = images.new_zeros(3, dtype=torch.float64).unbind()
     scratch = images.new_empty(min(chunk_rows, len(images)), len(texts))
-    for rows, diagonal, logits in _signed_logits(images, texts, scale, bias, positives, chunk_rows):
+    for rows, diagonal, logits, counts in _chunks(images, texts, scale, bias, positives, ids, chunk_rows):
         weights = scratch[: len(logits)]
-        loss += _sum(_softplus(logits, out=weights))
-        torch.sigmoid(logits, out=weights)  # [c, m], d loss / d signed logit
+        loss += _sum(_times(_softplus(logits, out=weights), counts))
+        _times(torch.sigmoid(logits, out=weights), counts)  # [c, m], d loss / d signed logit
         if diagonal is not None:
             weights.diagonal(diagonal).neg_()
         bias_gradient += _sum(weights)
@@ -66,14 +77,37 @@ def sigmoid_loss_block_value(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
     images, texts, scale, bias = _for_accumulation(images, texts, scale, bias)
     loss = images.new_zeros((), dtype=torch.float64)
-    for _, _, logits in _signed_logits(images, texts, scale, bias, positives, chunk_rows):
-        loss += _sum(_softplus(logits, out=logits))
+    for _, _, logits, counts in _chunks(images, texts, scale, bias, positives, ids, chunk_rows):
+        loss += _sum(_times(_softplus(logits, out=logits), counts))
     return loss
+
+
+@torch.no_grad()
+def sigmoid_loss_block_scores(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Scores:
+    """The loss of each image and of each text, the sums of the block's rows and columns; memory as for the value."""
+    images, texts, scale, bias = _for_accumulation(images, texts, scale, bias)
+    image_scores = images.new_empty(len(images))
+    text_scores = texts.new_zeros(len(texts), dtype=torch.float64)
+    for rows, _, logits, counts in _chunks(images, texts, scale, bias, positives, ids, chunk_rows):
+        losses = _times(_softplus(logits, out=logits), counts)
+        torch.sum(losses, dim=1, out=image_scores[rows])
+        text_scores += losses.sum(dim=0)
+    return Scores(image_scores, text_scores.to(texts.dtype))
 
 
 def _for_accumulation(
@@ -84,22 +118,45 @@ def _for_accumulation(
     return images.to(dtype), texts.to(dtype), scale.to(dtype).reshape(1), bias.to(dtype).reshape(1)
 
 
-def _signed_logits(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, positives: int | None, chunk_rows: int
-) -> Iterator[tuple[slice, int | None, Tensor]]:
-    """Yield rows, place of the diagonal, and logits `[c, m]`, in one buffer that is used again and again.
+class _Chunk(NamedTuple):
+    rows: slice
+    diagonal: int | None  # where the matching pairs are
+    logits: Tensor  # [c, m], with the sign changed of those that match
+    counts: Tensor | None  # [c, m], how many times each pair counts; None: once
+
+
+def _chunks(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positives: int | None,
+    ids: PairIds | None,
+    chunk_rows: int,
+) -> Iterator[_Chunk]:
+    """The logits of a block, chunk by chunk, in one buffer that is used again and again; so are the counts.
 
     Logits of matching pairs have their sign changed. Then softplus is the loss of every pair alike, and exact for
     each: nothing large is added and taken away again.
     """
     buffer = images.new_empty(min(chunk_rows, len(images)), len(texts))
+    counts_buffer = None if ids is None else torch.empty_like(buffer)
+    numbers = None if ids is None else number(ids)
     for start in range(0, len(images), chunk_rows):
         chunk = images[start : start + chunk_rows]
+        rows = slice(start, start + len(chunk))
         diagonal = None if positives is None else positives + start
         logits = torch.addmm(bias, chunk * scale, texts.T, out=buffer[: len(chunk)])  # [c, m]
         if diagonal is not None:
             logits.diagonal(diagonal).neg_()
-        yield slice(start, start + len(chunk)), diagonal, logits
+        counts = None
+        if numbers is not None and counts_buffer is not None:
+            counts = count_pairs(numbers, rows, diagonal, out=counts_buffer[: len(chunk)])
+        yield _Chunk(rows, diagonal, logits, counts)
+
+
+def _times(values: Tensor, counts: Tensor | None) -> Tensor:
+    return values if counts is None else values.mul_(counts)
 
 
 def _softplus(logits: Tensor, *, out: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.sigmoid_loss.block import sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
 from kernels.sigmoid_loss.ring import check_equal_on_ranks, ring_gradients, ring_value
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,12 +19,18 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same_id_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Sigmoid loss of SigLIP (section 3.2): sum over all texts, mean over this rank's images.
 
     image_embeddings, text_embeddings: `[B, E]`, row i of one matches row i of the other. They are used as given:
     normalise them first. logit_scale: the multiplier exp(t'); logit_bias: b; each of shape () or (1,).
+    image_ids, text_ids: integers `[B]`, both or neither. A pair off the diagonal with equal ids (duplicate captions or
+    images, several captions of an image) counts same_id_weight times: 0 leaves it out, 1 is as without ids. Negative
+    ids are like nothing else. On several ranks, ids have one meaning for all.
     group: the ranks whose texts are negatives too; all of them must call this together, with equal shapes. None =
     this rank alone.
 
@@ -35,24 +42,31 @@ def sigmoid_loss(
     Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError for a second derivative.
     """
     inputs = (image_embeddings, text_embeddings, logit_scale, logit_bias)
-    _check(*inputs)
+    _check_shapes(image_embeddings, text_embeddings)
+    check_types("sigmoid_loss", *inputs)
+    ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if group is not None:
-        check_equal_on_ranks(image_embeddings, group, gradients=gradients)
+        check_equal_on_ranks(image_embeddings, group, gradients=gradients, ids=ids)
         group = group if dist.get_world_size(group) > 1 else None
     with torch.autocast(image_embeddings.device.type, enabled=False):
         if gradients:
-            return _SigmoidLoss.apply(*inputs, group)
-        return _value(*inputs, group)
+            return _SigmoidLoss.apply(*inputs, group, ids)
+        return _value(*inputs, group, ids)
 
 
 def _value(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    group: dist.ProcessGroup | None,
+    ids: PairIds | None,
 ) -> Tensor:
     if group is None:
-        loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0)
+        loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0, ids=ids)
     else:
-        loss = ring_value(images, texts.contiguous(), scale, bias, group)
+        loss = ring_value(images, texts.contiguous(), scale, bias, group, ids)
     return (loss / len(images)).to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -65,11 +79,12 @@ class _SigmoidLoss(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor,
         group: dist.ProcessGroup | None,
+        ids: PairIds | None,
     ) -> Tensor:
         if group is None:
-            sums = sigmoid_loss_block(images, texts, scale, bias, positives=0)
+            sums = sigmoid_loss_block(images, texts, scale, bias, positives=0, ids=ids)
         else:
-            sums = ring_gradients(images, texts.contiguous(), scale, bias, group)
+            sums = ring_gradients(images, texts.contiguous(), scale, bias, group, ids)
         ctx.like = [(tensor.shape, tensor.dtype) for tensor in (images, texts, scale, bias)]
         ctx.save_for_backward(*(part.div_(len(images)) for part in sums[1:]))
         return (sums.loss / len(images)).to(sums.images.dtype)
@@ -88,23 +103,28 @@ class _SigmoidLoss(torch.autograd.Function):
                 ctx.saved_tensors, ctx.like, ctx.needs_input_grad[:4], strict=True
             )
         ]
-        return (*gradients, None)
+        return (*gradients, None, None)
 
 
-def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
-    shapes = f"images {tuple(images.shape)} {images.dtype}, texts {tuple(texts.shape)} {texts.dtype}"
+def _check_shapes(images: Tensor, texts: Tensor) -> None:
     if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
         raise ValueError(
-            f"sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got {shapes}"
+            "sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got images "
+            f"{tuple(images.shape)}, texts {tuple(texts.shape)}"
         )
+
+
+def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """Raise ValueError, beginning with the name of the op, for dtypes and devices that do not fit one another."""
     if images.dtype != texts.dtype or images.dtype not in _FLOATS:
-        raise ValueError(f"sigmoid_loss: embeddings must have one floating-point dtype; got {shapes}")
+        raise ValueError(
+            f"{op}: embeddings must have one floating-point dtype; got images {images.dtype}, texts {texts.dtype}"
+        )
     for name, scalar in (("logit_scale", scale), ("logit_bias", bias)):
         if scalar.shape not in ((), (1,)) or not scalar.is_floating_point():
             raise ValueError(
-                f"sigmoid_loss: {name} must be one number of shape () or (1,); got "
-                f"{tuple(scalar.shape)} {scalar.dtype}"
+                f"{op}: {name} must be one number of shape () or (1,); got {tuple(scalar.shape)} {scalar.dtype}"
             )
     devices = {tensor.device for tensor in (images, texts, scale, bias)}
     if len(devices) > 1:
-        raise ValueError(f"sigmoid_loss: all inputs must be on one device; got {sorted(map(str, devices))}")
+        raise ValueError(f"{op}: all inputs must be on one device; got {sorted(map(str, devices))}")

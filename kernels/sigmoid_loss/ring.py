@@ -4,6 +4,7 @@ Each logit is computed once, on the rank that has its image. Text block k + 1 tr
 the gradient follows one hop behind and comes home complete. Memory does not grow with the number of ranks.
 """
 
+import struct
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,34 +16,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.sigmoid_loss.block import BlockGradients, sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.pair_ids import PairIds
 
 # gloo matches messages between two ranks by tag, NCCL by order; the order is the same on both ends too
-_TEXTS, _GRADIENTS = 1, 2
+_TEXTS, _GRADIENTS, _IDS = 1, 2, 3
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def ring_gradients(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    group: dist.ProcessGroup,
+    ids: PairIds | None = None,
 ) -> BlockGradients:
     """Sums over this rank's `[n, E]` images and all texts.  # all ranks of group, with equal shapes
 
     The gradients of images, scale and bias are of this rank's loss; that of its texts is of the sum over ranks.
     """
     ring, half = _Ring(group), len(images) // 2
-    travel = _TextTravel(ring, texts)
+    travel = _TextTravel(ring, texts, ids)
     # the block at home is halved: its first half hides the first hop of texts, its second the last of gradients
-    home = sigmoid_loss_block(images[:half], texts, scale, bias, positives=0)
+    home = sigmoid_loss_block(images[:half], texts, scale, bias, positives=0, ids=_rows(ids, slice(half)))
     image_gradients, arriving = home.images.new_zeros(images.shape), torch.empty_like(home.texts)
     image_gradients[:half] += home.images
     totals, homeward = _totals(home), None
-    for guest in travel:
-        block = sigmoid_loss_block(images, guest, scale, bias, positives=None)
+    for guest, guest_ids in travel:
+        block = sigmoid_loss_block(images, guest, scale, bias, positives=None, ids=guest_ids)
         image_gradients += block.images
         totals += _totals(block)
         if homeward is not None:
             block.texts.add_(homeward.wait())
         homeward = ring.start(block.texts, arriving, tag=_GRADIENTS)
-    rest = sigmoid_loss_block(images[half:], texts, scale, bias, positives=half)
+    rest = sigmoid_loss_block(
+        images[half:], texts, scale, bias, positives=half, ids=_rows(ids, slice(half, None))
+    )
     image_gradients[half:] += rest.images
     totals += _totals(rest)
     assert homeward is not None, "a ring has at least two ranks"
@@ -51,33 +60,46 @@ def ring_gradients(
     return BlockGradients(loss, image_gradients, text_gradients, scale_gradient, bias_gradient)
 
 
+def _rows(ids: PairIds | None, rows: slice) -> PairIds | None:
+    return None if ids is None else ids._replace(images=ids.images[rows])
+
+
 def _totals(block: BlockGradients) -> Tensor:
     return torch.stack([block.loss, block.scale, block.bias])
 
 
 def ring_value(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    group: dist.ProcessGroup,
+    ids: PairIds | None = None,
 ) -> Tensor:
     """The loss of `ring_gradients` alone: only texts travel.  # all ranks of group, with equal shapes"""
-    travel = _TextTravel(_Ring(group), texts)
-    loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0)
-    for guest in travel:
-        loss += sigmoid_loss_block_value(images, guest, scale, bias, positives=None)
+    travel = _TextTravel(_Ring(group), texts, ids)
+    loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0, ids=ids)
+    for guest, guest_ids in travel:
+        loss += sigmoid_loss_block_value(images, guest, scale, bias, positives=None, ids=guest_ids)
     return loss
 
 
-def check_equal_on_ranks(images: Tensor, group: dist.ProcessGroup, *, gradients: bool) -> None:
+def check_equal_on_ranks(
+    images: Tensor, group: dist.ProcessGroup, *, gradients: bool, ids: PairIds | None = None
+) -> None:
     """Raise ValueError on all ranks if their embeddings differ in shape or dtype.  # all ranks of group
 
-    Unequal messages would hang or corrupt the ring. One all-reduce of eight integers in each call: a rank that has
+    Unequal messages would hang or corrupt the ring. One all-reduce of a few integers in each call: a rank that has
     seen its shape before could not know that another has a new one.
     """
     if dist.get_rank(group) < 0:
         raise ValueError("sigmoid_loss: this rank is not a member of the group it was given")
-    mine = [*images.shape, _DTYPES.index(images.dtype), int(gradients)]
+    # -1 for no ids; the bits of a double that is not negative, as an integer, are not negative either
+    weight = -1 if ids is None else struct.unpack("q", struct.pack("d", ids.weight))[0]
+    mine = [*images.shape, _DTYPES.index(images.dtype), int(gradients), weight]
     highest = _maximum([*mine, *(-value for value in mine)], images.device, group)
-    lowest = [-value for value in highest[4:]]
-    names = "number of rows", "width", "dtype", "use of gradients"
+    lowest = [-value for value in highest[len(mine) :]]
+    names = "number of rows", "width", "dtype", "use of gradients", "pair ids or same_id_weight"
     unequal = [name for name, low, high in zip(names, lowest, highest, strict=False) if low != high]
     if unequal:
         raise ValueError(
@@ -141,22 +163,38 @@ class _Ring:
         return _Exchange(dist.batch_isend_irecv(operations), outgoing, incoming)
 
 
-class _TextTravel:
-    """Yields the texts of the other ranks; those to come are on their way before these are given out."""
+class _Travel:
+    """Yields a tensor of the other ranks; the next is on its way before one is given out."""
 
-    def __init__(self, ring: _Ring, texts: Tensor) -> None:
-        self._ring = ring
+    def __init__(self, ring: _Ring, own: Tensor, *, tag: int) -> None:
+        self._ring, self._tag = ring, tag
         self._hops = ring.size - 1
-        self._buffers = [torch.empty_like(texts) for _ in range(min(2, self._hops))]
-        self._exchange = ring.start(texts, self._buffers[0], tag=_TEXTS)
+        self._buffers = [torch.empty_like(own) for _ in range(min(2, self._hops))]
+        self._exchange = ring.start(own, self._buffers[0], tag=tag)
 
     def __iter__(self) -> Iterator[Tensor]:
         for hop in range(1, self._hops + 1):
             guest = self._exchange.wait()
             if hop < self._hops:
                 # the buffer written to was sent on and computed on in the last round
-                self._exchange = self._ring.start(guest, self._buffers[hop % 2], tag=_TEXTS)
+                self._exchange = self._ring.start(guest, self._buffers[hop % 2], tag=self._tag)
             yield guest
+
+
+class _TextTravel:
+    """Yields the texts of the other ranks and, where there are ids, those of the pairs they make with ours."""
+
+    def __init__(self, ring: _Ring, texts: Tensor, ids: PairIds | None) -> None:
+        self._ids = ids
+        self._texts = _Travel(ring, texts, tag=_TEXTS)
+        self._text_ids = None if ids is None else _Travel(ring, ids.texts, tag=_IDS)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, PairIds | None]]:
+        if self._ids is None or self._text_ids is None:
+            yield from ((texts, None) for texts in self._texts)
+            return
+        for texts, text_ids in zip(self._texts, self._text_ids, strict=True):
+            yield texts, self._ids._replace(texts=text_ids)
 
 
 class _WaitClock:

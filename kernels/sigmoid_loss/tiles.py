@@ -42,6 +42,11 @@ def choose_tile(capability: tuple[int, int], element_size: int, *, aligned: bool
     return HOPPER if has_descriptors else AMPERE
 
 
+def choose_warps(tile: Tile, *, weighted: bool) -> int:
+    """Twice the warps where the second round that weighted pairs take would spill."""
+    return 8 if weighted and tile == AMPERE else tile.warps
+
+
 def choose_chunk_rows(rows: int, width: int, multiprocessors: int) -> int:
     """How many rows of images share one buffer of G: the number that leaves the fewest multiprocessors idle.
 

@@ -10,9 +10,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
+from kernels.sigmoid_loss.pair_ids import PairIds, number
+from kernels.sigmoid_loss.score_kernel import score_tile_kernel
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile, choose_warps
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -30,6 +32,7 @@ def sigmoid_loss_block(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int | None = None,
     tile: Tile | None = None,
 ) -> BlockGradients:
@@ -37,9 +40,9 @@ def sigmoid_loss_block(
 
     images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
     i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
-    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that.
+    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that. ids: pairs that are alike.
     """
-    block = _Block(images, texts, scale, bias, positives, tile)
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
     n, m, width = len(images), len(texts), images.shape[1]
     image_gradients = images.new_empty(n, width, dtype=torch.float32)
     text_gradients = (
@@ -67,15 +70,42 @@ def sigmoid_loss_block_value(
     bias: Tensor,
     *,
     positives: int | None,
+    ids: PairIds | None = None,
     chunk_rows: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
-    block = _Block(images, texts, scale, bias, positives, tile)
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
     loss = images.new_zeros((), dtype=torch.float64)
     for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
         loss += block.tiles(chunk, start, None)[0] + block.finish(chunk, start, None, None)[0]
     return loss
+
+
+@torch.no_grad()
+def sigmoid_loss_block_scores(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
+    chunk_rows: int | None = None,
+    tile: Tile | None = None,
+) -> Scores:
+    """The loss of each image and of each text, the sums of the block's rows and columns; no gradients.
+
+    Memory beside the result: chunk_rows x m / 64 elements of fp32, the sums of tiles of 128 x 128.
+    """
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
+    image_scores = images.new_empty(len(images), dtype=torch.float32)
+    text_scores = texts.new_zeros(len(texts), dtype=torch.float64)
+    for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
+        rows, columns = block.scores(chunk, start)
+        image_scores[start : start + len(chunk)] = rows
+        text_scores += columns
+    return Scores(image_scores, text_scores.float())
 
 
 class _Block:
@@ -88,13 +118,18 @@ class _Block:
         scale: Tensor,
         bias: Tensor,
         positives: int | None,
+        ids: PairIds | None,
         tile: Tile | None,
     ) -> None:
         self.images, self.texts = images.contiguous(), texts.contiguous()
         self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
         self.unit = _UNIT[images.dtype]
         self._positives = positives
+        self._is_weighted = ids is not None and ids.weight != 0
         self._tile = tile or _default_tile(self.images, self.texts)
+        self._ids = None if ids is None else number(ids)
+        if self._ids is not None:
+            self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
@@ -118,19 +153,43 @@ class _Block:
         tile, (n, m) = self._tile, (len(chunk), len(self.texts))
         programs = triton.cdiv(n, tile.images) * triton.cdiv(m, tile.texts)
         sums = torch.zeros(programs, 2, device=chunk.device)
+        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
         with _device(chunk):
             sigmoid_tile_kernel[(programs,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
-                sums if G is None else self._destination(G), sums, n, m, chunk.shape[1],
-                0 if G is None else G.stride(0), self._offset(start),
+                sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
+                column_ids, n, m, chunk.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
                 EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
-                PRECISION=_precision(), INTERPRETED=self._is_interpreted,
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+                PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
+                WEIGHTED=self._is_weighted,
+                num_warps=choose_warps(tile, weighted=self._is_weighted), num_stages=tile.stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
+
+    def scores(self, chunk: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The losses of a chunk `[c, E]` summed for each image `[c]` and for each text `[m]`, float64."""
+        tile, (n, m) = self._tile, (len(chunk), len(self.texts))
+        high, wide = triton.cdiv(n, tile.images), triton.cdiv(m, tile.texts)
+        row_sums = torch.empty(wide, high * tile.images, device=chunk.device)
+        column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
+        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
+        has_edge = n % tile.images != 0 or m % tile.texts != 0
+        with _device(chunk):
+            score_tile_kernel[(high * wide,)](
+                self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
+                row_sums, column_sums, row_ids, sorted_ids, column_ids,
+                n, m, chunk.shape[1], self._offset(start), weight,
+                BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
+                EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
+                DESCRIPTORS=tile.descriptors, PRECISION=_precision(), INTERPRETED=self._is_interpreted,
+                HAS_IDS=self._ids is not None,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        return row_sums.sum(0, dtype=torch.float64)[:n], column_sums.sum(0, dtype=torch.float64)[:m]
 
     def finish(
         self, chunk: Tensor, start: int, image_gradients: Tensor | None, text_gradients: Tensor | None
@@ -149,6 +208,14 @@ class _Block:
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
 
+    def _ids_of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor, float] | None:
+        """What the tile kernel takes of a chunk's ids, with room for whole tiles."""
+        if self._ids is None:
+            return None
+        row_ids = _fill_tiles(self._ids.images[start : start + rows], self._tile.images, -1)
+        sorted_ids = row_ids.view(-1, self._tile.images).sort(dim=1).values
+        return row_ids, sorted_ids, self._ids.texts, self._ids.weight
+
     def _offset(self, start: int) -> int:
         # from m on, no row has a match
         return len(self.texts) if self._positives is None else self._positives + start
@@ -162,6 +229,10 @@ class _Block:
         if not self._tile.descriptors:
             return G
         return TensorDescriptor.from_tensor(G, [self._tile.images, self._tile.texts // self._tile.parts])
+
+
+def _fill_tiles(ids: Tensor, side: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, -len(ids) % side), value=value)
 
 
 def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:

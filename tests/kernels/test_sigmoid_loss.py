@@ -41,12 +41,12 @@ def differentiate(function, inputs, **options):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def check_block(inputs, limits, *, positives, chunk_rows=chunked.CHUNK_ROWS):
-    expected = differentiate(sigmoid_loss_block_reference, inputs, positives=positives)
-    block = sigmoid_loss_block(*inputs, positives=positives, chunk_rows=chunk_rows)
+def check_block(inputs, limits, *, positives, ids=None, chunk_rows=chunked.CHUNK_ROWS):
+    expected = differentiate(sigmoid_loss_block_reference, inputs, positives=positives, ids=ids)
+    block = sigmoid_loss_block(*inputs, positives=positives, ids=ids, chunk_rows=chunk_rows)
     for name, actual, truth, limit in zip(NAMES, block, expected, limits, strict=True):
         assert_close(actual, truth, limit, name)
-    value = sigmoid_loss_block_value(*inputs, positives=positives, chunk_rows=chunk_rows)
+    value = sigmoid_loss_block_value(*inputs, positives=positives, ids=ids, chunk_rows=chunk_rows)
     assert_close(value, expected[0], limits[0], "value")
 
 
