@@ -1,0 +1,241 @@
+"""How texts meet images between ranks: what a user may ask for, what is chosen, and whether all ranks agree."""
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.sigmoid_loss.block import BlockGradients
+from kernels.sigmoid_loss.cost_model import CPU_LINKS, FP32_FLOPS, Form, Links, Sizes, choose
+from kernels.sigmoid_loss.gather import gather_gradients, gather_value
+from kernels.sigmoid_loss.grid import grid_gradients, grid_through, grid_value
+from kernels.sigmoid_loss.messages import waiting
+from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.pairs import Embeddings, Pairs
+from kernels.sigmoid_loss.ring import Route, flat_route, node_route, ring_gradients, ring_value, two_way_route
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_choose = lru_cache(maxsize=256)(choose)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How texts meet images between ranks; README, "Exchange between ranks", says when which is best.
+
+    form: "auto" takes what the cost model finds fastest. ranks_per_node: consecutive ranks of the group that share a
+    node; None = read LOCAL_WORLD_SIZE, as torchrun sets it. grid_rows: R of a grid of R x C ranks, form "grid" only.
+    dtype: bfloat16 rounds once what travels, at home as elsewhere, and gradients at every hop; None = embeddings as
+    they are, gradients in float32 or better. links: speeds for "auto"; None = those of an H200, or of a CPU.
+
+    Raises ValueError for values that do not fit together.
+    """
+
+    form: Form | Literal["auto"] = "auto"
+    ranks_per_node: int | None = None
+    grid_rows: int | None = None
+    dtype: torch.dtype | None = None
+    links: Links | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without knowing the ranks."""
+        forms = ("auto", *get_args(Form))
+        if self.form not in forms:
+            raise ValueError(f"sigmoid_loss: exchange form {self.form!r} is not one of {', '.join(forms)}")
+        if (self.grid_rows is not None) != (self.form == "grid"):
+            raise ValueError(
+                f"sigmoid_loss: grid_rows={self.grid_rows} with form={self.form!r}: a grid needs its number of rows, "
+                "and nothing else has one"
+            )
+        if self.dtype not in (None, torch.bfloat16):
+            raise ValueError(f"sigmoid_loss: the exchange dtype must be None or bfloat16, not {self.dtype}")
+        for name, value in (("ranks_per_node", self.ranks_per_node), ("grid_rows", self.grid_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"sigmoid_loss: {name} must be at least 1, not {value}")
+
+    def __str__(self) -> str:
+        """The form in words, for a log."""
+        details = {
+            "node_ring": f" with {self.ranks_per_node} ranks a node",
+            "grid": f" of {self.grid_rows} rows",
+        }
+        return f"{self.form}{details.get(self.form, '')}{'' if self.dtype is None else ' in bf16'}"
+
+
+AUTO = Exchange()
+
+
+def choose_exchange(
+    exchange: Exchange, embeddings: Tensor, group: dist.ProcessGroup, *, has_ids: bool = False
+) -> Exchange:
+    """What `exchange` comes to for `[n, E]` embeddings on a group: a form, not "auto", and ranks_per_node.
+
+    Raises ValueError where it does not fit the number of ranks.
+    """
+    ranks = dist.get_world_size(group)
+    per_node = exchange.ranks_per_node or ranks_on_a_node(group)
+    if ranks % per_node and exchange.form == "node_ring":
+        raise ValueError(
+            f"sigmoid_loss: {per_node} ranks a node do not divide the {ranks} ranks of the group"
+        )
+    if exchange.grid_rows is not None and ranks % exchange.grid_rows:
+        raise ValueError(f"sigmoid_loss: a grid of {exchange.grid_rows} rows does not divide {ranks} ranks")
+    exchange = replace(exchange, ranks_per_node=per_node)
+    if exchange.form != "auto":
+        return exchange
+    element = _narrowed(embeddings.element_size(), exchange.dtype)
+    accumulated = _narrowed(max(4, embeddings.element_size()), exchange.dtype)
+    sizes = Sizes(ranks, per_node, *embeddings.shape, element, accumulated, 8 * has_ids)
+    plan = _choose(sizes, exchange.links or _links_of(embeddings))
+    return replace(exchange, form=plan.form, grid_rows=plan.grid_rows or None)
+
+
+def agree(
+    exchange: Exchange,
+    images: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    gradients: bool,
+    ids: PairIds | None = None,
+) -> Exchange:
+    """`choose_exchange`, and ValueError on all ranks if their embeddings or choices differ.  # all ranks of group
+
+    Unequal messages would hang or corrupt the exchange. One small all-reduce in each call: a rank that has seen its
+    shape before could not know that another has a new one.
+    """
+    if dist.get_rank(group) < 0:
+        raise ValueError("sigmoid_loss: this rank is not a member of the group it was given")
+    refusal, chosen = None, None
+    try:
+        chosen = choose_exchange(exchange, images, group, has_ids=ids is not None)
+    except ValueError as error:
+        refusal = error  # told after the others have heard of it
+    mine = {
+        "number of rows": len(images),
+        "width": images.shape[1],
+        "dtype": _DTYPES.index(images.dtype),
+        "use of gradients": int(gradients),
+        # the bits of a double that is not negative, as an integer, are not negative either
+        "pair ids or same_id_weight": -1
+        if ids is None
+        else struct.unpack("q", struct.pack("d", ids.weight))[0],
+        "exchange": -1 if chosen is None else _code(chosen),
+    }
+    values = list(mine.values())
+    highest = _maximum([*values, *(-value for value in values)], images.device, group)
+    lowest = [-value for value in highest[len(values) :]]
+    unequal = [name for name, low, high in zip(mine, lowest, highest, strict=False) if low != high]
+    if refusal is not None:
+        raise refusal
+    if unequal:
+        raise ValueError(
+            f"sigmoid_loss: the ranks of a group must have equal batches, but differ in {' and '.join(unequal)}; "
+            f"rows from {lowest[0]} to {highest[0]}, on this rank {tuple(images.shape)} {images.dtype}. Drop the "
+            "incomplete last batch, and call the loss alike on every rank"
+        )
+    assert chosen is not None
+    return chosen
+
+
+def exchange_gradients(
+    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
+) -> BlockGradients:
+    """Sums over this rank's `[n, E]` images and all texts, by what `agree` gave.  # all ranks of group
+
+    The gradients of images, scale and bias are of this rank's loss; that of its texts is of the sum over ranks.
+    """
+    texts = _as_sent(texts, exchange)
+    if exchange.form == "all_gather":
+        return gather_gradients(images, texts, pairs, group, exchange.dtype)
+    if exchange.grid_rows is not None:
+        grid = grid_through(group, exchange.grid_rows, exchange.ranks_per_node or 1, exchange.dtype)
+        return grid_gradients(_as_sent(images, exchange), texts, pairs, grid)
+    return ring_gradients(images, texts, pairs, _route(group, exchange))
+
+
+def exchange_value(
+    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
+) -> Tensor:
+    """The loss of `exchange_gradients` alone, float64, shape ().  # all ranks of group"""
+    texts = _as_sent(texts, exchange)
+    if exchange.form == "all_gather":
+        return gather_value(images, texts, pairs, group)
+    if exchange.grid_rows is not None:
+        grid = grid_through(group, exchange.grid_rows, exchange.ranks_per_node or 1, exchange.dtype)
+        return grid_value(_as_sent(images, exchange), texts, pairs, grid)
+    return ring_value(images, texts, pairs, _route(group, exchange))
+
+
+def ranks_on_a_node(group: dist.ProcessGroup) -> int:
+    """Consecutive ranks of the group that share a node, by LOCAL_WORLD_SIZE; without it, all of them are thought to.
+
+    1 where the nodes have unequal shares of the group. Raises ValueError where it does not divide the world.
+    """
+    world, text = dist.get_world_size(), os.environ.get("LOCAL_WORLD_SIZE", "")
+    local = int(text) if text.isdigit() else world
+    if local < 1 or world % local:
+        raise ValueError(
+            f"sigmoid_loss: LOCAL_WORLD_SIZE={text} does not divide the {world} ranks of the world; correct it or give "
+            "ranks_per_node"
+        )
+    return _equal_runs([rank // local for rank in dist.get_process_group_ranks(group)])
+
+
+def _equal_runs(nodes: Sequence[int]) -> int:
+    runs = [(node, len(list(ranks))) for node, ranks in groupby(nodes)]
+    lengths = {length for _, length in runs}
+    is_even = len(lengths) == 1 and len({node for node, _ in runs}) == len(runs)
+    return lengths.pop() if is_even else 1
+
+
+def _route(group: dist.ProcessGroup, exchange: Exchange) -> Route:
+    members = range(dist.get_world_size(group))
+    if exchange.form == "node_ring":
+        rings = node_route(group, members, exchange.ranks_per_node or 1)
+    else:
+        rings = (two_way_route if exchange.form == "both_directions" else flat_route)(group, members)
+    return Route(rings, exchange.dtype)
+
+
+def _as_sent(block: Embeddings, exchange: Exchange) -> Embeddings:
+    """A block as it travels, contiguous; rounded at home too, so that all ranks see the same."""
+    vectors = block.vectors
+    if _narrowed(vectors.element_size(), exchange.dtype) < vectors.element_size():
+        vectors = vectors.to(exchange.dtype)
+    return Embeddings(*(tensor.contiguous() for tensor in block._replace(vectors=vectors).tensors))
+
+
+def _narrowed(size: int, dtype: torch.dtype | None) -> int:
+    return size if dtype is None else min(size, dtype.itemsize)
+
+
+def _links_of(embeddings: Tensor) -> Links:
+    if not embeddings.is_cuda:
+        return CPU_LINKS
+    return Links() if embeddings.element_size() == 2 else Links(flops=FP32_FLOPS)
+
+
+def _code(exchange: Exchange) -> int:
+    """A number that says what is sent where."""
+    form = get_args(Form).index(exchange.form)
+    rows, per_node = exchange.grid_rows or 0, exchange.ranks_per_node or 0
+    return ((rows << 20 | per_node) << 3 | form) << 1 | (exchange.dtype is not None)
+
+
+def _maximum(values: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    if device.type != "cuda":
+        reduced = torch.tensor(values)
+        with waiting(device):
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
+        return reduced.tolist()
+    # on a stream of its own, so that the host does not wait for the towers' kernels as well
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        reduced = torch.tensor(values, device=device)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
+        return reduced.tolist()
