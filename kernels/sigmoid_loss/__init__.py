@@ -1,8 +1,8 @@
 """Sigmoid loss of SigLIP with its gradients in one pass; the mathematics is in README.md."""
 
 from kernels.sigmoid_loss.cost_model import Links
-from kernels.sigmoid_loss.exchange import Exchange, choose_exchange
+from kernels.sigmoid_loss.exchange import Exchange, check_exchange, choose_exchange
 from kernels.sigmoid_loss.messages import exchange_seconds
 from kernels.sigmoid_loss.op import sigmoid_loss
 
-__all__ = ["Exchange", "Links", "choose_exchange", "exchange_seconds", "sigmoid_loss"]
+__all__ = ["Exchange", "Links", "check_exchange", "choose_exchange", "exchange_seconds", "sigmoid_loss"]

@@ -124,8 +124,9 @@ def seconds(plan: Plan, sizes: Sizes, links: Links) -> float:
     if column == 1:
         return time
     ring = _Ring(column, *_link(sizes.ranks, links, sizes))
-    # gathered behind the first half of the work at home, sent back behind the last
+    # gathered behind the first half of the work at home, sent back behind the last, both block by block
     hidden = work(0.5)
+    time += 1.5 * (column - 1) * links.call
     return time + sum(
         max(0.0, (column - 1) * _hop_seconds(ring, part) - hidden) for part in (sizes.block, sizes.gradients)
     )

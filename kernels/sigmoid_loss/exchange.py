@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +31,7 @@ class Exchange:
     """How texts meet images between ranks; README, "Exchange between ranks", says when which is best.
 
     form: "auto" takes what the cost model finds fastest. ranks_per_node: consecutive ranks of the group that share a
-    node; None = read LOCAL_WORLD_SIZE, as torchrun sets it. grid_rows: R of a grid of R x C ranks, form "grid" only.
+    node; None = read LOCAL_WORLD_SIZE, as torchrun sets it. grid: rows and columns of ranks, of form "grid" only.
     dtype: bfloat16 rounds once what travels, at home as elsewhere, and gradients at every hop; None = embeddings as
     they are, gradients in float32 or better. links: speeds for "auto"; None = those of an H200, or of a CPU.
 
@@ -39,7 +40,7 @@ class Exchange:
 
     form: Form | Literal["auto"] = "auto"
     ranks_per_node: int | None = None
-    grid_rows: int | None = None
+    grid: tuple[int, int] | None = None
     dtype: torch.dtype | None = None
     links: Links | None = None
 
@@ -48,24 +49,23 @@ class Exchange:
         forms = ("auto", *get_args(Form))
         if self.form not in forms:
             raise ValueError(f"sigmoid_loss: exchange form {self.form!r} is not one of {', '.join(forms)}")
-        if (self.grid_rows is not None) != (self.form == "grid"):
+        if (self.grid is not None) != (self.form == "grid"):
             raise ValueError(
-                f"sigmoid_loss: grid_rows={self.grid_rows} with form={self.form!r}: a grid needs its number of rows, "
-                "and nothing else has one"
+                f"sigmoid_loss: grid={self.grid} with form={self.form!r}: a grid needs its rows and columns, "
+                "and nothing else has them"
             )
         if self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"sigmoid_loss: the exchange dtype must be None or bfloat16, not {self.dtype}")
-        for name, value in (("ranks_per_node", self.ranks_per_node), ("grid_rows", self.grid_rows)):
-            if value is not None and value < 1:
-                raise ValueError(f"sigmoid_loss: {name} must be at least 1, not {value}")
+        numbers = (self.ranks_per_node, *(self.grid or ()))
+        if any(number is not None and number < 1 for number in numbers):
+            raise ValueError(
+                f"sigmoid_loss: ranks_per_node={self.ranks_per_node} and grid={self.grid} must be at least 1"
+            )
 
     def __str__(self) -> str:
-        """The form in words, for a log."""
-        details = {
-            "node_ring": f" with {self.ranks_per_node} ranks a node",
-            "grid": f" of {self.grid_rows} rows",
-        }
-        return f"{self.form}{details.get(self.form, '')}{'' if self.dtype is None else ' in bf16'}"
+        """The form as a config names it, for a log."""
+        detail = {"node_ring": f":{self.ranks_per_node}", "grid": ":{}x{}".format(*self.grid or (0, 0))}
+        return f"{self.form}{detail.get(self.form, '')}{'' if self.dtype is None else ' in bf16'}"
 
 
 AUTO = Exchange()
@@ -76,24 +76,35 @@ def choose_exchange(
 ) -> Exchange:
     """What `exchange` comes to for `[n, E]` embeddings on a group: a form, not "auto", and ranks_per_node.
 
-    Raises ValueError where it does not fit the number of ranks.
+    Raises ValueError as `check_exchange`.
     """
+    ranks, per_node = dist.get_world_size(group), check_exchange(exchange, group)
+    exchange = replace(exchange, ranks_per_node=per_node)
+    if exchange.form != "auto":
+        return exchange
+    element = _narrowed(embeddings.element_size(), exchange.dtype)
+    accumulated = _narrowed(max(4, embeddings.element_size()), exchange.dtype)
+    rows, width = embeddings.shape
+    sizes = Sizes(ranks, per_node, rows, width, element, accumulated, 8 * has_ids)
+    plan = _choose(sizes, exchange.links or _links_of(embeddings))
+    grid = (plan.grid_rows, ranks // plan.grid_rows) if plan.grid_rows else None
+    return replace(exchange, form=plan.form, grid=grid)
+
+
+def check_exchange(exchange: Exchange, group: dist.ProcessGroup) -> int:
+    """Return the ranks on a node that it comes to; ValueError where it does not fit the ranks of the group."""
     ranks = dist.get_world_size(group)
     per_node = exchange.ranks_per_node or ranks_on_a_node(group)
     if ranks % per_node and exchange.form == "node_ring":
         raise ValueError(
             f"sigmoid_loss: {per_node} ranks a node do not divide the {ranks} ranks of the group"
         )
-    if exchange.grid_rows is not None and ranks % exchange.grid_rows:
-        raise ValueError(f"sigmoid_loss: a grid of {exchange.grid_rows} rows does not divide {ranks} ranks")
-    exchange = replace(exchange, ranks_per_node=per_node)
-    if exchange.form != "auto":
-        return exchange
-    element = _narrowed(embeddings.element_size(), exchange.dtype)
-    accumulated = _narrowed(max(4, embeddings.element_size()), exchange.dtype)
-    sizes = Sizes(ranks, per_node, *embeddings.shape, element, accumulated, 8 * has_ids)
-    plan = _choose(sizes, exchange.links or _links_of(embeddings))
-    return replace(exchange, form=plan.form, grid_rows=plan.grid_rows or None)
+    if exchange.grid is not None and prod(exchange.grid) != ranks:
+        rows, columns = exchange.grid
+        raise ValueError(
+            f"sigmoid_loss: a grid of {rows} x {columns} has {rows * columns} ranks, the group has {ranks}"
+        )
+    return per_node
 
 
 def agree(
@@ -153,8 +164,8 @@ def exchange_gradients(
     texts = _as_sent(texts, exchange)
     if exchange.form == "all_gather":
         return gather_gradients(images, texts, pairs, group, exchange.dtype)
-    if exchange.grid_rows is not None:
-        grid = grid_through(group, exchange.grid_rows, exchange.ranks_per_node or 1, exchange.dtype)
+    if exchange.grid is not None:
+        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
         return grid_gradients(_as_sent(images, exchange), texts, pairs, grid)
     return ring_gradients(images, texts, pairs, _route(group, exchange))
 
@@ -166,8 +177,8 @@ def exchange_value(
     texts = _as_sent(texts, exchange)
     if exchange.form == "all_gather":
         return gather_value(images, texts, pairs, group)
-    if exchange.grid_rows is not None:
-        grid = grid_through(group, exchange.grid_rows, exchange.ranks_per_node or 1, exchange.dtype)
+    if exchange.grid is not None:
+        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
         return grid_value(_as_sent(images, exchange), texts, pairs, grid)
     return ring_value(images, texts, pairs, _route(group, exchange))
 
@@ -224,7 +235,7 @@ def _links_of(embeddings: Tensor) -> Links:
 def _code(exchange: Exchange) -> int:
     """A number that says what is sent where."""
     form = get_args(Form).index(exchange.form)
-    rows, per_node = exchange.grid_rows or 0, exchange.ranks_per_node or 0
+    rows, per_node = (exchange.grid or (0, 0))[0], exchange.ranks_per_node or 0
     return ((rows << 20 | per_node) << 3 | form) << 1 | (exchange.dtype is not None)
 
 

@@ -29,10 +29,10 @@ def every_exchange(size):
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     exchanges = [Exchange(), Exchange("ring"), Exchange("both_directions"), Exchange("all_gather")]
     exchanges += [Exchange("node_ring", ranks_per_node=number) for number in divisors]
-    exchanges += [Exchange("grid", grid_rows=number) for number in divisors]
+    exchanges += [Exchange("grid", grid=(number, size // number)) for number in divisors]
     # rows of several nodes: a ring of rings
     exchanges += [
-        Exchange("grid", grid_rows=rows, ranks_per_node=number)
+        Exchange("grid", grid=(rows, size // rows), ranks_per_node=number)
         for rows, number in itertools.product(divisors, divisors)
         if 1 < number < size // rows and size // rows % number == 0
     ]
@@ -211,7 +211,7 @@ def refusals(rank, group):
         (plain, ids if odd else {}),
         (plain, {"exchange": Exchange("ring" if odd else "all_gather")}),
         (plain, {"exchange": Exchange("ring", dtype=BF16 if odd else None)}),
-        (plain, {"exchange": Exchange("grid", grid_rows=5)}),
+        (plain, {"exchange": Exchange("grid", grid=(5, 1))}),
         (plain, {"exchange": Exchange("node_ring", ranks_per_node=5)}),
     ]
     messages = []
@@ -237,7 +237,7 @@ def one_rank_late(rank, group):
 
 def name_of(exchange):
     """Unlike `str`, it tells apart what differs in ranks_per_node only."""
-    return exchange.form, exchange.grid_rows, exchange.ranks_per_node
+    return exchange.form, exchange.grid, exchange.ranks_per_node
 
 
 def form_cases(group, exchange):
@@ -301,7 +301,7 @@ def world_of_eight():
             found["order"] = {
                 "ring": order_of_events(group, Exchange("ring")),
                 "node_ring": order_of_events(group, Exchange("node_ring", ranks_per_node=2)),
-                "grid": order_of_events(group, Exchange("grid", grid_rows=2)),
+                "grid": order_of_events(group, Exchange("grid", grid=(2, 2))),
             }
         dist.barrier()
     found["nodes"] = nodes_found(group)

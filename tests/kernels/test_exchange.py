@@ -29,12 +29,12 @@ def check_group(result, size):
         assert error < limit, name
     for cause, message in zip(CAUSES, result["refusals"], strict=False):
         assert f"differ in {cause};" in message
-    assert f"a grid of 5 rows does not divide {size} ranks" in result["refusals"][-2]
+    assert f"a grid of 5 x 1 has 5 ranks, the group has {size}" in result["refusals"][-2]
     assert f"5 ranks a node do not divide the {size} ranks" in result["refusals"][-1]
 
 
 def check_form(name, found, size):
-    form, grid_rows, ranks_per_node = name
+    form, grid, ranks_per_node = name
     for case, errors in found["errors"].items():
         assert max(errors.values()) < 1e-12, (name, case, errors)  # measured 1e-15
     assert max(found["fp32"].values()) < 2e-6, (name, found["fp32"])  # measured 2e-7
@@ -43,7 +43,7 @@ def check_form(name, found, size):
         # measured 4e-3: what travels is rounded at every hop; against the same rounded embeddings
         assert error < (8e-3 if kind in rounded else 1e-12), (name, kind, error)
     if form != "auto":
-        plan = Plan(form, grid_rows or 0)
+        plan = Plan(form, grid[0] if grid else 0)
         for sent, (element, gradient_element, id_bytes) in zip(found["sent"], SENT, strict=True):
             sizes = Sizes(size, ranks_per_node or size, 5, WIDTH, element, gradient_element, id_bytes)
             assert sent == bytes_sent(plan, sizes), name
@@ -91,15 +91,15 @@ def check_nodes(found):
 def check_memory(forms):
     """Blocks of n x E that are held at one time, whatever the number of ranks; the panels of the others grow."""
 
-    def peak(size, form, grid_rows=None, ranks_per_node=None):
-        return forms[size][form, grid_rows, ranks_per_node]["peak"]
+    def peak(size, form, grid=None, ranks_per_node=None):
+        return forms[size][form, grid, ranks_per_node]["peak"]
 
     for form in ("ring", "both_directions"):
         assert peak(4, form) == peak(7, form) == peak(8, form) <= 10
     nodes = peak(4, "node_ring", None, 2), peak(8, "node_ring", None, 2), peak(8, "node_ring", None, 4)
     assert max(nodes) <= 14
     assert peak(8, "all_gather") > peak(4, "all_gather") + 7
-    assert peak(8, "grid", 2) < peak(8, "grid", 4) < peak(8, "grid", 8)
+    assert peak(8, "grid", (2, 4)) < peak(8, "grid", (4, 2)) < peak(8, "grid", (8, 1))
 
 
 def check_order(events):
@@ -111,7 +111,19 @@ def check_order(events):
         "block of 5", "gradients",
         "block of 3",
     ]  # fmt: skip
-    print(events)
+    # what crosses nodes rides with what stays within one: a batch each, as NCCL runs batches one after another
+    assert events["node_ring"] == [
+        "texts + texts", "block of 1", "block of 2", "gradients", "block of 1",
+        "texts", "block of 2", "block of 5", "gradients", "block of 3",
+        "texts + gradients", "block of 1", "block of 3", "gradients", "block of 2",
+    ]  # fmt: skip
+    # own images against own texts, the visitor's against texts as they come; gradients leave as they are complete
+    assert events["grid"] == [
+        "texts", "texts",
+        "block of 5", "block of 5",
+        "block of 5", "gradients + gradients",
+        "block of 5", "gradients",
+    ]  # fmt: skip
 
 
 def test_a_group_of_one_is_a_single_process():
@@ -127,10 +139,10 @@ def test_a_group_of_one_is_a_single_process():
     ("options", "message"),
     [
         ({"form": "tree"}, "'tree' is not one of auto, ring"),
-        ({"form": "grid"}, "a grid needs its number of rows"),
-        ({"form": "ring", "grid_rows": 2}, "a grid needs its number of rows"),
-        ({"form": "grid", "grid_rows": 0}, "grid_rows must be at least 1"),
-        ({"form": "node_ring", "ranks_per_node": -1}, "ranks_per_node must be at least 1"),
+        ({"form": "grid"}, "a grid needs its rows and columns"),
+        ({"form": "ring", "grid": (2, 1)}, "a grid needs its rows and columns"),
+        ({"form": "grid", "grid": (0, 2)}, "must be at least 1"),
+        ({"form": "node_ring", "ranks_per_node": -1}, "must be at least 1"),
         ({"dtype": torch.float16}, "must be None or bfloat16"),
     ],
 )
