@@ -91,15 +91,59 @@ def _pairs(logits, GROUP: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl
 
 
 @triton.jit
-def _logits(S, scale, bias, row, column, n, m, positives, is_special, CHECKED: tl.constexpr):
+def _key(local, offset, end):
+    """Where a row or column is, seen from the tile's first row; NaN from end on. Exact near 0, where rows are."""
+    return tl.where(local < end, local.to(tl.float32) + offset, float("nan"))
+
+
+@triton.jit
+def _logits(S, scale, bias, row_key, column_key, is_special, CHECKED: tl.constexpr):
+    """In a special tile, matching pairs (their keys are equal) and padding (a key is NaN) are left out."""
     logits = S * scale + bias
     if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
         if is_special:
-            counts = (
-                (column[None, :] - positives != row[:, None]) & (row < n)[:, None] & (column < m)[None, :]
-            )
+            # one instruction: "ordered and not equal"; `!=` would let NaN pass
+            counts = (row_key[:, None] < column_key[None, :]) | (row_key[:, None] > column_key[None, :])
             logits = tl.where(counts, logits, LEFT_OUT)
     return logits
+
+
+@triton.jit
+def _has_alike(SORTED, ids, BN: tl.constexpr):
+    """Whether one of ids `[M]` is among BN sorted ones. Comparing all pairs would take 2 to 7 instructions each."""
+    smaller = tl.zeros(ids.shape, dtype=tl.int32)
+    step = BN // 2
+    while step > 0:
+        smaller += tl.where(tl.load(SORTED + smaller + step - 1) < ids, step, 0)
+        step //= 2
+    return tl.max((tl.load(SORTED + smaller) == ids).to(tl.int32)) > 0
+
+
+@triton.jit
+def _pairs_by_id(
+    logits, row_ids_at, column_ids_at, has_alike, weight,
+    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
+):  # fmt: skip
+    """`_pairs` without those that are alike; under WEIGHTED these in a second round, counted weight times."""
+    if WEIGHTED:
+        G = tl.zeros(logits.shape, dtype=tl.float32)
+        loss, sum_g, factor = 0.0, 0.0, 1.0
+        for turn in range(1 + has_alike.to(tl.int32)):
+            shown = logits
+            if has_alike:
+                alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
+                shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
+            g, turn_loss, turn_g = _pairs(shown, GROUP, INTERPRETED, GRADIENTS)
+            G += factor * g
+            loss += factor * turn_loss
+            sum_g += factor * turn_g
+            factor = weight
+        return G, loss, sum_g
+    else:
+        if has_alike:
+            alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
+            logits = tl.where(alike, LEFT_OUT, logits)
+        return _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
 
 
 @triton.jit
@@ -182,10 +226,11 @@ def _store(
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def sigmoid_tile_kernel(
-    X, Y, SCALE, BIAS, G, SUMS, n, m, width, stride_g, positives,
+    X, Y, SCALE, BIAS, G, SUMS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     EVEN: tl.constexpr, CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     GRADIENTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_IDS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
 
@@ -194,6 +239,8 @@ def sigmoid_tile_kernel(
     positives: row i matches column i + positives; m or more for none. CHECKED: the call has matching pairs or tiles
     that stick out; only such tiles pay for it. EVEN: width is a multiple of BD. G is stored times UNIT.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
+    HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
+    are left out; under WEIGHTED they count weight times. Else these four are not used.
     INTERPRETED: plain functions; and bf16 by hand, which the interpreter multiplies wrongly and does not round.
     """
     first_row, first_column = _tile_of_program(n, m, BN, BM, BAND)
@@ -203,15 +250,25 @@ def sigmoid_tile_kernel(
     scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
     on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
-    row = first_row + tl.arange(0, BN)
     WIDTH: tl.constexpr = BM // PARTS
+    row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
+    row_key = _key(row, 0.0, n - first_row)
+    if HAS_IDS:
+        tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
+        has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
     loss, sum_g = 0.0, 0.0
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        column = left + tl.arange(0, WIDTH)
-        logits = _logits(parts[part], scale, bias, row, column, n, m, positives, is_special, CHECKED)
-        g, part_loss, part_g = _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
+        column_key = _key(column, (left - first_row - positives).to(tl.float32), m - left)
+        logits = _logits(parts[part], scale, bias, row_key, column_key, is_special, CHECKED)
+        if HAS_IDS:
+            g, part_loss, part_g = _pairs_by_id(
+                logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
+                WEIGHTED, GROUP, INTERPRETED, GRADIENTS,
+            )  # fmt: skip
+        else:
+            g, part_loss, part_g = _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
         loss += part_loss
         if GRADIENTS:
             _store(G, g, first_row, left, stride_g, UNIT, DESCRIPTORS, INTERPRETED)

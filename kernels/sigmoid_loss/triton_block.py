@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.sigmoid_loss.chunked import BlockGradients
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
 
 # rows and columns that one program of finish_kernel takes at a time
@@ -39,10 +39,9 @@ def sigmoid_loss_block(
 
     images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
     i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
-    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that.
+    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that. ids: pairs that are alike.
     """
-    assert ids is None, "the Triton kernels do not know pair ids yet"
-    block = _Block(images, texts, scale, bias, positives, tile)
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
     n, m, width = len(images), len(texts), images.shape[1]
     image_gradients = images.new_empty(n, width, dtype=torch.float32)
     text_gradients = (
@@ -75,8 +74,7 @@ def sigmoid_loss_block_value(
     tile: Tile | None = None,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
-    assert ids is None, "the Triton kernels do not know pair ids yet"
-    block = _Block(images, texts, scale, bias, positives, tile)
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
     loss = images.new_zeros((), dtype=torch.float64)
     for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
         loss += block.tiles(chunk, start, None)[0] + block.finish(chunk, start, None, None)[0]
@@ -93,13 +91,18 @@ class _Block:
         scale: Tensor,
         bias: Tensor,
         positives: int | None,
+        ids: PairIds | None,
         tile: Tile | None,
     ) -> None:
         self.images, self.texts = images.contiguous(), texts.contiguous()
         self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
         self.unit = _UNIT[images.dtype]
         self._positives = positives
-        self._tile = tile or _default_tile(self.images, self.texts)
+        self._is_weighted = ids is not None and ids.weight != 0
+        self._tile = tile or _default_tile(self.images, self.texts, weighted=self._is_weighted)
+        self._ids = None if ids is None else number(ids)
+        if self._ids is not None:
+            self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
@@ -123,16 +126,18 @@ class _Block:
         tile, (n, m) = self._tile, (len(chunk), len(self.texts))
         programs = triton.cdiv(n, tile.images) * triton.cdiv(m, tile.texts)
         sums = torch.zeros(programs, 2, device=chunk.device)
+        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
         with _device(chunk):
             sigmoid_tile_kernel[(programs,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
-                sums if G is None else self._destination(G), sums, n, m, chunk.shape[1],
-                0 if G is None else G.stride(0), self._offset(start),
+                sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
+                column_ids, n, m, chunk.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
                 EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
-                PRECISION=_precision(), INTERPRETED=self._is_interpreted,
+                PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
+                WEIGHTED=self._is_weighted,
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
@@ -154,6 +159,14 @@ class _Block:
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
 
+    def _ids_of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor, float] | None:
+        """What the tile kernel takes of a chunk's ids, with room for whole tiles."""
+        if self._ids is None:
+            return None
+        row_ids = _fill_tiles(self._ids.images[start : start + rows], self._tile.images, -1)
+        sorted_ids = row_ids.view(-1, self._tile.images).sort(dim=1).values
+        return row_ids, sorted_ids, self._ids.texts, self._ids.weight
+
     def _offset(self, start: int) -> int:
         # from m on, no row has a match
         return len(self.texts) if self._positives is None else self._positives + start
@@ -169,6 +182,10 @@ class _Block:
         return TensorDescriptor.from_tensor(G, [self._tile.images, self._tile.texts // self._tile.parts])
 
 
+def _fill_tiles(ids: Tensor, side: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, -len(ids) % side), value=value)
+
+
 def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
     """out = keep * out + a b, summed and kept in fp32; keep 0 does not read out."""
     if a.dtype == out.dtype:
@@ -179,7 +196,7 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
         torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
-def _default_tile(images: Tensor, texts: Tensor) -> Tile:
+def _default_tile(images: Tensor, texts: Tensor, *, weighted: bool) -> Tile:
     if not images.is_cuda:
         return INTERPRETED
     size = images.element_size()
@@ -188,6 +205,7 @@ def _default_tile(images: Tensor, texts: Tensor) -> Tile:
         torch.cuda.get_device_capability(images.device),
         size,
         aligned=all(start % 16 == 0 for start in starts),
+        weighted=weighted,
     )
 
 

@@ -10,9 +10,11 @@ import torch
 from kernels import sigmoid_loss
 from kernels.dispatch import force
 from kernels.sigmoid_loss import triton_block
+from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.reference import sigmoid_loss_block_reference, sigmoid_loss_reference
 from kernels.sigmoid_loss.tiles import INTERPRETED
 from kernels.testing import ODD_SHAPES, OpRecorder, assert_close, poisoned_memory
+from tests.kernels.test_pair_ids import WEIGHTS, make_ids
 from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,10 +43,12 @@ def _poison():
         yield
 
 
-def check(inputs, *, positives, limits=None, **options):
+def check(inputs, *, positives, ids=None, limits=None, **options):
     inputs = [tensor.to(DEVICE) for tensor in inputs]
+    if ids is not None:
+        options["ids"] = ids = PairIds(ids.images.to(DEVICE), ids.texts.to(DEVICE), ids.weight)
     limits = limits or LIMITS[inputs[0].dtype]
-    expected = differentiate(sigmoid_loss_block_reference, inputs, positives=positives)
+    expected = differentiate(sigmoid_loss_block_reference, inputs, positives=positives, ids=ids)
     block = triton_block.sigmoid_loss_block(*inputs, positives=positives, **options)
     for name, actual, truth, limit in zip(NAMES, block, expected, limits, strict=True):
         assert_close(actual, truth, max(limit, LEAST), name)
@@ -107,6 +111,40 @@ def test_a_block_without_images():
     )
     assert block.images.shape == (0, 24)
     assert all(part.count_nonzero() == 0 for part in block)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("n", "m", "positives"), [(67, 101, 0), (33, 31, 2), (1, 40, None), (97, 64, -3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alike_pairs(dtype, n, m, positives, weight):
+    inputs = make(n, m, 1 + n % 37, *TRAINED, dtype)
+    check(inputs, positives=positives, ids=make_ids(n, m, weight), chunk_rows=48)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("place", [(0, 37), (37, 0), (69, 99), (20, 20), (31, 32), (64, 96)])
+def test_one_alike_pair_anywhere(place, weight):
+    """Among tiles that have none: at corners, across tiles, and where it matches as well."""
+    n, m = 70, 100
+    images, texts = torch.arange(n) * 2, torch.arange(m) * 2 + 1
+    images[place[0]] = texts[place[1]] = 10**10
+    # so near that leaving it out shows in every output
+    inputs = make(n, m, 24, *TRAINED, torch.float32)
+    inputs[1][place[1]] = inputs[0][place[0]]
+    check(inputs, positives=0, ids=PairIds(images, texts, weight), chunk_rows=48)
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_alike_pairs_by_descriptors_and_in_eights(parts, weight):
+    tile = WITH_DESCRIPTORS._replace(texts=16 * parts, parts=parts, group=8)
+    ids, limits = make_ids(64, 96, weight), [3e-5] * 5
+    check(make(64, 96, 32, 20.0, -2.0, torch.float32), positives=None, ids=ids, tile=tile, limits=limits)
+
+
+def test_one_text_shared_by_all_leaves_the_matching_pairs():
+    same = torch.zeros(40, dtype=torch.int64)
+    check(make(40, 40, 24, *TRAINED, torch.float32), positives=0, ids=PairIds(same, same, 0.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
