@@ -1,7 +1,6 @@
-"""How texts meet images between ranks: what a user may ask for, what is chosen, and whether all ranks agree."""
+"""How texts meet images between ranks: what a user may ask for, what is chosen, and the call of it."""
 
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,12 +16,9 @@ from kernels.sigmoid_loss.block import BlockGradients
 from kernels.sigmoid_loss.cost_model import CPU_LINKS, FP32_FLOPS, Form, Links, Sizes, choose
 from kernels.sigmoid_loss.gather import gather_gradients, gather_value
 from kernels.sigmoid_loss.grid import grid_gradients, grid_through, grid_value
-from kernels.sigmoid_loss.messages import waiting
-from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.pairs import Embeddings, Pairs
 from kernels.sigmoid_loss.ring import Route, flat_route, node_route, ring_gradients, ring_value, two_way_route
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _choose = lru_cache(maxsize=256)(choose)
 
 
@@ -94,7 +90,8 @@ def choose_exchange(
 def check_exchange(exchange: Exchange, group: dist.ProcessGroup) -> int:
     """Return the ranks on a node that it comes to; ValueError where it does not fit the ranks of the group."""
     ranks = dist.get_world_size(group)
-    per_node = exchange.ranks_per_node or ranks_on_a_node(group)
+    goes_by_nodes = exchange.form in ("auto", "node_ring", "grid")
+    per_node = exchange.ranks_per_node or (ranks_on_a_node(group) if goes_by_nodes else 1)
     if ranks % per_node and exchange.form == "node_ring":
         raise ValueError(
             f"sigmoid_loss: {per_node} ranks a node do not divide the {ranks} ranks of the group"
@@ -104,60 +101,13 @@ def check_exchange(exchange: Exchange, group: dist.ProcessGroup) -> int:
         raise ValueError(
             f"sigmoid_loss: a grid of {rows} x {columns} has {rows * columns} ranks, the group has {ranks}"
         )
-    return per_node
-
-
-def agree(
-    exchange: Exchange,
-    images: Tensor,
-    group: dist.ProcessGroup,
-    *,
-    gradients: bool,
-    ids: PairIds | None = None,
-) -> Exchange:
-    """`choose_exchange`, and ValueError on all ranks if their embeddings or choices differ.  # all ranks of group
-
-    Unequal messages would hang or corrupt the exchange. One small all-reduce in each call: a rank that has seen its
-    shape before could not know that another has a new one.
-    """
-    if dist.get_rank(group) < 0:
-        raise ValueError("sigmoid_loss: this rank is not a member of the group it was given")
-    refusal, chosen = None, None
-    try:
-        chosen = choose_exchange(exchange, images, group, has_ids=ids is not None)
-    except ValueError as error:
-        refusal = error  # told after the others have heard of it
-    mine = {
-        "number of rows": len(images),
-        "width": images.shape[1],
-        "dtype": _DTYPES.index(images.dtype),
-        "use of gradients": int(gradients),
-        # the bits of a double that is not negative, as an integer, are not negative either
-        "pair ids or same_id_weight": -1
-        if ids is None
-        else struct.unpack("q", struct.pack("d", ids.weight))[0],
-        "exchange": -1 if chosen is None else _code(chosen),
-    }
-    values = list(mine.values())
-    highest = _maximum([*values, *(-value for value in values)], images.device, group)
-    lowest = [-value for value in highest[len(values) :]]
-    unequal = [name for name, low, high in zip(mine, lowest, highest, strict=False) if low != high]
-    if refusal is not None:
-        raise refusal
-    if unequal:
-        raise ValueError(
-            f"sigmoid_loss: the ranks of a group must have equal batches, but differ in {' and '.join(unequal)}; "
-            f"rows from {lowest[0]} to {highest[0]}, on this rank {tuple(images.shape)} {images.dtype}. Drop the "
-            "incomplete last batch, and call the loss alike on every rank"
-        )
-    assert chosen is not None
-    return chosen
+    return min(per_node, ranks)
 
 
 def exchange_gradients(
     images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
 ) -> BlockGradients:
-    """Sums over this rank's `[n, E]` images and all texts, by what `agree` gave.  # all ranks of group
+    """Sums over this rank's `[n, E]` images and all texts, by what `choose_exchange` gave.  # all ranks of group
 
     The gradients of images, scale and bias are of this rank's loss; that of its texts is of the sum over ranks.
     """
@@ -192,8 +142,8 @@ def ranks_on_a_node(group: dist.ProcessGroup) -> int:
     local = int(text) if text.isdigit() else world
     if local < 1 or world % local:
         raise ValueError(
-            f"sigmoid_loss: LOCAL_WORLD_SIZE={text} does not divide the {world} ranks of the world; correct it or give "
-            "ranks_per_node"
+            f"sigmoid_loss: LOCAL_WORLD_SIZE={text} does not divide the {world} ranks of the world; correct it, or "
+            "choose an exchange that does not go by nodes: ring, both_directions or all_gather"
         )
     return _equal_runs([rank // local for rank in dist.get_process_group_ranks(group)])
 
@@ -230,23 +180,3 @@ def _links_of(embeddings: Tensor) -> Links:
     if not embeddings.is_cuda:
         return CPU_LINKS
     return Links() if embeddings.element_size() == 2 else Links(flops=FP32_FLOPS)
-
-
-def _code(exchange: Exchange) -> int:
-    """A number that says what is sent where."""
-    form = get_args(Form).index(exchange.form)
-    rows, per_node = (exchange.grid or (0, 0))[0], exchange.ranks_per_node or 0
-    return ((rows << 20 | per_node) << 3 | form) << 1 | (exchange.dtype is not None)
-
-
-def _maximum(values: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    if device.type != "cuda":
-        reduced = torch.tensor(values)
-        with waiting(device):
-            dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
-        return reduced.tolist()
-    # on a stream of its own, so that the host does not wait for the towers' kernels as well
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        reduced = torch.tensor(values, device=device)
-        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
-        return reduced.tolist()

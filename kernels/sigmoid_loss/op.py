@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.exchange import AUTO, Exchange, agree, exchange_gradients, exchange_value
+from kernels.sigmoid_loss.agreement import agree
+from kernels.sigmoid_loss.exchange import AUTO, Exchange, exchange_gradients, exchange_value
 from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
 from kernels.sigmoid_loss.pairs import gradients_of, make_pairs, value_of
 

@@ -82,7 +82,7 @@ def test_names_of_exchanges(name, expected):
     "name", ["", "Ring", "ring:2", "grid", "grid:2", "grid:0x2", "node_ring:0", "auto:bf16"]
 )
 def test_what_names_no_exchange_is_refused(name):
-    with pytest.raises(ValueError, match="exchange is|at least 1"):
+    with pytest.raises(ValueError, match=r"exchange is|at least 1"):
         SigmoidLoss(exchange=name)
 
 
