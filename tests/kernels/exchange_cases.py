@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import sigmoid_loss
-from kernels.sigmoid_loss import Exchange, exchange_seconds, messages, pairs
+from kernels.sigmoid_loss import Exchange, Links, choose_exchange, exchange_seconds, messages, pairs
 from kernels.sigmoid_loss.exchange import ranks_on_a_node
 from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.reference import pairwise_loss_reference, sigmoid_loss_reference
@@ -22,6 +22,8 @@ from tests.kernels.test_sigmoid_loss import INIT, TRAINED, differentiate, make
 
 WIDTH = 24
 BF16 = torch.bfloat16
+# links between nodes so slow that a flat ring would wait, launches for nothing
+GPU = Links(call=0, between=25e9)
 
 
 def every_exchange(size):
@@ -309,9 +311,10 @@ def world_of_eight():
 
 
 def nodes_found(group):
-    """Ranks on a node as LOCAL_WORLD_SIZE tells: of the world, and of groups with equal and unequal shares of nodes."""
+    """Ranks on a node as LOCAL_WORLD_SIZE tells, and what is chosen by it; of groups with (un)equal shares of nodes."""
+    embeddings = torch.empty(16384, 768, dtype=BF16)
     with mock.patch.dict("os.environ", LOCAL_WORLD_SIZE="2"):
-        found = [ranks_on_a_node(group)]
+        found = [ranks_on_a_node(group), str(choose_exchange(Exchange(links=GPU), embeddings, group))]
     for ranks in ([0, 1, 4, 5], [0, 1, 2], [1, 2]):
         other = dist.new_group(ranks)
         with mock.patch.dict("os.environ", LOCAL_WORLD_SIZE="2"):

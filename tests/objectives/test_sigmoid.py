@@ -1,5 +1,6 @@
 """The objective against a plain restatement of its formula, alone and over ranks."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -91,7 +92,13 @@ def one_rank(exchange):
     with pytest.raises(ValueError, match="a grid of 3 x 1 has 3 ranks, the group has 2"):
         SigmoidLoss(exchange="grid:3x1")
     model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(weight=1.0, exchange=exchange)})
+    said, logger = [], logging.getLogger("siglip_train.objectives.sigmoid")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(lambda record: said.append(record.getMessage()))
+    with torch.no_grad():
+        model(share(tiny_batch(8), rank, size))
     losses = model(share(tiny_batch(8), rank, size))
+    assert said == ["exchange of texts between ranks: grid:1x2"]
     losses.total.backward()
     for parameter in model.parameters():
         torch.distributed.all_reduce(parameter.grad)
