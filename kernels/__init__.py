@@ -1,5 +1,5 @@
 """The public ops. Needs torch alone, so that the folder can be used without the training system."""
 
-from kernels.sigmoid_loss import sigmoid_loss
+from kernels.sigmoid_loss import PairIds, sigmoid_loss, sigmoid_loss_scores
 
-__all__ = ["sigmoid_loss"]
+__all__ = ["PairIds", "sigmoid_loss", "sigmoid_loss_scores"]

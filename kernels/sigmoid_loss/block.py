@@ -1,6 +1,6 @@
 """Loss and gradients of one block of images against one block of texts, by the implementation that fits the tensors.
 
-The single process and the ring call these two functions and know nothing of what is below.
+The single process and the ring call these functions and know nothing of what is below.
 """
 
 from types import ModuleType
@@ -9,10 +9,16 @@ from torch import Tensor
 
 from kernels.dispatch import implementation
 from kernels.sigmoid_loss import chunked
-from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.pair_ids import PairIds
 
-__all__ = ["BlockGradients", "sigmoid_loss_block", "sigmoid_loss_block_value"]
+__all__ = [
+    "BlockGradients",
+    "Scores",
+    "sigmoid_loss_block",
+    "sigmoid_loss_block_scores",
+    "sigmoid_loss_block_value",
+]
 
 
 def sigmoid_loss_block(
@@ -43,6 +49,19 @@ def sigmoid_loss_block_value(
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
     return _module(images).sigmoid_loss_block_value(images, texts, scale, bias, positives=positives, ids=ids)
+
+
+def sigmoid_loss_block_scores(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
+) -> Scores:
+    """The losses of the pairs summed for each image and for each text, without gradients."""
+    return _module(images).sigmoid_loss_block_scores(images, texts, scale, bias, positives=positives, ids=ids)
 
 
 def _module(images: Tensor) -> ModuleType:

@@ -25,6 +25,13 @@ class BlockGradients(NamedTuple):
     bias: Tensor
 
 
+class Scores(NamedTuple):
+    """Sums of the pairwise loss: of each image `[n]` and of each text `[m]`; float32, or float64 for float64 input."""
+
+    images: Tensor
+    texts: Tensor
+
+
 @torch.no_grad()
 def sigmoid_loss_block(
     images: Tensor,
@@ -79,6 +86,28 @@ def sigmoid_loss_block_value(
     for _, _, logits, counts in _chunks(images, texts, scale, bias, positives, ids, chunk_rows):
         loss += _sum(_times(_softplus(logits, out=logits), counts))
     return loss
+
+
+@torch.no_grad()
+def sigmoid_loss_block_scores(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Scores:
+    """The loss of each image and of each text, the sums of the block's rows and columns; memory as for the value."""
+    images, texts, scale, bias = _for_accumulation(images, texts, scale, bias)
+    image_scores = images.new_empty(len(images))
+    text_scores = texts.new_zeros(len(texts), dtype=torch.float64)
+    for rows, _, logits, counts in _chunks(images, texts, scale, bias, positives, ids, chunk_rows):
+        losses = _times(_softplus(logits, out=logits), counts)
+        torch.sum(losses, dim=1, out=image_scores[rows])
+        text_scores += losses.sum(dim=0)
+    return Scores(image_scores, text_scores.to(texts.dtype))
 
 
 def _for_accumulation(

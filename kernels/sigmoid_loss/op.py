@@ -44,7 +44,8 @@ def sigmoid_loss(
     Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError for a second derivative.
     """
     inputs = (image_embeddings, text_embeddings, logit_scale, logit_bias)
-    _check(*inputs)
+    _check_shapes(image_embeddings, text_embeddings)
+    check_types("sigmoid_loss", *inputs)
     ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     peers = None
@@ -106,20 +107,25 @@ class _SigmoidLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
-    shapes = f"images {tuple(images.shape)} {images.dtype}, texts {tuple(texts.shape)} {texts.dtype}"
+def _check_shapes(images: Tensor, texts: Tensor) -> None:
     if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
         raise ValueError(
-            f"sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got {shapes}"
+            "sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got images "
+            f"{tuple(images.shape)}, texts {tuple(texts.shape)}"
         )
+
+
+def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """Raise ValueError, beginning with the name of the op, for dtypes and devices that do not fit one another."""
     if images.dtype != texts.dtype or images.dtype not in _FLOATS:
-        raise ValueError(f"sigmoid_loss: embeddings must have one floating-point dtype; got {shapes}")
+        raise ValueError(
+            f"{op}: embeddings must have one floating-point dtype; got images {images.dtype}, texts {texts.dtype}"
+        )
     for name, scalar in (("logit_scale", scale), ("logit_bias", bias)):
         if scalar.shape not in ((), (1,)) or not scalar.is_floating_point():
             raise ValueError(
-                f"sigmoid_loss: {name} must be one number of shape () or (1,); got "
-                f"{tuple(scalar.shape)} {scalar.dtype}"
+                f"{op}: {name} must be one number of shape () or (1,); got {tuple(scalar.shape)} {scalar.dtype}"
             )
     devices = {tensor.device for tensor in (images, texts, scale, bias)}
     if len(devices) > 1:
-        raise ValueError(f"sigmoid_loss: all inputs must be on one device; got {sorted(map(str, devices))}")
+        raise ValueError(f"{op}: all inputs must be on one device; got {sorted(map(str, devices))}")

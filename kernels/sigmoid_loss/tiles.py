@@ -32,20 +32,19 @@ INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=
 _PRODUCT_TILES = ((256, 1.0), (192, 0.97), (128, 0.9))
 
 
-def choose_tile(
-    capability: tuple[int, int], element_size: int, *, aligned: bool, weighted: bool = False
-) -> Tile:
-    """The tile for a GPU. aligned: rows of the embeddings begin at multiples of 16 bytes, as descriptors need.
-
-    weighted: alike pairs take a second round. With four warps its registers would spill, but for fp32's small tiles.
-    """
+def choose_tile(capability: tuple[int, int], element_size: int, *, aligned: bool) -> Tile:
+    """The tile for a GPU. aligned: rows of the embeddings begin at multiples of 16 bytes, as descriptors need."""
     has_descriptors = capability[0] in (9, 10) and aligned
     if element_size == 4:
         return HOPPER_FP32 if has_descriptors else AMPERE_FP32
     if not aligned:
         return UNALIGNED
-    tile = HOPPER if has_descriptors else AMPERE
-    return tile._replace(warps=8) if weighted else tile
+    return HOPPER if has_descriptors else AMPERE
+
+
+def choose_warps(tile: Tile, *, weighted: bool) -> int:
+    """Twice the warps where the second round that weighted pairs take would spill."""
+    return 8 if weighted and tile == AMPERE else tile.warps
 
 
 def choose_chunk_rows(rows: int, width: int, multiprocessors: int) -> int:

@@ -10,10 +10,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.pair_ids import PairIds, number
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
+from kernels.sigmoid_loss.score_kernel import score_tile_kernel
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile, choose_warps
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -81,6 +82,32 @@ def sigmoid_loss_block_value(
     return loss
 
 
+@torch.no_grad()
+def sigmoid_loss_block_scores(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    positives: int | None,
+    ids: PairIds | None = None,
+    chunk_rows: int | None = None,
+    tile: Tile | None = None,
+) -> Scores:
+    """The loss of each image and of each text, the sums of the block's rows and columns; no gradients.
+
+    Memory beside the result: chunk_rows x m / 64 elements of fp32, the sums of tiles of 128 x 128.
+    """
+    block = _Block(images, texts, scale, bias, positives, ids, tile)
+    image_scores = images.new_empty(len(images), dtype=torch.float32)
+    text_scores = texts.new_zeros(len(texts), dtype=torch.float64)
+    for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
+        rows, columns = block.scores(chunk, start)
+        image_scores[start : start + len(chunk)] = rows
+        text_scores += columns
+    return Scores(image_scores, text_scores.float())
+
+
 class _Block:
     """The inputs of one call as the kernels take them, and their launches."""
 
@@ -99,7 +126,7 @@ class _Block:
         self.unit = _UNIT[images.dtype]
         self._positives = positives
         self._is_weighted = ids is not None and ids.weight != 0
-        self._tile = tile or _default_tile(self.images, self.texts, weighted=self._is_weighted)
+        self._tile = tile or _default_tile(self.images, self.texts)
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
@@ -138,9 +165,31 @@ class _Block:
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
                 PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 WEIGHTED=self._is_weighted,
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+                num_warps=choose_warps(tile, weighted=self._is_weighted), num_stages=tile.stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
+
+    def scores(self, chunk: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The losses of a chunk `[c, E]` summed for each image `[c]` and for each text `[m]`, float64."""
+        tile, (n, m) = self._tile, (len(chunk), len(self.texts))
+        high, wide = triton.cdiv(n, tile.images), triton.cdiv(m, tile.texts)
+        row_sums = torch.empty(wide, high * tile.images, device=chunk.device)
+        column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
+        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
+        has_edge = n % tile.images != 0 or m % tile.texts != 0
+        with _device(chunk):
+            score_tile_kernel[(high * wide,)](
+                self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
+                row_sums, column_sums, row_ids, sorted_ids, column_ids,
+                n, m, chunk.shape[1], self._offset(start), weight,
+                BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
+                EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
+                DESCRIPTORS=tile.descriptors, PRECISION=_precision(), INTERPRETED=self._is_interpreted,
+                HAS_IDS=self._ids is not None,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        return row_sums.sum(0, dtype=torch.float64)[:n], column_sums.sum(0, dtype=torch.float64)[:m]
 
     def finish(
         self, chunk: Tensor, start: int, image_gradients: Tensor | None, text_gradients: Tensor | None
@@ -196,7 +245,7 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
         torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
-def _default_tile(images: Tensor, texts: Tensor, *, weighted: bool) -> Tile:
+def _default_tile(images: Tensor, texts: Tensor) -> Tile:
     if not images.is_cuda:
         return INTERPRETED
     size = images.element_size()
@@ -205,7 +254,6 @@ def _default_tile(images: Tensor, texts: Tensor, *, weighted: bool) -> Tile:
         torch.cuda.get_device_capability(images.device),
         size,
         aligned=all(start % 16 == 0 for start in starts),
-        weighted=weighted,
     )
 
 

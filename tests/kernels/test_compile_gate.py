@@ -12,7 +12,16 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.tiles import AMPERE, AMPERE_FP32, HOPPER, HOPPER_FP32, Tile, choose_tile
+from kernels.sigmoid_loss.score_kernel import score_tile_kernel
+from kernels.sigmoid_loss.tiles import (
+    AMPERE,
+    AMPERE_FP32,
+    HOPPER,
+    HOPPER_FP32,
+    Tile,
+    choose_tile,
+    choose_warps,
+)
 from tests.kernels.compiled import MATRIX_INSTRUCTION, SHARED_LIMIT, compile_kernel
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -46,7 +55,8 @@ def tile_kernel(
         "UNIT": 1024 if dtype == "fp16" else 1, "PRECISION": precision, "INTERPRETED": False,
         "HAS_IDS": ids, "WEIGHTED": weighted,
     }  # fmt: skip
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    warps = choose_warps(tile, weighted=weighted)
+    options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return compile_kernel(sigmoid_tile_kernel, capability, types, constants, **options)
 
 
@@ -98,11 +108,41 @@ def test_evaluation_and_odd_widths_do_not_spill(capability):
     check_resources(tile_kernel(capability, "bf16", odd, checked=True, even=False), capability)
 
 
+def score_kernel(capability, dtype, tile: Tile, *, checked, ids):
+    def embeddings(rows):
+        return f"tensordesc<{dtype}[{rows}, {tile.depth}]>" if tile.descriptors else f"*{dtype}:16"
+
+    types = dict.fromkeys(("SCALE", "BIAS", "ROW_SUMS", "COLUMN_SUMS"), "*fp32:16")
+    types |= dict.fromkeys(("X_IDS", "SORTED", "Y_IDS"), "*i32:16") | dict.fromkeys(
+        ("n", "m", "positives"), "i32"
+    )
+    types |= {"X": embeddings(tile.images), "Y": embeddings(tile.texts), "width": "i32:16", "weight": "fp32"}
+    constants = {
+        "BN": tile.images, "BM": tile.texts, "BD": tile.depth, "BAND": 8, "PARTS": tile.parts, "EVEN": True,
+        "CHECKED": checked, "DESCRIPTORS": tile.descriptors, "PRECISION": "tf32x3", "INTERPRETED": False,
+        "HAS_IDS": ids,
+    }  # fmt: skip
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return compile_kernel(score_tile_kernel, capability, types, constants, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_scores_do_not_spill(capability, dtype):
+    tile = choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True)
+    inner = score_kernel(capability, dtype, tile, checked=False, ids=False)
+    for code in (inner, score_kernel(capability, dtype, tile, checked=True, ids=True)):
+        check_resources(code, capability)
+    if dtype == "bf16":
+        # measured 20.5, 21.2, 32.7: on sm_100 a thread has a row, so columns are summed by shuffles
+        assert per_logit(inner, tile) <= (35 if capability == 100 else 23)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_pair_ids_do_not_spill(capability, dtype):
     def compiled(weighted, **options):
-        tile = choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True, weighted=weighted)
+        tile = choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True)
         code = tile_kernel(capability, dtype, tile, checked=True, ids=True, weighted=weighted, **options)
         check_resources(code, capability)
         return per_logit(code, tile)
@@ -111,8 +151,8 @@ def test_pair_ids_do_not_spill(capability, dtype):
     if dtype == "bf16":
         # with both branches, of which a tile without alike pairs takes neither: 25.8, 24.6, 25.4
         assert left_out <= 27
-        # and with the second round: 34.9, 35.0, 36.8
-        assert weighted <= 38
+        # and with the second round: 34.9 (eight warps), 27.8, 26.9 (with Triton 3.6 30.2)
+        assert weighted <= (37 if capability == 80 else 32)
         # 20.0, 18.9, 19.8
         assert compiled(weighted=False, gradients=False) <= 22
         compiled(weighted=True, gradients=False)

@@ -1,0 +1,83 @@
+# The compiler gives the types.
+# mypy: disable-error-code="no-untyped-def"
+"""The loss of each pair summed along rows and along columns, in Triton, on the tiles of `kernel.py`."""
+
+import triton
+import triton.language as tl
+
+from kernels.sigmoid_loss.kernel import (
+    LEFT_OUT,
+    LN2,
+    LOG2E,
+    _columns,
+    _cosines,
+    _exp2,
+    _has_alike,
+    _key,
+    _tile_of_program,
+)
+
+
+@triton.jit
+def _log2_of_1_plus(q):
+    """For q from 0 to 1, to 2e-7 of itself: q times the polynomial of least relative error (Remez), 8 instructions."""
+    p = 0.06360787153244019 - q * 0.012319467030465603
+    p = 0.25600969791412354 - q * (0.15535184741020203 - q * p)
+    p = 0.48006370663642883 - q * (0.3533948063850403 - q * p)
+    return q * (1.4426947832107544 - q * (0.7213100790977478 - q * p))
+
+
+@triton.jit
+def _losses(logits, INTERPRETED: tl.constexpr):
+    """Of each pair, in units of ln 2 like the logits. One by one: sums of two directions share no product."""
+    return tl.maximum(logits, 0.0) + _log2_of_1_plus(_exp2(-tl.abs(logits), INTERPRETED))
+
+
+@triton.jit(do_not_specialize=["n", "m", "positives"])
+def score_tile_kernel(
+    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """One tile of BN images and BM texts a program; arguments as those of `sigmoid_tile_kernel`.
+
+    ROW_SUMS `[tile columns, n]`, COLUMN_SUMS `[tile rows, m]`, fp32, n and m rounded up to whole tiles: each place is
+    written once, so that sums do not depend on the order of programs.
+    """
+    first_row, first_column = _tile_of_program(n, m, BN, BM, BAND)
+    S = _cosines(
+        X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
+    )
+    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
+    on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
+    is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
+    WIDTH: tl.constexpr = BM // PARTS
+    row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
+    row_key = _key(row, 0.0, n - first_row)
+    if HAS_IDS:
+        tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
+        has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
+    row_sums = tl.zeros((BN, WIDTH), dtype=tl.float32)
+    column_sums = COLUMN_SUMS + (first_row // BN).to(tl.int64) * (tl.cdiv(m, BM) * BM) + first_column
+    parts = _columns(S, PARTS)
+    for part in tl.static_range(PARTS):
+        left = first_column + part * WIDTH
+        column_key = _key(column, (left - first_row - positives).to(tl.float32), m - left)
+        logits = parts[part] * scale + bias
+        if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
+            if is_special:
+                matches = row_key[:, None] == column_key[None, :]
+                # neither is NaN
+                real = (row_key[:, None] <= column_key[None, :]) | (row_key[:, None] > column_key[None, :])
+                logits = tl.where(matches, -logits, tl.where(real, logits, LEFT_OUT))
+        losses = _losses(logits, INTERPRETED)
+        if HAS_IDS:  # noqa: SIM102
+            if has_alike:
+                alike = tl.load(X_IDS + first_row + row)[:, None] == tl.load(Y_IDS + left + column)[None, :]
+                matches = row_key[:, None] == column_key[None, :]
+                losses = tl.where(alike & ~matches, weight * losses, losses)
+        row_sums += losses
+        tl.store(column_sums + part * WIDTH + column, tl.sum(losses, axis=0) * LN2)
+    row_at = ROW_SUMS + (first_column // BM).to(tl.int64) * (tl.cdiv(n, BN) * BN) + first_row + row
+    tl.store(row_at, tl.sum(row_sums, axis=1) * LN2)
