@@ -1,14 +1,15 @@
-"""`sigmoid_loss`: checks, autograd, and the choice between one process and the ring."""
+"""`sigmoid_loss`: checks, autograd, and the choice between one process and an exchange with other ranks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import sigmoid_loss_block, sigmoid_loss_block_value
+from kernels.sigmoid_loss.agreement import agree
+from kernels.sigmoid_loss.exchange import AUTO, Exchange, exchange_gradients, exchange_value
 from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
-from kernels.sigmoid_loss.ring import check_equal_on_ranks, ring_gradients, ring_value
+from kernels.sigmoid_loss.pairs import gradients_of, make_pairs, value_of
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,6 +24,7 @@ def sigmoid_loss(
     text_ids: Tensor | None = None,
     same_id_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = AUTO,
 ) -> Tensor:
     """Sigmoid loss of SigLIP (section 3.2): sum over all texts, mean over this rank's images.
 
@@ -32,7 +34,7 @@ def sigmoid_loss(
     images, several captions of an image) counts same_id_weight times: 0 leaves it out, 1 is as without ids. Negative
     ids are like nothing else. On several ranks, ids have one meaning for all.
     group: the ranks whose texts are negatives too; all of them must call this together, with equal shapes. None =
-    this rank alone.
+    this rank alone. exchange: how texts meet the images of other ranks; by default what the cost model finds fastest.
 
     Returns a scalar in float32 (float64 for float64 embeddings), differentiable once in all four inputs. Gradients
     are made here and scaled in backward, so the upstream gradient must be the same on all ranks, as it is in data
@@ -46,27 +48,28 @@ def sigmoid_loss(
     check_types("sigmoid_loss", *inputs)
     ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    peers = None
     if group is not None:
-        check_equal_on_ranks(image_embeddings, group, gradients=gradients, ids=ids)
-        group = group if dist.get_world_size(group) > 1 else None
+        exchange = agree(exchange, image_embeddings, group, gradients=gradients, ids=ids)
+        peers = _Peers(group, exchange) if dist.get_world_size(group) > 1 else None
     with torch.autocast(image_embeddings.device.type, enabled=False):
         if gradients:
-            return _SigmoidLoss.apply(*inputs, group, ids)
-        return _value(*inputs, group, ids)
+            return _SigmoidLoss.apply(*inputs, ids, peers)
+        return _value(*inputs, ids, peers)
+
+
+class _Peers(NamedTuple):
+    """The other ranks, and how they are reached."""
+
+    group: dist.ProcessGroup
+    exchange: Exchange
 
 
 def _value(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    group: dist.ProcessGroup | None,
-    ids: PairIds | None,
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: PairIds | None, peers: _Peers | None
 ) -> Tensor:
-    if group is None:
-        loss = sigmoid_loss_block_value(images, texts, scale, bias, positives=0, ids=ids)
-    else:
-        loss = ring_value(images, texts.contiguous(), scale, bias, group, ids)
+    work = make_pairs(images, texts, scale, bias, ids)
+    loss = exchange_value(*work, *peers) if peers else value_of(*work, positives=0)
     return (loss / len(images)).to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -78,13 +81,11 @@ class _SigmoidLoss(torch.autograd.Function):
         texts: Tensor,
         scale: Tensor,
         bias: Tensor,
-        group: dist.ProcessGroup | None,
         ids: PairIds | None,
+        peers: _Peers | None,
     ) -> Tensor:
-        if group is None:
-            sums = sigmoid_loss_block(images, texts, scale, bias, positives=0, ids=ids)
-        else:
-            sums = ring_gradients(images, texts.contiguous(), scale, bias, group, ids)
+        work = make_pairs(images, texts, scale, bias, ids)
+        sums = exchange_gradients(*work, *peers) if peers else gradients_of(*work, positives=0)
         ctx.like = [(tensor.shape, tensor.dtype) for tensor in (images, texts, scale, bias)]
         ctx.save_for_backward(*(part.div_(len(images)) for part in sums[1:]))
         return (sums.loss / len(images)).to(sums.images.dtype)

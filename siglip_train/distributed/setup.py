@@ -160,6 +160,10 @@ def _join(launch: _Launch, place: torch.device, timeout: datetime.timedelta) -> 
     os.environ.update(
         {key: str(value) for key, value in variables.items()}, MASTER_ADDR=host, MASTER_PORT=str(port)
     )
+    per_node = re.fullmatch(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if per_node:
+        # as torchrun does: the exchange of the sigmoid loss goes by it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", per_node[1])
     backend, bound = ("nccl", place) if place.type == "cuda" else ("gloo", None)
     rank, world_size = launch.rank, launch.world_size
     try:

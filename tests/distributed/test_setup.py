@@ -23,7 +23,7 @@ world = init_world(timeout_minutes=1.0)
 print(json.dumps({
     "place": [world.rank, world.world_size, world.local_rank], "device": world.device.type,
     "ranks": gather_objects(world.rank), "seen by libraries": os.environ["RANK"] + "/" + os.environ["WORLD_SIZE"],
-    "port": int(os.environ["MASTER_PORT"]),
+    "port": int(os.environ["MASTER_PORT"]), "ranks a node": os.environ.get("LOCAL_WORLD_SIZE"),
 }))
 """
 
@@ -45,7 +45,8 @@ def start(script=JOIN, **variables):
     inherited = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("SLURM", "MASTER")) and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if not key.startswith(("SLURM", "MASTER"))
+        and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     }
     environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
@@ -154,12 +155,14 @@ def test_worlds_of_one_and_a_slurm_step_of_two_come_about():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    slurm["SLURM_STEP_TASKS_PER_NODE"] = "2(x1)"
     pair = [start(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
     alone = [start(), start()]
     for rank, found in enumerate(map(finish, pair)):
         assert found["place"] == [rank, 2, rank]
         assert found["ranks"] == [0, 1]
         assert found["seen by libraries"] == f"{rank}/2"
+        assert found["ranks a node"] == "2"
     first, second = map(finish, alone)
     assert first["place"] == [0, 1, 0]
     assert first["ranks"] == [0]

@@ -1,13 +1,17 @@
 """The objective against a plain restatement of its formula, alone and over ranks."""
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from kernels.sigmoid_loss import Exchange
 from kernels.testing import assert_close, rms_ratio
 from siglip_train.batch import Batch, Images
 from siglip_train.objectives.forward_pass import ForwardPass
-from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss
+from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, parse_exchange
 from siglip_train.objectives.training_model import TrainingModel
 from tests.objectives.tiny import tiny_batch, tiny_model
 from tests.ranks import run_ranks
@@ -58,10 +62,43 @@ def share(batch, rank, size):
     return Batch(images, batch.texts[rows])
 
 
-def one_rank():
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("auto", Exchange()),
+        ("ring", Exchange("ring")),
+        ("both_directions", Exchange("both_directions")),
+        ("all_gather", Exchange("all_gather")),
+        ("node_ring", Exchange("node_ring")),
+        ("node_ring:8", Exchange("node_ring", ranks_per_node=8)),
+        ("grid:4x2", Exchange("grid", grid=(4, 2))),
+    ],
+)
+def test_names_of_exchanges(name, expected):
+    assert parse_exchange(name, "fp32") == expected
+    assert parse_exchange(name, "bf16") == replace(expected, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Ring", "ring:2", "grid", "grid:2", "grid:0x2", "node_ring:0", "auto:bf16"]
+)
+def test_what_names_no_exchange_is_refused(name):
+    with pytest.raises(ValueError, match=r"exchange is|at least 1"):
+        SigmoidLoss(exchange=name)
+
+
+def one_rank(exchange):
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(weight=1.0)})
+    with pytest.raises(ValueError, match="a grid of 3 x 1 has 3 ranks, the group has 2"):
+        SigmoidLoss(exchange="grid:3x1")
+    model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(weight=1.0, exchange=exchange)})
+    said, logger = [], logging.getLogger("siglip_train.objectives.sigmoid")
+    logger.setLevel(logging.INFO)
+    logger.addFilter(lambda record: said.append(record.getMessage()))
+    with torch.no_grad():
+        model(share(tiny_batch(8), rank, size))
     losses = model(share(tiny_batch(8), rank, size))
+    assert said == ["exchange of texts between ranks: grid:1x2"]
     losses.total.backward()
     for parameter in model.parameters():
         torch.distributed.all_reduce(parameter.grad)
@@ -73,10 +110,11 @@ def one_rank():
 
 @pytest.mark.dist
 def test_two_ranks_averaged_equal_the_whole_batch():
+    # one form: kernels' own tests have them all
     model = tiny_model()
     loss = formula(model, tiny_batch(8))
     loss.backward()
-    for total, found in run_ranks(2, one_rank):
+    for total, found in run_ranks(2, one_rank, "grid:1x2"):
         assert total == pytest.approx(loss.item(), rel=1e-12)
         for name, expected in gradients(model).items():
             if expected.abs().max() > 1e-12:
