@@ -15,6 +15,8 @@ from siglip_train.objectives.forward_pass import ForwardPass
 class SigmoidLoss(Objective):
     """Every image against every text of the global batch, matched or not (SigLIP, section 3.2)."""
 
+    pairs_samples = True
+
     def forward(self, forward_pass: ForwardPass) -> Tensor:
         """Return the sum over all texts, mean over this rank's images.  # all ranks"""
         model = forward_pass.model
