@@ -264,7 +264,7 @@ def _micro_batch_size(config: Config, share: Share) -> int:
     if share.size % size:
         raise UserError(
             f"micro_batch_size: {size} does not divide the {share.size} pairs of a rank (global_batch_size "
-            f"{config.global_batch_size}, ranks: {share.world_size}); give a divisor of {share.size}, or null for all at once"
+            f"{config.global_batch_size}, ranks: {share.world_size}); give a divisor of it, or null for all at once"
         )
     return size
 

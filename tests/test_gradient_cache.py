@@ -1,13 +1,14 @@
 """Micro-batches with the gradient cache against one large batch: every gradient, ZeRO stage and number of ranks."""
 
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import sigmoid_loss
 from kernels.testing import assert_close
@@ -18,6 +19,7 @@ from siglip_train.distributed.collectives import is_distributed
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.gradient_cache import cached_step
+from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
@@ -178,9 +180,8 @@ def add_dropout(model, share: float = 0.2) -> None:
 
 def gradients_by_hand(model, micro_batch_size: int) -> dict[str, torch.Tensor]:
     """Every micro-batch keeps its graph, so that nothing has to be drawn twice."""
-    inner, parts = model.model, []
-    for part in tiny_batch(PAIRS).split(micro_batch_size):
-        parts.append((inner.encode_image(part.images), inner.encode_text(part.texts)))
+    inner, micro_batches = model.model, tiny_batch(PAIRS).split(micro_batch_size)
+    parts = [(inner.encode_image(part.images), inner.encode_text(part.texts)) for part in micro_batches]
     images, texts = (torch.cat(side) for side in zip(*parts, strict=True))
     (0.7 * sigmoid_loss(images, texts, inner.logit_scale.exp(), inner.logit_bias)).backward()
     return gradients_of(model)
@@ -298,7 +299,9 @@ def test_an_objective_that_pairs_more_than_embeddings_is_refused_in_a_line() -> 
 
 
 def test_a_batch_splits_in_order_with_all_its_parts() -> None:
-    images = Images(torch.arange(10).reshape(5, 2, 1), torch.zeros(5, 2, 2), torch.ones(5, 2, dtype=torch.bool))
+    images = Images(
+        torch.arange(10).reshape(5, 2, 1), torch.zeros(5, 2, 2), torch.ones(5, 2, dtype=torch.bool)
+    )
     batch = Batch(images, torch.arange(5)[:, None], tuple("abcde"), torch.arange(5))
     first, second, last = batch.split(2)
     assert [part.size for part in (first, second, last)] == [2, 2, 1]
@@ -311,94 +314,118 @@ def test_a_batch_splits_in_order_with_all_its_parts() -> None:
     assert bare.labels is None
 
 
-def rank_gradients() -> dict[str, torch.Tensor]:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    model = build("over ranks")
-    cached_step(trainer(PlainEngine(model), 2), tiny_batch(PAIRS).split(PAIRS // size)[rank], 1)
-    return gradients_of(model)
-
-
-@pytest.mark.dist
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_with_micro_batches_equal_the_whole_batch_in_float64(world_size: int) -> None:
-    plain = build("over ranks")
-    loop.plain_step(trainer(PlainEngine(plain), PAIRS), tiny_batch(PAIRS), 1)
-    for found in run_ranks(world_size, rank_gradients):
-        assert_equal_gradients(found, gradients_of(plain))
-
-
 STAGES = [0, 1, 2, 3]
 STEPS = 3
 
 
-class ReducedBytes(TorchDispatchMode):
-    """Bytes handed to reductions of any kind, and how many other collectives there were."""
+class Collectives(TorchDispatchMode):
+    """How many collectives there were, and the bytes of those that reduce; sends and receives are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reduced = 0
-        self.calls = 0
+        self.calls = self.reduced_bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "send" not in str(function) and "recv" not in str(function):
+        name = str(function)
+        if name.startswith("c10d.") and "send" not in name and "recv" not in name:
             self.calls += 1
-            if "reduce" in str(function):
-                self.reduced += sum(part.nbytes for part in torch.utils._pytree.tree_leaves(args) if isinstance(part, torch.Tensor))
+            if "reduce" in name:
+                tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+                self.reduced_bytes += sum(tensor.nbytes for tensor in tensors)
         return function(*args, **(kwargs or {}))
 
 
-def deepspeed_engine(stage: int, precision: str = "fp32"):
+def deepspeed_engine(stage: int, precision: str):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     objectives = {"norm": TextNorm(weight=2.0, dtype=torch.float32), "sigmoid": SigmoidLoss()}
-    model = TrainingModel(whole.Siglip(whole.CONFIG), objectives)
+    model = TrainingModel(Siglip(whole.CONFIG), objectives)
     config = engines.deepspeed_config(
-        engines.EngineConfig(zero_stage=stage),
+        engines.EngineConfig(zero_stage=stage, reduce_dtype=precision),
         precision=precision,
         micro_batch_size=whole.GLOBAL_BATCH // world_size,
         clip_norm=whole.OPTIM.clip_norm,
     )
+    # without this ZeRO-3 would keep parameters as small as these whole on every rank
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     world = World(rank, world_size, rank, torch.device("cpu"))
     return engines.build_engine(model, build_optimizer(model, whole.OPTIM), config=config, world=world)
 
 
-def history(stage: int, take_step, micro_batch_size: int, precision: str = "fp32") -> dict:
-    """Losses, norms and reduced bytes of three steps, and the weights after them."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def history(take_step, stage: int, precision: str) -> dict:
+    """Losses, norms and reduced bytes of a few steps, and the weights after them."""
     engine = deepspeed_engine(stage, precision)
-    run = trainer(engine, micro_batch_size)
-    losses, norms, reduced = [], [], []
+    run, told = trainer(engine, 2), {"losses": [], "norms": [], "reduced_bytes": []}
     for step in range(STEPS):
-        with ReducedBytes() as counter:
-            report, _ = take_step(run, whole.batch(step, rank, world_size), step + 1)
-        losses.append([report.total.item(), *(term.item() for term in report.terms.values())])
-        norms.append(report.gradient_norm)
-        reduced.append(counter.reduced)
-    weights = engines.gather_weights(engine)
+        with Collectives() as counter:
+            report, _ = take_step(run, whole.batch(step, dist.get_rank(), dist.get_world_size()), step + 1)
+        told["losses"].append([report.total.item(), *(term.item() for term in report.terms.values())])
+        told["norms"].append(report.gradient_norm)
+        told["reduced_bytes"].append(counter.reduced_bytes)
+    told["weights"] = engines.gather_weights(engine)
     engine.destroy()
-    return {"losses": losses, "norms": norms, "reduced": reduced, "weights": weights}
+    return told
 
 
-def both_steps() -> list:
-    pairs = whole.GLOBAL_BATCH // dist.get_world_size()
-    return [
-        (history(stage, loop.plain_step, pairs), history(stage, cached_step, 2)) for stage in STAGES
-    ]
+def collectives_after_a_failure(stage: int) -> int:
+    engine, counter = deepspeed_engine(stage, "fp32"), Collectives()
+    total = engine(whole.batch(0, dist.get_rank(), dist.get_world_size())).total
+    with counter, suppress(MemoryError), engines.one_reduction(engine):
+        engine.backward(total)
+        before = counter.calls
+        raise MemoryError
+    engine.destroy()
+    return counter.calls - before
+
+
+def compared(precision: str) -> list[list[dict]]:
+    return [[history(step, stage, precision) for step in (loop.plain_step, cached_step)] for stage in STAGES]
+
+
+def gradients_in_float64() -> dict[str, torch.Tensor]:
+    model = build("over ranks")
+    share = tiny_batch(PAIRS).split(PAIRS // dist.get_world_size())[dist.get_rank()]
+    cached_step(trainer(PlainEngine(model), 2), share, 1)
+    return gradients_of(model)
+
+
+def in_fp32_and_float64() -> tuple:
+    return compared("fp32"), gradients_in_float64()
+
+
+def in_bf16_and_failing() -> tuple:
+    return compared("bf16"), [collectives_after_a_failure(stage) for stage in STAGES]
+
+
+def assert_equal_histories(plain: dict, cached: dict, limit: float) -> None:
+    for key in ("losses", "norms"):
+        torch.testing.assert_close(torch.tensor(cached[key]), torch.tensor(plain[key]), rtol=limit, atol=0)
+    assert cached["reduced_bytes"] == plain["reduced_bytes"], "one reduction a step"
+
+
+def assert_equal_weights(plain: dict, cached: dict, limit: float) -> None:
+    for name, weight in plain.items():
+        # the bias of the keys moves by Adam's normalised noise
+        if not name.endswith("key.bias"):
+            assert_close(torch.as_tensor(cached[name]), torch.as_tensor(weight), limit, name)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_zero_stage_trains_as_without_the_cache(world_size: int) -> None:
-    for rank, by_stage in enumerate(run_ranks(world_size, both_steps)):
-        for stage, (plain, cached) in zip(STAGES, by_stage, strict=True):
-            print(world_size, rank, stage, plain["reduced"], cached["reduced"])
-            for key in ("losses", "norms"):
-                torch.testing.assert_close(
-                    torch.tensor(cached[key]), torch.tensor(plain[key]), rtol=1e-5, atol=0,
-                    msg=lambda m, s=stage, k=key: f"stage {s}, {k}: {m}",
-                )  # fmt: skip
-            assert cached["reduced"] == plain["reduced"], f"stage {stage}: one reduction a step"
-            for name, weight in plain["weights"].items():
-                print(name, float((torch.as_tensor(cached["weights"][name])-torch.as_tensor(weight)).norm()/torch.as_tensor(weight).norm()))
-    assert 0
+def test_every_zero_stage_and_number_of_ranks_trains_as_without_the_cache(world_size: int) -> None:
+    whole_batch = build("over ranks")
+    whole_batch(tiny_batch(PAIRS)).total.backward()
+    for by_stage, gradients in run_ranks(world_size, in_fp32_and_float64):
+        assert_equal_gradients(gradients, gradients_of(whole_batch))
+        for plain, cached in by_stage:
+            # measured: 2e-7 for losses, 4e-7 for norms, 1e-6 for weights
+            assert_equal_histories(plain, cached, 1e-5)
+            assert_equal_weights(plain["weights"], cached["weights"], 1e-5)
+
+
+@pytest.mark.dist
+def test_bf16_stays_near_and_a_rank_that_fails_does_not_wait_for_the_others() -> None:
+    for by_stage, collectives in run_ranks(2, in_bf16_and_failing):
+        for plain, cached in by_stage:
+            assert_equal_histories(plain, cached, 1e-2)
+        assert collectives == [0] * len(STAGES)
