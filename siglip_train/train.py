@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import omegaconf
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 

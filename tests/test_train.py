@@ -146,7 +146,6 @@ def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
     single = losses(finished)
     assert sorted(losses(tmp_path)) == sorted(single)
     for step, loss in losses(tmp_path).items():
-        # measured: 2e-7
         assert loss == pytest.approx(single[step], rel=1e-5), f"step {step}"
 
 
