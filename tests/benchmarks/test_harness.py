@@ -102,6 +102,7 @@ def test_the_peak_of_memory_begins_anew_when_it_is_reset():
     block = b"x" * (megabytes * 2**20)  # written to, so that it is resident
     before = peak_resident_memory()
     del block
-    assert peak_resident_memory() >= before
+    # the kernel adds up its counters now and then
+    assert peak_resident_memory() > before - megabytes / 10
     reset_peak_resident_memory()
     assert peak_resident_memory() < before - megabytes / 2
