@@ -46,3 +46,13 @@ class Batch(NamedTuple):
         images = Images(*(move(field) for field in self.images))  # type: ignore[arg-type]
         texts = self.texts.to(device, non_blocking=True)
         return self._replace(images=images, texts=texts, labels=move(self.labels))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Views of `size` pairs each, in order; the last has what is left."""
+
+        def part(rows: slice) -> "Batch":
+            images = Images(*(None if field is None else field[rows] for field in self.images))  # type: ignore[arg-type]
+            labels = None if self.labels is None else self.labels[rows]
+            return Batch(images, self.texts[rows], self.keys[rows], labels)
+
+        return [part(slice(start, start + size)) for start in range(0, self.size, size)]

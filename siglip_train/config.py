@@ -31,13 +31,18 @@ class EvaluationConfig:
 
 @dataclass
 class Config:
-    """Everything `siglip-train` takes."""
+    """Everything `siglip-train` takes.
+
+    global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
+    rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
+    """
 
     model: SiglipConfig
     data: DataConfig
     tokenizer: str
     global_batch_size: int
     total_samples: int
+    micro_batch_size: int | None = None
     run_dir: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,8 +87,10 @@ def _check_sizes(config: Config) -> None:
     for name in ("global_batch_size", "total_samples"):
         if getattr(config, name) < 1:
             raise UserError(f"{name}: must be at least 1, got {getattr(config, name)}")
-    if config.stop_after_steps is not None and config.stop_after_steps < 1:
-        raise UserError(f"stop_after_steps: must be at least 1, got {config.stop_after_steps}")
+    for name in ("stop_after_steps", "micro_batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}: must be at least 1 or null, got {value}")
     if config.optim.warmup_samples >= config.total_samples:
         raise UserError(
             f"optim.warmup_samples={config.optim.warmup_samples} leaves nothing of total_samples={config.total_samples}"

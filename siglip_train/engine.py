@@ -5,8 +5,8 @@ cast frozen teachers too. See design notes in the README.
 """
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +78,25 @@ def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
             if config.compile_blocks:
                 for block in module.blocks:
                     block.compile()
+
+
+@contextmanager
+def one_reduction(engine: Any) -> Iterator[None]:
+    """Reduce the gradients of every `engine.backward` in the block once, at its end. All ranks.
+
+    Until then each rank holds whole gradients of its own, at ZeRO 2 and 3 too, whose hooks would otherwise reduce and
+    shard in every backward: one reduction a step is paid for with the memory that those stages save on gradients.
+    """
+    is_plain = engine.zero_optimization_stage() == 0
+    with engine.no_sync() if is_plain else engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            # DeepSpeed reduces on the way out even so (0.19.8), and would wait for ranks that have not failed
+            engine.module.zero_grad(set_to_none=True)
+            raise
+    if is_plain:
+        engine.allreduce_gradients()
 
 
 def gradient_norm(engine: Any) -> float:

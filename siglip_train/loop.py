@@ -39,9 +39,14 @@ class BatchStream(Protocol):
 
 
 class Schedule(NamedTuple):
-    """How long, and how often to log."""
+    """How long, and how often to log.
+
+    micro_batch_size: pairs that a rank takes through the towers at once. flops_per_pair: of forward and backward once,
+    which is what throughput and MFU count: neither activation checkpointing nor the gradient cache makes them larger.
+    """
 
     global_batch_size: int
+    micro_batch_size: int
     total_samples: int
     last_step: int
     log_every: int
@@ -62,9 +67,13 @@ class StopTraining(Exception):  # noqa: N818  # not an error
 
 
 class Trainer(NamedTuple):
-    """The parts of a run that the loop drives. `writer` is None off rank 0."""
+    """The parts of a run that the loop drives. `writer` is None off rank 0.
+
+    take_step: `plain_step`, or another with its signature.
+    """
 
     engine: Any
+    take_step: "Callable[[Trainer, Batch, int], tuple[StepReport, bool]]"
     loader: BatchStream
     optim: OptimConfig
     schedule: Schedule
@@ -85,9 +94,9 @@ def train(run: Trainer, progress: Progress) -> Progress:
     batches: Iterable[Batch] = iter(run.loader)
     while progress.step < run.schedule.last_step:
         with timer.waiting_for_data():
-            batch = next(batches).to(run.world.device)  # type: ignore[call-overload]
+            batch = next(batches)  # type: ignore[call-overload]
         lr = _set_learning_rates(run, progress.samples_seen)
-        report, stop = plain_step(run, batch, progress.step + 1)
+        report, stop = run.take_step(run, batch, progress.step + 1)
         progress = Progress(progress.step + 1, progress.samples_seen + run.schedule.global_batch_size)
         metrics = None
         if progress.step % run.schedule.log_every == 0 or progress.step == run.schedule.last_step:
@@ -120,9 +129,14 @@ def _save(run: Trainer, progress: Progress) -> None:
 
 def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
     """One forward, backward and optimizer step; also whether any rank was asked to stop. All ranks."""
-    losses = run.engine(batch)
-    stop = _agree(run, losses.total, step)
+    losses = run.engine(batch.to(run.world.device))
+    stop = agree(run, losses.total, step)
     run.engine.backward(losses.total)
+    return StepReport(losses.total.detach(), losses.terms, update_weights(run, step)), stop
+
+
+def update_weights(run: Trainer, step: int) -> float:
+    """Take the optimizer step of the gradients in the engine; return their norm before clipping. All ranks."""
     if run.engine.zero_optimization_stage() == 0:
         norm = float(engines.unclipped_norm_without_zero(run.engine))
         run.engine.step()
@@ -131,10 +145,10 @@ def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]
         norm = engines.gradient_norm(run.engine)
     if not norm < float("inf"):
         raise UserError(f"the gradient norm at step {step} is {norm}; {_last_good(run)}")
-    return StepReport(losses.total.detach(), losses.terms, norm), stop
+    return norm
 
 
-def _agree(run: Trainer, loss: torch.Tensor, step: int) -> bool:
+def agree(run: Trainer, loss: torch.Tensor, step: int) -> bool:
     """Share two flags in one small all-reduce before the weights change: a loss that is not finite, a stop signal."""
     flags = torch.zeros(run.world.world_size + 1, device=run.world.device)
     flags[run.world.rank] = (~torch.isfinite(loss.detach())).float()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import omegaconf
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -26,6 +25,7 @@ from siglip_train.distributed.setup import World, init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
+from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter, ProgressDisplay
@@ -64,6 +64,7 @@ def run(values: dict[str, Any]) -> None:
     progress = saved.progress if saved else checkpoint.Progress()
 
     share = Share(config.global_batch_size, world.rank, world.world_size)
+    micro_batch_size = _micro_batch_size(config, share)
     loader = build_loader(
         config.data,
         tokenizer=tokenizer,
@@ -104,10 +105,12 @@ def run(values: dict[str, Any]) -> None:
     last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
     trainer = loop.Trainer(
         engine=wrapped,
+        take_step=loop.plain_step if micro_batch_size == share.size else cached_step,
         loader=loader,
         optim=config.optim,
         schedule=loop.Schedule(
             global_batch_size=config.global_batch_size,
+            micro_batch_size=micro_batch_size,
             total_samples=config.total_samples,
             last_step=last_step,
             log_every=config.log.every_steps,
@@ -253,6 +256,16 @@ def _precision(config: Config, world: World) -> Literal["bf16", "fp32"]:
     if config.precision == "auto":
         return "bf16" if world.device.type == "cuda" else "fp32"
     return config.precision
+
+
+def _micro_batch_size(config: Config, share: Share) -> int:
+    size = config.micro_batch_size or share.size
+    if share.size % size:
+        raise UserError(
+            f"micro_batch_size: {size} does not divide the {share.size} pairs of a rank (global_batch_size "
+            f"{config.global_batch_size}, ranks: {share.world_size}); give a divisor of it, or null for all at once"
+        )
+    return size
 
 
 def _leave_if_stopped(stop: StopSignal) -> Callable[[], None]:

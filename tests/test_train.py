@@ -134,6 +134,21 @@ def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_
     assert losses(tmp_path) == losses(finished)
 
 
+def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
+    finished: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    arguments = [*small_run, f"run_dir={tmp_path}", "evaluation.tasks.retrieval=null"]
+    assert run(TRAIN, [*arguments, "stop_after_steps=4", "micro_batch_size=8"]).returncode == 0
+    assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
+    resumed = run(TRAIN, [*arguments, "micro_batch_size=6"])
+    assert resumed.returncode == 0
+    assert "config changed since this run began: micro_batch_size: 8 -> 6" in resumed.stderr
+    single = losses(finished)
+    assert sorted(losses(tmp_path)) == sorted(single)
+    for step, loss in losses(tmp_path).items():
+        assert loss == pytest.approx(single[step], rel=1e-5), f"step {step}"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_at_the_next_step_and_leaves_cleanly(
     small_run: list[str], tmp_path: Path, name: str
@@ -211,6 +226,16 @@ MISTAKES = {
     "not an integer": (["global_batch_size=2.5"], "global_batch_size: expected int, got 2.5"),
     "not a boolean": (["engine.compile_blocks=maybe"], "engine.compile_blocks: expected bool"),
     "batch of nothing": (["global_batch_size=0"], "global_batch_size: must be at least 1"),
+    "micro-batch of nothing": (["micro_batch_size=0"], "micro_batch_size: must be at least 1 or null, got 0"),
+    "micro-batches that leave a rest": (
+        ["micro_batch_size=7"],
+        "micro_batch_size: 7 does not divide the 24 pairs",
+    ),
+    "micro-batch above the batch": (
+        ["micro_batch_size=48"],
+        "micro_batch_size: 48 does not divide the 24 pairs",
+    ),
+    "half a micro-batch": (["micro_batch_size=2.5"], "micro_batch_size: expected int"),
     "no samples": (["total_samples=-5"], "total_samples: must be at least 1"),
     "warm-up longer than the run": (["optim.warmup_samples=240"], "leaves nothing of total_samples=240"),
     "learning rate of zero": (["optim.lr=0"], "lr must be above 0"),

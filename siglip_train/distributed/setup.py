@@ -14,7 +14,7 @@ import torch.distributed as dist
 # NOTE: its functions take the group that exists when they are imported as a default argument. Imported later (by
 # open_clip, by DeepSpeed) they would keep the group, and gloo's threads, alive after it is destroyed; a thread that
 # then lets go of a tensor while the interpreter ends aborts the process
-import torch.distributed.nn.functional  # noqa: F401
+import torch.distributed.nn.functional
 
 from siglip_train.errors import UserError
 

@@ -22,7 +22,11 @@ class Objective(nn.Module):
     """A term of the loss. Its heads, where it has any, are its submodules.
 
     weight: factor of this term in the total. Raises ValueError unless it is finite and above 0.
+    pairs_samples: whether samples are compared with one another, so that the loss of a batch is not the mean of the
+        losses of its parts. Such an objective asks the forward pass for embeddings alone.
     """
+
+    pairs_samples = False
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()

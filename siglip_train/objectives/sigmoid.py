@@ -47,6 +47,8 @@ class SigmoidLoss(Objective):
         if is_distributed():
             check_exchange(self._exchange, _all_ranks())
 
+    pairs_samples = True
+
     def forward(self, forward_pass: ForwardPass) -> Tensor:
         """Return the sum over all texts, mean over this rank's images.  # all ranks"""
         model = forward_pass.model

@@ -1,6 +1,7 @@
 """The model and its objectives as one module: what the engine wraps and the loop calls."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +20,17 @@ class TrainingModel(nn.Module):
         self.model = model
         self.objectives = nn.ModuleDict(dict(objectives))
 
-    def forward(self, batch: Batch) -> Losses:
-        """Run the passes the objectives ask for, in config order, and return the losses of `batch`."""
+    def forward(self, batch: Batch, part: Callable[["TrainingModel", ForwardPass], Any] | None = None) -> Any:
+        """Run the passes the objectives ask for and return the `Losses` of `batch`, or what `part` makes of them.
+
+        All work goes through here, in parts where need be: ZeRO-3 gathers weights for the forward of a module.
+        """
         forward_pass = ForwardPass(self.model, batch)
-        terms = {name: objective(forward_pass) for name, objective in self.objectives.items()}
+        return self.losses(forward_pass, self.objectives) if part is None else part(self, forward_pass)
+
+    def losses(self, forward_pass: ForwardPass, names: Iterable[str]) -> Losses:
+        """Return the losses of the named objectives in the order given; their total is 0 where none is named."""
+        terms = {name: self.objectives[name](forward_pass) for name in names}
         weighted = [self.objectives[name].weight * term for name, term in terms.items()]
-        return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()})
+        total = torch.stack(weighted).sum() if weighted else self.model.logit_bias.new_zeros(())
+        return Losses(total, {name: term.detach() for name, term in terms.items()})

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import Measurement, append, measure, ratio_table, rows, tree_cpu_seconds
+from benchmarks.harness import (
+    Measurement,
+    append,
+    measure,
+    peak_resident_memory,
+    ratio_table,
+    reset_peak_resident_memory,
+    rows,
+    tree_cpu_seconds,
+)
 
 
 @pytest.fixture
@@ -86,3 +95,14 @@ def test_cpu_time_of_children_is_counted():
     finally:
         child.communicate(b"\n")
     assert tree_cpu_seconds() - before >= 0.3, "an ended child still counts"
+
+
+def test_the_peak_of_memory_begins_anew_when_it_is_reset():
+    megabytes = 200
+    block = b"x" * (megabytes * 2**20)  # written to, so that it is resident
+    before = peak_resident_memory()
+    del block
+    # the kernel adds up its counters now and then
+    assert peak_resident_memory() > before - megabytes / 10
+    reset_peak_resident_memory()
+    assert peak_resident_memory() < before - megabytes / 2
