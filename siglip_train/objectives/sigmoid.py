@@ -27,6 +27,7 @@ _PLAIN: dict[str, Form | Literal["auto"]] = {
     "all_gather": "all_gather",
 }
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd, with its bits well mixed
 
 
 class SigmoidLoss(Objective):
@@ -34,20 +35,30 @@ class SigmoidLoss(Objective):
 
     exchange: how texts meet the images of other ranks: `auto` (the fastest by a cost model), `ring`, `both_directions`,
     `node_ring` (`node_ring:8` with 8 ranks a node), `grid:4x2` (rows x columns of ranks) or `all_gather`; README of
-    kernels/sigmoid_loss. exchange_dtype: `bf16` halves what is sent and rounds it. Raises ValueError for other values,
-    and for a form that does not fit the number of ranks.
+    kernels/sigmoid_loss. exchange_dtype: `bf16` halves what is sent and rounds it. same_text_weight: how often an image
+    counts against another sample's text that has the same tokens as its own, and so is none of its negatives; 0 leaves
+    such pairs out, 1 (as published) treats them as all others. Raises ValueError for other values, and for a form that
+    does not fit the number of ranks.
     """
 
+    pairs_samples = True
+
     def __init__(
-        self, *, weight: float = 1.0, exchange: str = "auto", exchange_dtype: Literal["fp32", "bf16"] = "fp32"
+        self,
+        *,
+        weight: float = 1.0,
+        exchange: str = "auto",
+        exchange_dtype: Literal["fp32", "bf16"] = "fp32",
+        same_text_weight: float = 1.0,
     ) -> None:
         super().__init__(weight=weight)
+        if not 0 <= same_text_weight < math.inf:
+            raise ValueError(f"same_text_weight is {same_text_weight}: give a number of at least 0")
+        self._same_text_weight = same_text_weight
         self._exchange = parse_exchange(exchange, exchange_dtype)
         self._is_announced = False
         if is_distributed():
             check_exchange(self._exchange, _all_ranks())
-
-    pairs_samples = True
 
     def forward(self, forward_pass: ForwardPass) -> Tensor:
         """Return the sum over all texts, mean over this rank's images.  # all ranks"""
@@ -57,15 +68,30 @@ class SigmoidLoss(Objective):
         if group is not None and not self._is_announced:
             log.info("exchange of texts between ranks: %s", choose_exchange(self._exchange, images, group))
             self._is_announced = True
+        ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.texts)
         with record_function("objective/sigmoid"):
             return sigmoid_loss(
                 images,
                 texts,
                 model.logit_scale.exp(),
                 model.logit_bias,
+                image_ids=ids,
+                text_ids=ids,
+                same_id_weight=self._same_text_weight,
                 group=group,
                 exchange=self._exchange,
             )
+
+
+def text_ids(tokens: Tensor) -> Tensor:
+    """A number for each text: tokens `[B, context_length]` -> `[B]` int64, not negative; equal for equal tokens.
+
+    A polynomial modulo 2^63, so that ranks compare numbers and not tokens: among a million different texts, two share
+    one with a chance of 1e-7.
+    """
+    powers = [pow(_HASH_BASE, place, 1 << 64) for place in range(tokens.shape[1])]
+    signed = [power - (1 << 64) if power >= 1 << 63 else power for power in powers]
+    return ((tokens + 1) * torch.tensor(signed, device=tokens.device)).sum(1) & ((1 << 63) - 1)
 
 
 def parse_exchange(name: str, dtype: str) -> Exchange:

@@ -11,7 +11,7 @@ from kernels.sigmoid_loss import Exchange
 from kernels.testing import assert_close, rms_ratio
 from siglip_train.batch import Batch, Images
 from siglip_train.objectives.forward_pass import ForwardPass
-from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, parse_exchange
+from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, parse_exchange, text_ids
 from siglip_train.objectives.training_model import TrainingModel
 from tests.objectives.tiny import tiny_batch, tiny_model
 from tests.ranks import run_ranks
@@ -43,6 +43,36 @@ def test_value_and_every_gradient_equal_the_formula():
             assert_close(gradients(model)[name], gradient, 1e-11, name)
             compared += 1
     assert compared >= len(gradients(model)) - 3
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_pairs_of_equal_texts_count_as_told(weight):
+    batch, model = tiny_batch(6), tiny_model()
+    batch = batch._replace(texts=batch.texts[[0, 1, 0, 2, 1, 0]])
+    images, texts = model.encode_image(batch.images), model.encode_text(batch.texts)
+    logits = model.logit_scale.exp() * images @ texts.T + model.logit_bias
+    signs = 2 * torch.eye(6, dtype=logits.dtype) - 1
+    alike = (batch.texts[:, None] == batch.texts).all(2) & (signs < 0)
+    assert alike.sum() == 8
+    expected = -(logsigmoid(signs * logits) * torch.where(alike, weight, 1.0)).sum() / 6
+    loss = SigmoidLoss(same_text_weight=weight)(ForwardPass(model, batch))
+    assert_close(loss.detach(), expected.detach(), 1e-14)
+
+
+def test_ids_of_texts_tell_order_place_and_token_apart():
+    tokens = torch.randint(0, 1 << 18, (5000, 7))
+    tokens[1], tokens[2], tokens[3] = tokens[0].roll(1), tokens[0].flip(0), tokens[0]
+    tokens[4], tokens[5] = torch.tensor([0, 0, 0, 0, 0, 0, 1]), 0
+    ids = text_ids(tokens)
+    assert ids.min() >= 0
+    assert ids[0] == ids[3]
+    assert len(ids.unique()) == len(tokens.unique(dim=0)) == 4999
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_a_weight_of_equal_texts_that_cannot_be(weight):
+    with pytest.raises(ValueError, match="same_text_weight"):
+        SigmoidLoss(same_text_weight=weight)
 
 
 def test_expected_initial_loss():
