@@ -11,6 +11,8 @@ import pytest
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
+from kernels.linear_cross_entropy.kernel import softmax_kernel
+from kernels.linear_cross_entropy.triton_softmax import BLOCK, WARPS
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.tiles import AMPERE, AMPERE_FP32, HOPPER, HOPPER_FP32, Tile, choose_tile
 from tests.kernels.compiled import MATRIX_INSTRUCTION, SHARED_LIMIT, compile_kernel
@@ -121,4 +123,18 @@ def test_the_finish_does_not_spill(capability):
     code = compile_kernel(finish_kernel, capability, types, constants, enable_fp_fusion=True)
     assert code.stack == 0
     assert code.local == 0
+    assert code.total > 100
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "fp32"), (100, "fp16")])
+def test_the_softmax_does_not_spill(capability, dtype):
+    types = dict.fromkeys(("LOGITS", "BIAS", "FACTORS", "LOSSES"), "*fp32:16")
+    types |= {"TARGETS": "*i64:16", "G": f"*{dtype}:16", "width": "i32"}
+    types |= {"stride_logits": "i32:16", "stride_g": "i32:16"}
+    constants = {"BLOCK": BLOCK, "HAS_BIAS": True, "GRADIENTS": True, "INTERPRETED": False}
+    code = compile_kernel(softmax_kernel, capability, types, constants, num_warps=WARPS)
+    assert code.stack == 0
+    assert code.local == 0
+    # so that eight programs of 256 threads share a multiprocessor and hide each other's loads
+    assert code.registers <= 64
     assert code.total > 100
