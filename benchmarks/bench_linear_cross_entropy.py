@@ -20,7 +20,7 @@ from kernels.testing import rms_ratio
 
 # tokens, width, vocabulary, dtype
 CASES = {
-    "cpu": [(2048, 256, 32000, "float32"), (1024, 256, 64000, "bfloat16")],
+    "cpu": [(2048, 256, 32000, "float32"), (512, 256, 64000, "bfloat16")],
     "cuda": [
         (8192, 768, 32000, "bfloat16"), (8192, 768, 256000, "bfloat16"), (8192, 1152, 256000, "bfloat16"),
         (32768, 768, 256000, "bfloat16"), (4096, 768, 256000, "float32"),
@@ -141,7 +141,7 @@ def accuracy(dtype: str, device: torch.device) -> list[str]:
 def main() -> None:
     """Compare at the sizes that suit the device."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", type=int, help="indices; default all")
     parser.add_argument("--save", action="store_true", help="keep rows and report in results/")
     parser.add_argument("--probe", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)

@@ -16,11 +16,11 @@ from kernels.dispatch import Implementation, implementation
 from kernels.linear_cross_entropy import softmax
 from kernels.products import multiply
 
-# for the logits of a chunk and their gradient; below, a fifth of a GPU's time could go into adding up the gradient of
-# weight once a chunk, while a CPU is as fast with a few hundred rows
-BUFFER_MIB: dict[Implementation, int] = {"chunked": 256, "triton": 2048}
+# For the logits of a chunk and their gradient. On a CPU larger chunks are no faster; on a GPU the gradient of weight,
+# which every chunk adds to, would take a third of the time with a quarter of this (README).
+BUFFER_MIB: dict[Implementation, int] = {"chunked": 64, "triton": 2048}
 # fewer would make the products slow, whatever the vocabulary
-LEAST_ROWS = 64
+LEAST_ROWS = 128
 # so that rows of any vocabulary begin where the matrix units can load them (16 bytes)
 _ALIGNED = 16
 # fp16 ends at 6e-8, while a probability of one in 256k is 4e-6: with this factor it keeps its digits

@@ -111,7 +111,7 @@ def test_op_runs_on_it_and_keeps_fp32_parameters(dtype, reduction):
 
 
 def test_memory_is_two_chunks_beside_the_gradients(monkeypatch):
-    tokens, width, vocabulary = 200, 8, 130
+    tokens, width, vocabulary = 300, 8, 130
     monkeypatch.setitem(chunks.BUFFER_MIB, "triton", 0)
     inputs, targets = make(tokens, width, vocabulary, torch.bfloat16)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in inputs]
