@@ -32,6 +32,6 @@ def losses_and_slopes(
             losses if factors is None else factors.contiguous(), destination, losses,
             logits.shape[1], logits.stride(0), destination.stride(0),
             BLOCK=block, HAS_BIAS=bias is not None, GRADIENTS=slopes is not None,
-            INTERPRETED=not logits.is_cuda, num_warps=WARPS,
+            INTERPRETED=not logits.is_cuda, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return losses

@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
 from kernels.sigmoid_loss.chunked import BlockGradients
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -94,12 +95,11 @@ class _Block:
         self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
         self.unit = _UNIT[images.dtype]
         self._positives = positives
-        self._tile = tile or _default_tile(self.images, self.texts)
+        self._tile, self._rows = _choose(self.images, self.texts, tile)
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
-        rows, width = self.images.shape
-        return max(1, choose_chunk_rows(rows, width, _multiprocessors(self.images.device)))
+        return self._rows
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self.images), rows):
@@ -174,16 +174,23 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
         torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
-def _default_tile(images: Tensor, texts: Tensor) -> Tile:
-    if not images.is_cuda:
-        return INTERPRETED
-    size = images.element_size()
-    starts = (images.data_ptr(), texts.data_ptr(), images.shape[1] * size)
-    return choose_tile(
-        torch.cuda.get_device_capability(images.device),
-        size,
-        aligned=all(start % 16 == 0 for start in starts),
+def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
+    if tile is None and images.is_cuda:
+        return tuning_of(images, texts).choice()
+    return Choice(
+        tile or INTERPRETED, max(1, choose_chunk_rows(*images.shape, _multiprocessors(images.device)))
     )
+
+
+def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
+    """The case of a block on a GPU, and how to run (at most `MOST_ROWS` rows of) it with another choice."""
+
+    def run(choice: Choice) -> None:
+        scale, bias = images.new_tensor([10.0, -10.0], dtype=torch.float32).unbind()
+        some = images[:MOST_ROWS], texts[:MOST_ROWS]
+        sigmoid_loss_block(*some, scale, bias, positives=0, tile=choice.tile, chunk_rows=choice.chunk_rows)
+
+    return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
 
 
 @cache

@@ -13,6 +13,7 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.linear_cross_entropy.kernel import softmax_kernel
 from kernels.linear_cross_entropy.triton_softmax import BLOCK, WARPS
+from kernels.sigmoid_loss.autotune import TILES
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.tiles import AMPERE, AMPERE_FP32, HOPPER, HOPPER_FP32, Tile, choose_tile
 from tests.kernels.compiled import MATRIX_INSTRUCTION, SHARED_LIMIT, compile_kernel
@@ -85,6 +86,26 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype):
         assert inner.registers * inner.threads * 2 <= 65536
 
 
+CANDIDATES = [
+    (capability, dtype, tile)
+    for capability, dtype in [
+        (80, "bf16"),
+        (80, "fp32"),
+        (90, "bf16"),
+        (90, "fp32"),
+        (100, "bf16"),
+        (100, "fp32"),
+    ]
+    for tile in TILES[choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True)][1:]
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "tile"), CANDIDATES)
+def test_what_tuning_may_choose_does_not_spill(capability, dtype, tile):
+    # with the branch for edges and matching pairs, which needs more
+    check_resources(tile_kernel(capability, dtype, tile, checked=True), capability)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_evaluation_and_odd_widths_do_not_spill(capability):
     tile = choose_tile((capability // 10, 0), 2, aligned=True)
@@ -132,7 +153,9 @@ def test_the_softmax_does_not_spill(capability, dtype):
     types |= {"TARGETS": "*i64:16", "G": f"*{dtype}:16", "width": "i32"}
     types |= {"stride_logits": "i32:16", "stride_g": "i32:16"}
     constants = {"BLOCK": BLOCK, "HAS_BIAS": True, "GRADIENTS": True, "INTERPRETED": False}
-    code = compile_kernel(softmax_kernel, capability, types, constants, num_warps=WARPS)
+    code = compile_kernel(
+        softmax_kernel, capability, types, constants, num_warps=WARPS, enable_fp_fusion=True
+    )
     assert code.stack == 0
     assert code.local == 0
     # so that eight programs of 256 threads share a multiprocessor and hide each other's loads
