@@ -5,7 +5,7 @@ Triton kernel: both turn a chunk of logits into losses and G, the gradient with 
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from math import ceil
 from typing import NamedTuple
 
@@ -112,11 +112,10 @@ class _Work:
             _step(kind), bias=None if bias is None else bias.to(self.dtype)
         )
         self.unit = _UNIT.get(product_dtype, 1)
-        in_place = product_dtype == self.dtype
-        size = self.dtype.itemsize + (0 if in_place else product_dtype.itemsize)
+        self._in_place = product_dtype == self.dtype
+        size = self.dtype.itemsize + (0 if self._in_place else product_dtype.itemsize)
         self._rows = rows or choose_rows(len(hidden), len(weight), size, BUFFER_MIB[kind])
         self._width = ceil(len(weight) / _ALIGNED) * _ALIGNED
-        self._slopes = None if in_place else self._buffer(product_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their products `[c, V]` in one buffer that is used again and again; bias is not in them yet."""
@@ -129,7 +128,11 @@ class _Work:
 
     def slopes(self, logits: Tensor) -> Tensor:
         """Where G of these logits goes: in their place, if it has their dtype."""
-        return logits if self._slopes is None else self._slopes[: len(logits), : logits.shape[1]]
+        return logits if self._in_place else self._beside[: len(logits), : logits.shape[1]]
+
+    @cached_property
+    def _beside(self) -> Tensor:
+        return self._buffer(self.hidden.dtype)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         return self.hidden.new_empty(min(self._rows, len(self.hidden)), self._width, dtype=dtype)

@@ -70,7 +70,7 @@ def softmax_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride_logits
-    target = tl.load(TARGETS + row)
+    target = tl.load(TARGETS + row).to(tl.int32)
     target_logit = tl.load(LOGITS + target)
     if HAS_BIAS:
         target_logit += tl.load(BIAS + target)

@@ -177,9 +177,9 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
 def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
     if tile is None and images.is_cuda:
         return tuning_of(images, texts).choice()
-    return Choice(
-        tile or INTERPRETED, max(1, choose_chunk_rows(*images.shape, _multiprocessors(images.device)))
-    )
+    rows, width = images.shape
+    chunk_rows = max(1, choose_chunk_rows(rows, width, _multiprocessors(images.device)))
+    return Choice(tile or INTERPRETED, chunk_rows)
 
 
 def tuning_of(images: Tensor, texts: Tensor) -> Tuning:

@@ -115,12 +115,16 @@ def test_memory_is_two_chunks_beside_the_gradients(monkeypatch):
     monkeypatch.setitem(chunks.BUFFER_MIB, "triton", 0)
     inputs, targets = make(tokens, width, vocabulary, torch.bfloat16)
     leaves = [tensor.to(DEVICE).requires_grad_() for tensor in inputs]
+    targets = targets.to(DEVICE)
     with OpRecorder() as recorder:
-        linear_cross_entropy(*leaves[:2], targets.to(DEVICE), bias=leaves[2])
+        linear_cross_entropy(*leaves[:2], targets, bias=leaves[2])
+    with OpRecorder() as evaluation, torch.no_grad():
+        linear_cross_entropy(*leaves[:2], targets, bias=leaves[2])
     chunk = chunks.LEAST_ROWS * 144
     # the interpreter's products widen their factors: a third one
     assert recorder.allocated[:2] == [chunk, chunk]
     assert recorder.allocated[2] <= chunk
+    assert sum(evaluation.allocated) < sum(recorder.allocated) - chunk
     assert recorder.allocated[0] < tokens * vocabulary / 2
 
 
