@@ -17,7 +17,7 @@ from kernels.linear_cross_entropy import softmax
 from kernels.products import multiply
 
 # For the logits of a chunk and their gradient. On a CPU larger chunks are no faster; on a GPU the gradient of weight,
-# which every chunk adds to, would take a third of the time with a quarter of this (README).
+# which every chunk adds to, would take a third of the time with half of this (README).
 BUFFER_MIB: dict[Implementation, int] = {"chunked": 64, "triton": 2048}
 # fewer would make the products slow, whatever the vocabulary
 LEAST_ROWS = 128
