@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import finish, measure, peak_resident_memory, rows, run_child, timed
+from harness import cuda_memory_mb, finish, measure, peak_resident_memory, rows, run_child, timed
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -106,16 +106,6 @@ def products(inputs: list[Tensor]) -> None:
         torch.mm(part.T, chunk)
 
 
-def memory_mb(run: Callable[[], object]) -> float:
-    """Peak of CUDA's allocator beside what was there."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def probe(index: int, name: str) -> float:
     """On CPU: the peak of a process of its own, beside that of one that only has the inputs."""
     values = [run_child([__file__, "--probe", str(index), other]).split()[-1] for other in (name, "nothing")]
@@ -135,7 +125,7 @@ def compare(index: int, device: torch.device, rounds: int) -> list:
     few = n > LARGE_ROWS
     measurements = measure(timers, rounds=2 if few else rounds, warmup=1 if few else 3)
     if device.type == "cuda":
-        memory = {name: memory_mb(runs[name]) for name in losses}
+        memory = {name: cuda_memory_mb(runs[name]) for name in losses}
     else:  # of a compiled one, the peak is that of the compiler
         memory = {name: probe(index, name) for name in losses if not name.endswith("compiled")}
     return rows("sigmoid_loss", f"n{n} E{width} {dtype}", "ms/loss", measurements, memory)

@@ -114,6 +114,16 @@ def reset_peak_resident_memory() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def cuda_memory_mb(run: Callable[[], object]) -> float:
+    """Peak of CUDA's allocator in a run, beside what was there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def rows(
     theme: str, case: str, unit: str, measurements: Mapping[str, Measurement], memory: Mapping[str, float]
 ) -> list[Row]:

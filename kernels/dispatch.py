@@ -1,10 +1,10 @@
 """Which implementation of an op runs: the Triton kernel or torch. Tests and benchmarks may force one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ def force(name: Implementation) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within it, Triton launches on the GPU of `tensor`, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache

@@ -1,7 +1,6 @@
 """Loss and gradients of a block by the Triton kernels: G of a chunk of rows, then two library products with it."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,11 +9,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dispatch import device_of
+from kernels.products import multiply
+from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
 from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_tile, choose_warps
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_warps
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -54,8 +56,8 @@ def sigmoid_loss_block(
     for start, chunk in block.chunks(rows):
         totals[:2] += block.tiles(chunk, start, G)
         g, gradients = G[: len(chunk), :m], image_gradients[start : start + len(chunk)]
-        _multiply(g, block.texts, out=gradients, keep=0)
-        _multiply(g.T, chunk, out=text_gradients, keep=int(start > 0))
+        multiply(g, block.texts, out=gradients, keep=0)
+        multiply(g.T, chunk, out=text_gradients, keep=int(start > 0))
         totals += block.finish(chunk, start, gradients, text_gradients)
     loss, bias_gradient, scale_gradient = totals.unbind()
     text_gradients.mul_(block.scale / block.unit)
@@ -126,15 +128,14 @@ class _Block:
         self.unit = _UNIT[images.dtype]
         self._positives = positives
         self._is_weighted = ids is not None and ids.weight != 0
-        self._tile = tile or _default_tile(self.images, self.texts)
+        self._tile, self._rows = _choose(self.images, self.texts, tile)
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
-        rows, width = self.images.shape
-        return max(1, choose_chunk_rows(rows, width, _multiprocessors(self.images.device)))
+        return self._rows
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(self.images), rows):
@@ -155,7 +156,7 @@ class _Block:
         sums = torch.zeros(programs, 2, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
-        with _device(chunk):
+        with device_of(chunk):
             sigmoid_tile_kernel[(programs,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
@@ -178,7 +179,7 @@ class _Block:
         column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
-        with _device(chunk):
+        with device_of(chunk):
             score_tile_kernel[(high * wide,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 row_sums, column_sums, row_ids, sorted_ids, column_ids,
@@ -197,7 +198,7 @@ class _Block:
         """Add the matching pairs; give their loss and bias gradient and the scale gradient of all, float64 `[3]`."""
         programs = triton.cdiv(len(chunk), _FINISH[0])
         sums = torch.zeros(programs, 3, device=chunk.device)
-        with _device(chunk):
+        with device_of(chunk):
             finish_kernel[(programs,)](
                 chunk, self.texts, self.scale, self.bias,
                 sums if image_gradients is None else image_gradients,
@@ -235,26 +236,23 @@ def _fill_tiles(ids: Tensor, side: int, value: int) -> Tensor:
     return torch.nn.functional.pad(ids, (0, -len(ids) % side), value=value)
 
 
-def _multiply(a: Tensor, b: Tensor, *, out: Tensor, keep: int) -> None:
-    """out = keep * out + a b, summed and kept in fp32; keep 0 does not read out."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=keep, out=out)
-    elif a.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=keep, out=out)
-    else:  # under the interpreter: the CPU has no such product
-        torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
+def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
+    if tile is None and images.is_cuda:
+        return tuning_of(images, texts).choice()
+    rows, width = images.shape
+    chunk_rows = max(1, choose_chunk_rows(rows, width, _multiprocessors(images.device)))
+    return Choice(tile or INTERPRETED, chunk_rows)
 
 
-def _default_tile(images: Tensor, texts: Tensor) -> Tile:
-    if not images.is_cuda:
-        return INTERPRETED
-    size = images.element_size()
-    starts = (images.data_ptr(), texts.data_ptr(), images.shape[1] * size)
-    return choose_tile(
-        torch.cuda.get_device_capability(images.device),
-        size,
-        aligned=all(start % 16 == 0 for start in starts),
-    )
+def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
+    """The case of a block on a GPU, and how to run (at most `MOST_ROWS` rows of) it with another choice."""
+
+    def run(choice: Choice) -> None:
+        scale, bias = images.new_tensor([10.0, -10.0], dtype=torch.float32).unbind()
+        some = images[:MOST_ROWS], texts[:MOST_ROWS]
+        sigmoid_loss_block(*some, scale, bias, positives=0, tile=choice.tile, chunk_rows=choice.chunk_rows)
+
+    return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
 
 
 @cache
@@ -265,7 +263,3 @@ def _multiprocessors(device: torch.device) -> int:
 def _precision() -> str:
     """How fp32 is multiplied; "tf32x3" is three products of parts, as good as fp32. No effect on bf16 and fp16."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

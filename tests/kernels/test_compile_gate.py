@@ -11,6 +11,9 @@ import pytest
 if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
+from kernels.linear_cross_entropy.kernel import softmax_kernel
+from kernels.linear_cross_entropy.triton_softmax import BLOCK, WARPS
+from kernels.sigmoid_loss.autotune import TILES
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
 from kernels.sigmoid_loss.tiles import (
@@ -95,6 +98,26 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype):
     if tile.descriptors:
         assert 2 * (inner.shared + 1024) <= 228 * 1024, "two programs share a multiprocessor"
         assert inner.registers * inner.threads * 2 <= 65536
+
+
+CANDIDATES = [
+    (capability, dtype, tile)
+    for capability, dtype in [
+        (80, "bf16"),
+        (80, "fp32"),
+        (90, "bf16"),
+        (90, "fp32"),
+        (100, "bf16"),
+        (100, "fp32"),
+    ]
+    for tile in TILES[choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True)][1:]
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "tile"), CANDIDATES)
+def test_what_tuning_may_choose_does_not_spill(capability, dtype, tile):
+    # with the branch for edges and matching pairs, which needs more
+    check_resources(tile_kernel(capability, dtype, tile, checked=True), capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -185,4 +208,20 @@ def test_the_finish_does_not_spill(capability):
     code = compile_kernel(finish_kernel, capability, types, constants, enable_fp_fusion=True)
     assert code.stack == 0
     assert code.local == 0
+    assert code.total > 100
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "fp32"), (100, "fp16")])
+def test_the_softmax_does_not_spill(capability, dtype):
+    types = dict.fromkeys(("LOGITS", "BIAS", "FACTORS", "LOSSES"), "*fp32:16")
+    types |= {"TARGETS": "*i64:16", "G": f"*{dtype}:16", "width": "i32"}
+    types |= {"stride_logits": "i32:16", "stride_g": "i32:16"}
+    constants = {"BLOCK": BLOCK, "HAS_BIAS": True, "GRADIENTS": True, "INTERPRETED": False}
+    code = compile_kernel(
+        softmax_kernel, capability, types, constants, num_warps=WARPS, enable_fp_fusion=True
+    )
+    assert code.stack == 0
+    assert code.local == 0
+    # so that eight programs of 256 threads share a multiprocessor and hide each other's loads
+    assert code.registers <= 64
     assert code.total > 100

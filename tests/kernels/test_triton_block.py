@@ -1,8 +1,5 @@
 """Starts `triton_block_cases.py` in a process of its own; the choice of implementation, tile and chunk."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +8,11 @@ import torch
 from kernels.dispatch import force, implementation
 from kernels.sigmoid_loss import tiles
 from kernels.sigmoid_loss.tiles import choose_chunk_rows, choose_tile
-
-CASES = Path(__file__).with_name("triton_block_cases.py")
-ROOT = CASES.parents[2]
+from tests.kernels.interpreted import run_cases
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_triton_kernels_equal_the_reference():
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    if "only 0-dimensional arrays can be converted" in run.stdout:
-        pytest.skip("the interpreter of this Triton (3.6) does not run with this numpy (2.4)")
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_cases(Path(__file__).with_name("triton_block_cases.py"))
 
 
 def test_a_cpu_takes_the_chunks_unless_forced():

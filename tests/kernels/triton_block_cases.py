@@ -9,7 +9,7 @@ import torch
 
 from kernels import sigmoid_loss
 from kernels.dispatch import force
-from kernels.sigmoid_loss import triton_block
+from kernels.sigmoid_loss import autotune, triton_block
 from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.reference import (
     sigmoid_loss_block_reference,
@@ -221,6 +221,34 @@ def test_memory_of_scores_is_the_sums_of_tiles():
             *inputs, positives=0, ids=ids, chunk_rows=rows, tile=INTERPRETED
         )
     assert recorder.allocated[0] == rows * n // 32
+
+
+@pytest.mark.parametrize(
+    "tile", dict.fromkeys(tile for tiles in autotune.TILES.values() for tile in tiles[1:])
+)
+def test_what_tuning_may_choose_computes_the_same(tile):
+    dtype = torch.float32 if tile.group == 4 else torch.bfloat16
+    limits = [max(limit, 3e-5 if tile.group == 8 else 0.0) for limit in LIMITS[dtype]]
+    check(make(150, 140, 72, *TRAINED, dtype), positives=1, tile=tile, limits=limits)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_autotune.py tunes on a GPU")
+def test_a_search_runs_the_block_with_every_candidate(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "imagined")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    ran, real = [], triton_block.sigmoid_loss_block
+
+    def recorded(images, texts, *args, tile, chunk_rows, **options):
+        ran.append((len(images), tile, chunk_rows))
+        return real(images, texts, *args, tile=tile, chunk_rows=chunk_rows, **options)
+
+    monkeypatch.setattr(triton_block, "sigmoid_loss_block", recorded)
+    images, texts, _, _ = make(40, 30, 16, *INIT, torch.bfloat16)
+    tuning = triton_block.tuning_of(images, texts)
+    assert tuning.search(lambda run: (run(), len(ran))[1]) == autotune.Choice(tuning.default.tile, 128)
+    # chunks of at least 128 rows, at most 6 E: one, for this width
+    assert ran == [(40, tile, 128) for tile in tuning.tiles()]
 
 
 @pytest.mark.gpu
