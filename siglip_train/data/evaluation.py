@@ -23,7 +23,7 @@ from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
-from siglip_train.data.workers import outlive_signals, unchanged
+from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.errors import UserError
 
 _LANGUAGE_FIELDS = ("json:lang", "json:language")
@@ -159,14 +159,12 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         numbers = range(len(self))
-        workers = min(self._workers, len(self))
         loader = DataLoader(
             self._batches,
             batch_size=None,
             collate_fn=unchanged,
             sampler=numbers,
-            num_workers=workers,
-            worker_init_fn=outlive_signals if workers else None,
+            **worker_options(min(self._workers, len(self))),
         )
         for batch, bad in loader:
             self.counts["seen"] += int((batch.index >= 0).sum()) + len(bad)

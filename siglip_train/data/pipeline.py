@@ -20,7 +20,7 @@ from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.data.workers import outlive_signals, unchanged
+from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.distributed.collectives import sum_over_ranks
 from siglip_train.errors import UserError
 
@@ -197,10 +197,9 @@ def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory
         batch_size=None,
         collate_fn=unchanged,
         sampler=numbers,
-        num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=outlive_signals if config.workers else None,
+        **worker_options(config.workers),
     )
 
 

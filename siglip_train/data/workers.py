@@ -1,11 +1,16 @@
-"""What both loaders hand to torch's DataLoader: how a worker meets signals, and that items stay as they are."""
+"""What both loaders hand to torch's DataLoader: where workers come from, and how they meet signals."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
-from typing import TypeVar
+from functools import cache
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def unchanged(item: _T) -> _T:
@@ -13,19 +18,45 @@ def unchanged(item: _T) -> _T:
     return item
 
 
+def worker_options(workers: int) -> dict[str, Any]:
+    """The DataLoader's arguments about its processes.
+
+    They are forked from a server with no threads. This process has some, of gloo or NCCL, and a lock that one of them
+    holds at the moment of a fork stays locked in the child for good.
+    """
+    if workers == 0:
+        return {"num_workers": 0}
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": _server(),
+        "worker_init_fn": outlive_signals,
+    }
+
+
+@cache
+def _server() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    # what is imported here would else be imported again by every worker, for its main module and its dataset
+    ours = [name for name in sys.modules if name.startswith("siglip_train.")]
+    context.set_forkserver_preload(["siglip_train.data.worker_server", *ours])
+    return context
+
+
 def outlive_signals(_: int) -> None:
     """Let a worker go on when a terminal or a scheduler signals the whole job: the main process decides.
 
     That one saves a checkpoint first, and would fail if its workers died meanwhile. Only its own SIGTERM ends them.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     # only a wait for the signal tells who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_told, args=(os.getppid(),), daemon=True).start()
+    for number in JOB_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    assert main is not None, "called in a worker"
+    threading.Thread(target=_exit_when_told, args=(main.pid,), daemon=True).start()
 
 
-def _exit_when_told(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+def _exit_when_told(main: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)

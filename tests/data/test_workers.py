@@ -1,38 +1,39 @@
-"""A worker outlives the signals that a scheduler sends to the whole job."""
+"""A worker, and the server it is forked from, outlive the signals that a scheduler sends to the whole job."""
 
 import multiprocessing
 import os
-import signal
 import time
 from multiprocessing.connection import Connection
 
-from siglip_train.data.workers import outlive_signals
+from siglip_train.data.workers import JOB_SIGNALS, outlive_signals, worker_options
 
 
 def _work(pipe: Connection) -> None:
     outlive_signals(0)
-    pipe.send("ready")
+    pipe.send(os.getppid())
     while pipe.recv() == "still there?":
         pipe.send("yes")
 
 
-def _signal_from_another_process(process: int, number: int) -> None:
-    os.kill(process, number)
+def _signal_from_another_process(*processes: int) -> None:
+    for number in JOB_SIGNALS:
+        for process in processes:
+            os.kill(process, number)
 
 
 def test_only_its_parents_sigterm_ends_a_worker():
-    context = multiprocessing.get_context("fork")
+    context = worker_options(1)["multiprocessing_context"]
     ours, theirs = context.Pipe()
     worker = context.Process(target=_work, args=(theirs,), daemon=True)
     worker.start()
     try:
         assert ours.poll(20)
-        assert ours.recv() == "ready"
-        assert worker.pid is not None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            sender = context.Process(target=_signal_from_another_process, args=(worker.pid, number))
-            sender.start()
-            sender.join()
+        server = ours.recv()
+        assert server != os.getpid()
+        sender = context.Process(target=_signal_from_another_process, args=(worker.pid, server))
+        sender.start()
+        sender.join()
+        assert sender.exitcode == 0
         time.sleep(0.2)
         ours.send("still there?")
         assert ours.poll(20)
@@ -40,5 +41,9 @@ def test_only_its_parents_sigterm_ends_a_worker():
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
+        another = context.Process(target=os.getpid)  # of the server, which is still there
+        another.start()
+        another.join(20)
+        assert another.exitcode == 0
     finally:
         worker.kill()

@@ -1,0 +1,8 @@
+"""Imported by the process that workers are forked from: it goes on when the whole job is signalled, as they do."""
+
+import signal
+
+from siglip_train.data.workers import JOB_SIGNALS
+
+for number in JOB_SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
