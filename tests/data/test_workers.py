@@ -1,6 +1,5 @@
 """A worker, and the server it is forked from, outlive the signals that a scheduler sends to the whole job."""
 
-import multiprocessing
 import os
 import time
 from multiprocessing.connection import Connection
