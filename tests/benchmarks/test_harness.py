@@ -90,11 +90,12 @@ def test_cpu_time_of_children_is_counted():
         deadline = time.monotonic() + 30
         while tree_cpu_seconds() - before < 0.3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert tree_cpu_seconds(child.pid) >= 0.3
-        assert tree_cpu_seconds() - before >= 0.3
+        # a clock of 10 ms ticks: two readings of it are off by one
+        assert tree_cpu_seconds(child.pid) > 0.28
+        assert tree_cpu_seconds() - before > 0.28
     finally:
         child.communicate(b"\n")
-    assert tree_cpu_seconds() - before >= 0.3, "an ended child still counts"
+    assert tree_cpu_seconds() - before > 0.28, "an ended child still counts"
 
 
 def test_the_peak_of_memory_begins_anew_when_it_is_reset():
