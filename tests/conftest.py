@@ -25,24 +25,29 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(tiny_data: Path) -> list[str]:
+def tiny_tasks(tiny_data: Path) -> list[str]:
+    """Overrides that put the quickstart's evaluation tasks on the small data set."""
+    classes = [
+        f"tasks.{name}.{key}={tiny_data}/classes_{name}/{file}"
+        for name in ("seen", "unseen")
+        for key, file in (
+            ("shards", "*.tar"),
+            ("classnames", "classnames.txt"),
+            ("templates", "templates.txt"),
+        )
+    ]
+    return classes + [f"tasks.{name}.shards={tiny_data}/validation/*.tar" for name in ("retrieval", "loss")]
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_data: Path, tiny_tasks: list[str]) -> list[str]:
     """Overrides that make the quickstart a run of a few seconds on the small data set."""
-    tasks = {
-        "seen.shards": "classes_seen/*.tar",
-        "seen.classnames": "classes_seen/classnames.txt",
-        "seen.templates": "classes_seen/templates.txt",
-        "unseen.shards": "classes_unseen/*.tar",
-        "unseen.classnames": "classes_unseen/classnames.txt",
-        "unseen.templates": "classes_unseen/templates.txt",
-        "retrieval.shards": "validation/*.tar",
-        "loss.shards": "validation/*.tar",
-    }
     return [
         "experiment=quickstart",
         "device=cpu",
         f"tokenizer={tiny_data}/tokenizer.model",
         f"data.sources.tiny.shards={tiny_data}/train/*.tar",
-        *[f"evaluation.tasks.{key}={tiny_data}/{value}" for key, value in tasks.items()],
+        *[f"evaluation.{task}" for task in tiny_tasks],
         "data.workers=0",
         "model.vision.width=32",
         "model.vision.depth=1",
