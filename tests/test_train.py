@@ -1,6 +1,7 @@
 """The program as its user runs it: train, kill, resume, stop, and mistakes answered in one line."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -83,7 +84,9 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
 
 def test_the_first_loss_is_the_expected_one(finished: Path) -> None:
     """Random unit embeddings: near 10 for the pair itself, next to nothing for 23 negatives (recipe §1.1)."""
-    assert losses(finished)[1] == pytest.approx(10.0, abs=1.5)
+    # before training all images are alike and all texts are, so the batch shares one cosine, of 32 dimensions
+    spread = 10 / math.sqrt(32)
+    assert losses(finished)[1] == pytest.approx(10.0, abs=2.5 * spread)
 
 
 @pytest.mark.dist
