@@ -16,7 +16,7 @@ setup: .venv/installed  ## make .venv with everything for training, tests and ch
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: setup  ## generate data, train on them, evaluate, write the report (about 10 minutes on 2 cores)
+quickstart: setup  ## generate data, train on them, evaluate, write the report (about 8 minutes on 2 cores)
 	$(BIN)/siglip-data make-tiny data/tiny
 	$(BIN)/siglip-train experiment=quickstart run_dir=outputs/quickstart
 
