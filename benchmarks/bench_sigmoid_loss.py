@@ -22,7 +22,10 @@ from kernels.testing import rms_ratio
 
 # (n, E, dtype): the largest only for those whose memory is not quadratic
 CASES = {
-    "cpu": [(1024, 256, "float32"), (4096, 768, "float32"), (4096, 768, "bfloat16")],
+    "cpu": [
+        (1024, 768, "float32"), (4096, 768, "float32"), (4096, 768, "bfloat16"), (8192, 768, "float32"),
+        (8192, 768, "bfloat16"), (16384, 768, "float32"), (16384, 768, "bfloat16"),
+    ],
     "cuda": [
         (1024, 768, "bfloat16"), (4096, 768, "bfloat16"), (4096, 1152, "bfloat16"), (8192, 768, "float32"),
         (16384, 768, "bfloat16"), (32768, 768, "bfloat16"), (32768, 1152, "bfloat16"), (131072, 768, "bfloat16"),
@@ -30,7 +33,7 @@ CASES = {
     ],
 }  # fmt: skip
 DENSE_ROWS = 32768  # above, n x n logits and what autograd keeps of them do not fit
-LARGE_ROWS = 131072  # above, one contestant takes many seconds: fewer rounds
+LARGE_ROWS = {"cpu": 4096, "cuda": 131072}  # above, one contestant takes many seconds: fewer rounds
 BLOCK = 4096
 ACCURACY_ROWS = {"cpu": 1024, "cuda": 8192}
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -69,13 +72,14 @@ def by_triton(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Ten
 def contestants(n: int, dtype: str, device: torch.device) -> dict[str, Loss]:
     """Those that fit a case, by name."""
     chosen: dict[str, Loss] = {"ours": by_triton if device.type == "cuda" else by_chunks}
-    if device.type == "cuda" and n <= LARGE_ROWS:
+    is_cuda = device.type == "cuda"
+    if is_cuda and n <= LARGE_ROWS["cuda"]:
         chosen["ours in torch"] = by_chunks
     if n <= DENSE_ROWS:
         chosen |= {"open_clip": SigLipLoss(), "open_clip compiled": torch.compile(SigLipLoss())}
         if dtype == "bfloat16":
             chosen["open_clip autocast"] = under_autocast
-    if BLOCK < n <= LARGE_ROWS:
+    if is_cuda and BLOCK < n <= LARGE_ROWS["cuda"]:
         chosen["open_clip blocks"] = blockwise
     return chosen
 
@@ -85,7 +89,7 @@ def draw_inputs(n: int, width: int, dtype: str, device: torch.device) -> list[Te
     generator = torch.Generator(device).manual_seed(0)
     images, noise = (torch.randn(n, width, generator=generator, device=device) for _ in range(2))
     embeddings = [normalize(part, dim=-1).to(getattr(torch, dtype)) for part in (images, images + 3 * noise)]
-    return [*embeddings, *(torch.tensor([value], device=device) for value in (117.0, -16.5))]
+    return [*embeddings, *(torch.tensor(value, device=device) for value in (117.0, -16.5))]
 
 
 def differentiate(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
@@ -122,8 +126,10 @@ def compare(index: int, device: torch.device, rounds: int) -> list:
     }
     runs["products"] = partial(products, inputs)
     timers = {name: partial(timed, run, device) for name, run in runs.items()}
-    few = n > LARGE_ROWS
-    measurements = measure(timers, rounds=2 if few else rounds, warmup=1 if few else 3)
+    few = n > LARGE_ROWS[device.type]
+    measurements = measure(
+        timers, rounds=min(rounds, 4 if n <= DENSE_ROWS else 2) if few else rounds, warmup=1 if few else 3
+    )
     if device.type == "cuda":
         memory = {name: cuda_memory_mb(runs[name]) for name in losses}
     else:  # of a compiled one, the peak is that of the compiler
