@@ -126,10 +126,10 @@ def compare(index: int, device: torch.device, rounds: int) -> list:
     }
     runs["products"] = partial(products, inputs)
     timers = {name: partial(timed, run, device) for name, run in runs.items()}
-    few = n > LARGE_ROWS[device.type]
-    measurements = measure(
-        timers, rounds=min(rounds, 4 if n <= DENSE_ROWS else 2) if few else rounds, warmup=1 if few else 3
-    )
+    if n > LARGE_ROWS[device.type]:
+        measurements = measure(timers, rounds=min(rounds, 4 if n <= DENSE_ROWS else 2), warmup=1)
+    else:
+        measurements = measure(timers, rounds=rounds, warmup=3)
     if device.type == "cuda":
         memory = {name: cuda_memory_mb(runs[name]) for name in losses}
     else:  # of a compiled one, the peak is that of the compiler
