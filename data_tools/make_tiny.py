@@ -2,21 +2,17 @@
 
 import argparse
 import json
-import multiprocessing
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from data_tools.arguments import add_workers, positive
+from data_tools.processes import run_all
+from data_tools.progress import progress
 from data_tools.tiny.captions import word_everywhere
 from data_tools.tiny.preview import write_preview
 from data_tools.tiny.shards import SAMPLES_PER_SHARD, ShardTask, plan_training, write_shard
@@ -61,25 +57,17 @@ def add_command(commands: Any) -> None:
     )
     defaults = TinyOptions()
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to create")
-    parser.add_argument("--samples", type=_positive, default=defaults.samples, help="of train (%(default)s)")
-    parser.add_argument("--validation-samples", type=_positive, default=defaults.validation_samples,
+    parser.add_argument("--samples", type=positive, default=defaults.samples, help="of train (%(default)s)")
+    parser.add_argument("--validation-samples", type=positive, default=defaults.validation_samples,
                         help="of validation, no two with the same objects (%(default)s)")  # fmt: skip
-    parser.add_argument("--samples-per-class", type=_positive, default=defaults.samples_per_class,
+    parser.add_argument("--samples-per-class", type=positive, default=defaults.samples_per_class,
                         help="of classes_seen and classes_unseen (%(default)s)")  # fmt: skip
-    parser.add_argument("--vocab-size", type=_positive, default=defaults.vocab_size,
+    parser.add_argument("--vocab-size", type=positive, default=defaults.vocab_size,
                         help="pieces of the tokenizer (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)),
-                        help="processes; the result does not depend on it (%(default)s)")  # fmt: skip
+    add_workers(parser)
     parser.add_argument("--force", action="store_true", help="replace a data set made with other options")
     parser.set_defaults(run=_run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -150,37 +138,9 @@ def _write_shards(folder: Path, options: TinyOptions, workers: int) -> None:
         for number, start in enumerate(range(0, size, step)):
             path = folder / split / f"{number:05d}.tar"
             tasks.append(ShardTask(path, split, options.seed, start, min(start + step, size)))
-    with _progress(sum(options.split_sizes().values())) as advance:
-        if workers == 1:
-            for task in tasks:
-                advance(write_shard(task))
-            return
-        # spawn: a fork of a process with threads may hang
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-            for count in pool.map(write_shard, tasks):
-                advance(count)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere a line for every quarter."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("drawing", total=total)
-            yield lambda count: progress.update(bar, advance=count)
-        return
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        if (done + count) * 4 // total > done * 4 // total:
-            print(f"drew {done + count} of {total} samples", file=sys.stderr)
-        done += count
-
-    yield advance
+    with progress(sum(options.split_sizes().values()), "drawing", "drew") as advance:
+        for count in run_all(write_shard, tasks, workers):
+            advance(count)
 
 
 def _write_class_files(folder: Path) -> None:

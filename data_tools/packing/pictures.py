@@ -1,0 +1,91 @@
+"""The picture and the mask of a sample as they are stored: shrunk or not, as they were or encoded anew."""
+
+import io
+from typing import NamedTuple
+
+from PIL import Image
+
+from siglip_train.data.faults import SampleError
+from siglip_train.data.images import decode
+
+FORMATS = ("keep", "jpg", "png", "webp")
+Size = tuple[int, int]  # width, height
+
+
+class PictureOptions(NamedTuple):
+    """resize: longest the shorter side may be, pixels. format: one of FORMATS. quality: of jpg and webp."""
+
+    resize: int | None = None
+    format: str = "keep"
+    quality: int = 90
+
+
+class Picture(NamedTuple):
+    """An encoded picture, its extension, and its size before and after shrinking."""
+
+    extension: str
+    data: bytes
+    size_before: Size
+    size: Size
+
+
+def prepare(data: bytes, options: PictureOptions) -> Picture:
+    """Decode a picture, shrink and encode it where the options ask for it.
+
+    With "keep" the bytes stay as they are unless the picture is shrunk, or of a format that shards do not have
+    (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`.
+    """
+    image = decode(data)
+    before = image.size
+    own = _own_extension(data)
+    size = shrunk(before, options.resize)
+    if options.format == "keep" and own and size == before:
+        return Picture(own, data, before, before)
+    if size != before:
+        image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased by Pillow
+    extension = (own or "png") if options.format == "keep" else options.format
+    return Picture(extension, _encode(image, extension, options.quality), before, size)
+
+
+def shrunk(size: Size, shortest_side: int | None) -> Size:
+    """The size at which the shorter side is at most `shortest_side`, of the same aspect to the nearest pixel."""
+    shorter = min(size)
+    if shortest_side is None or shorter <= shortest_side:
+        return size
+    width, height = (max(1, round(side * shortest_side / shorter)) for side in size)
+    return width, height
+
+
+def prepare_mask(data: bytes, picture: Picture) -> bytes:
+    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
+            mask.load()
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+        raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error
+    if mask.mode not in ("L", "P"):
+        raise SampleError("broken mask", f"it is {mask.mode}, not a map of 8 bits")
+    if mask.size != picture.size_before:
+        raise SampleError("mask of another size", f"{mask.size}, the picture {picture.size_before}")
+    if picture.size == picture.size_before:
+        return data
+    return _encode(mask.resize(picture.size, Image.Resampling.NEAREST), "png", 0)
+
+
+def _own_extension(data: bytes) -> str | None:
+    """By content: many a file is named .jpg and is none."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else None
+
+
+def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    options = {} if extension == "png" else {"quality": quality}
+    try:
+        image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
+    except (OSError, ValueError) as error:  # WebP has a limit of 16,383 pixels a side
+        raise SampleError("cannot be encoded", f"{image.size} as {extension}: {error}") from error
+    return buffer.getvalue()

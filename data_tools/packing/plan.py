@@ -1,0 +1,188 @@
+"""The whole of a packing run: which record goes into which shard, what is on disk already, and the record of it all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.packing.pictures import PictureOptions
+from data_tools.packing.records import Record, SourceOptions
+from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_shard
+from data_tools.packing.sources import find_records
+from data_tools.processes import run_all
+from data_tools.progress import progress
+from siglip_train.errors import UserError
+
+# raise it whenever the same options would give other bytes
+PACK_VERSION = 1
+RECORD = "pack.json"
+SKIPPED = "skipped.tsv"
+# reports of complete shards, while others are missing
+_STATE = ".pack"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What decides the bytes, beside the source. shard_samples: records a shard. validation_share: 0..1."""
+
+    source: SourceOptions = field(default_factory=SourceOptions)
+    pictures: PictureOptions = field(default_factory=PictureOptions)
+    shard_samples: int = 1000
+    validation_share: float = 0.01
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its name on the command line."""
+        own = {"shard_samples": self.shard_samples, "validation_share": self.validation_share}
+        return {**asdict(self.source), **self.pictures._asdict(), **own}
+
+
+class Packed(NamedTuple):
+    """What is in a packed folder. samples, shards: of each split. skipped: by cause."""
+
+    samples: dict[str, int]
+    shards: dict[str, int]
+    skipped: dict[str, int]
+    is_new: bool = True
+
+
+def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> Packed:
+    """Pack a source into `out_dir`/train and `out_dir`/validation, or go on where a run was interrupted.
+
+    The bytes depend on the source and the options alone. Raises `UserError`, also where `out_dir` holds something
+    else or was made with other options.
+    """
+    # a folder that is not ours is refused before a long look at the source
+    _earlier_record(out_dir)
+    records = find_records(source, options.source)
+    record = {
+        "generator": "pack",
+        "version": PACK_VERSION,
+        **options.flat(),
+        "records": len(records),
+        "source_fingerprint": fingerprint(records),
+    }
+    result = _begin(out_dir, record)
+    if result is not None:
+        return result
+    tasks = plan_shards(records, out_dir, options)
+    left = [task for task in tasks if not task.report.exists()]
+    with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
+        for count in run_all(write_shard, left, workers):
+            advance(count)
+    return _finish(out_dir, record, tasks)
+
+
+def plan_shards(records: Sequence[Record], out_dir: Path, options: PackOptions) -> list[ShardTask]:
+    """Cut the records of each split into shards, in their order."""
+    splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
+    for record in records:
+        splits[split_of(record, options.validation_share)].append(record)
+    return [
+        ShardTask(
+            path=out_dir / name / f"{number:05d}.tar",
+            report=out_dir / _STATE / f"{name}-{number:05d}.json",
+            records=members[start : start + options.shard_samples],
+            pictures=options.pictures,
+            caption_column=options.source.caption_column,
+        )
+        for name, members in splits.items()
+        for number, start in enumerate(range(0, len(members), options.shard_samples))
+    ]
+
+
+def split_of(record: Record, validation_share: float) -> str:
+    """train or validation, by a hash of the group or key alone: it stays when other records come or go."""
+    digest = hashlib.sha256(_bytes(record.group or record.key)).digest()
+    return SPLITS[int.from_bytes(digest[:8], "big") < validation_share * 2**64]
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """A hash of what is known of the source before a picture is opened: names, texts, and sizes in bytes."""
+    digest = hashlib.sha256()
+    for record in records:
+        sizes = {kind: part.size for kind, part in record.parts.items()}
+        known = [record.key, record.origin, sizes, record.text, record.facts, record.fault]
+        digest.update(_bytes(json.dumps(known, default=str)))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(text: str) -> bytes:
+    # names of files need not be UTF-8
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _earlier_record(out_dir: Path) -> dict[str, Any] | None:
+    """The record of an earlier run, None for a folder that is new or empty. Raises `UserError`."""
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    try:
+        present = json.loads((out_dir / RECORD).read_text())
+    except (OSError, ValueError):
+        present = None
+    if not isinstance(present, dict) or present.get("generator") != "pack":
+        raise UserError(f"{out_dir} exists and was not made by pack: name another folder")
+    return present
+
+
+def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
+    """Make the folders; what was packed, where an earlier run is complete. Raises `UserError`."""
+    present = _earlier_record(out_dir)
+    if present is None:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _save(out_dir / RECORD, record)
+    else:
+        changed = [f"{key} {present.get(key)}, now {value}" for key, value in record.items()
+                   if present.get(key) != value]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"{out_dir} was packed from another source or with other options ({'; '.join(changed)}): "
+                "name another folder, or remove this one"
+            )
+        if "samples" in present:
+            # the earlier run may have ended just before it could
+            shutil.rmtree(out_dir / _STATE, ignore_errors=True)
+            return Packed(present["samples"], present["shards"], present["skipped"], is_new=False)
+    for name in (*SPLITS, _STATE):
+        (out_dir / name).mkdir(exist_ok=True)
+    return None
+
+
+def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -> Packed:
+    reports = [(task.path.parent.name, ShardReport.load(task.report)) for task in tasks]
+    skipped = [each for _, report in reports for each in report.skipped]
+    causes = dict(Counter(each.cause for each in skipped).most_common())
+    samples, shards = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
+    for name, report in reports:
+        samples[name] += report.samples
+        shards[name] += report.samples > 0
+    _save_skipped(out_dir / SKIPPED, skipped)
+    if samples.total():
+        _save(out_dir / RECORD, {**record, "samples": samples, "shards": shards, "skipped": causes})
+    # without any sample the next run begins anew, with what was repaired in between
+    shutil.rmtree(out_dir / _STATE)
+    for name in SPLITS:
+        if not shards[name]:
+            (out_dir / name).rmdir()
+    return Packed(dict(samples), dict(shards), causes)
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    lines = [
+        "\t".join(Skipped._fields),
+        *("\t".join(" ".join(cell.split()) for cell in each) for each in skipped),
+    ]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)

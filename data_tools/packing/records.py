@@ -1,0 +1,89 @@
+"""A record says where the parts of one sample lie; all records are made before the first picture is opened."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from siglip_train.data.faults import SampleError
+
+# the record's part that is the picture, whatever its format
+IMAGE = "image"
+# fields that hold a caption where the user names none, the first that is there
+CAPTION_FIELDS = ("caption", "captions", "text", "title", "txt", "description")
+
+
+class Part(NamedTuple):
+    """Bytes in a file: `size` of them from `offset`, -1 = all that follow."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes. Raises `SampleError`."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except FileNotFoundError as error:
+            raise SampleError("missing file", self.path) from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise SampleError("read error", f"{self.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample to be packed.
+
+    origin: the picture as the source names it, for messages. parts: `image` and other members, by extension.
+    text, facts: the caption and the json fields, as far as the source itself holds them. group: records of one group
+    come into the same split (the key where it is empty). caption_needed: without a caption it is skipped.
+    fault: (cause, detail) of a record that is known to be unusable.
+    """
+
+    key: str
+    origin: str
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    text: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    caption_needed: bool = True
+    fault: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read; None = not asked for. The names are those of the command's options."""
+
+    image_root: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    coco_instances: str | None = None
+
+
+def key_of(path: str) -> str:
+    """The key of a picture's relative path: without its ending; dots of its name, which would end the key, as _."""
+    folder, name = os.path.split(os.path.splitext(path)[0])
+    return os.path.join(folder, name.replace(".", "_"))
+
+
+def captions_of(value: Any, language: Any = None) -> tuple[str, dict[str, Any]]:
+    """(the caption for txt, the json fields that keep all of them) of a text, a list of texts, or {language: text}.
+
+    Of a mapping the text in `language` is taken, else the first. ("", {}) where there is no text.
+    """
+    if isinstance(value, str):
+        return value.strip(), {}
+    if isinstance(value, dict):
+        by_language = {name: text.strip() for name, text in value.items() if _is_text(text)}
+        if not by_language:
+            return "", {}
+        chosen = language if language in by_language else next(iter(by_language))
+        return by_language[chosen], {"captions": by_language, "language": chosen}
+    texts = [text.strip() for text in value if _is_text(text)] if isinstance(value, list) else []
+    return (texts[0], {"captions": texts}) if texts else ("", {})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

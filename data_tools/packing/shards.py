@@ -1,0 +1,151 @@
+"""Write one shard of planned records; a pure function of them, so any process may write any shard, and again."""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
+from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Record, captions_of
+from siglip_train.data.faults import SampleError
+
+MASK = "mask.png"
+# Pillow names the object in memory that it cannot read: another in every run
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
+
+
+class Skipped(NamedTuple):
+    """A record that is not packed: its key, the picture as the source names it, and why."""
+
+    key: str
+    origin: str
+    cause: str
+    detail: str
+
+
+class ShardReport(NamedTuple):
+    """What became of the records of a shard."""
+
+    samples: int
+    skipped: list[Skipped]
+
+    def save(self, path: Path) -> None:
+        """Write it; that it is there means that the shard is complete."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._asdict()))
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardReport":
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        return cls(content["samples"], [Skipped(*each) for each in content["skipped"]])
+
+
+class ShardTask(NamedTuple):
+    """Records to be written to the tar `path`, after which `report` is written.
+
+    caption_column: the json field to take the caption from, None = the txt member, else the usual fields.
+    """
+
+    path: Path
+    report: Path
+    records: Sequence[Record]
+    pictures: PictureOptions
+    caption_column: str | None = None
+
+
+def write_shard(task: ShardTask) -> int:
+    """Write one shard and its report; return the number of records. Where no record is usable there is no shard."""
+    skipped = []
+    partial = task.path.with_suffix(".partial")
+    # GNU: long and non-ASCII names without a header of their own for every member
+    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
+        for record in task.records:
+            try:
+                members = sample_members(record, task.pictures, task.caption_column)
+            except SampleError as error:
+                detail = _ADDRESS.sub("", error.detail)
+                skipped.append(Skipped(record.key, record.origin, error.cause, detail))
+                continue
+            for extension, content in members.items():
+                _add(archive, f"{record.key}.{extension}", content)
+    report = ShardReport(len(task.records) - len(skipped), skipped)
+    if report.samples:
+        os.replace(partial, task.path)
+    else:
+        partial.unlink()
+    report.save(task.report)
+    return len(task.records)
+
+
+def sample_members(
+    record: Record, pictures: PictureOptions, caption_column: str | None = None
+) -> dict[str, bytes]:
+    """Extension -> content of a sample. Raises `SampleError` where it cannot be used."""
+    if record.fault is not None:
+        raise SampleError(*record.fault)
+    picture = prepare(record.parts[IMAGE].read(), pictures)
+    text, facts = _text_and_facts(record, caption_column)
+    if not text and record.caption_needed:
+        raise SampleError("empty caption", "")
+    facts.update(width=picture.size[0], height=picture.size[1])
+    members = {picture.extension: picture.data}
+    if text:
+        members["txt"] = _utf8(text)
+    members["json"] = _utf8(json.dumps(facts, ensure_ascii=False, default=str))
+    for extension, part in _others(record.parts):
+        members[extension] = prepare_mask(part.read(), picture) if extension == MASK else part.read()
+    return members
+
+
+def _text_and_facts(record: Record, caption_column: str | None) -> tuple[str, dict[str, Any]]:
+    facts, text = dict(record.facts), record.text
+    if "json" in record.parts:
+        facts = {**_json_object(record.parts["json"].read()), **facts}
+    if "txt" in record.parts and caption_column is None:
+        text = _decoded(record.parts["txt"].read()).strip()
+    if not text and "json" in record.parts:
+        for name in CAPTION_FIELDS if caption_column is None else (caption_column,):
+            text, captions = captions_of(facts.get(name), facts.get("language"))
+            if text:
+                return text, {**facts, **captions}
+    return text, facts
+
+
+def _others(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((extension, parts[extension]) for extension in sorted(parts.keys() - {IMAGE, "txt", "json"}))
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError("not utf-8", str(error)) from error
+
+
+def _utf8(text: str) -> bytes:
+    # half a surrogate pair, which JSON can spell, has no bytes
+    return text.encode("utf-8", "replace")
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    text = _decoded(data)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("broken json", str(error)) from error
+    if not isinstance(content, dict):
+        raise SampleError("broken json", "it is no object")
+    return content
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    # TarInfo's defaults (no owner, time 0) are what makes two runs equal byte for byte
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))

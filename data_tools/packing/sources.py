@@ -1,0 +1,95 @@
+"""What a source is, seen from its name or content, and which reader makes records of it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.packing.coco import coco_records, is_coco
+from data_tools.packing.folder import folder_records
+from data_tools.packing.records import IMAGE, Record, SourceOptions
+from data_tools.packing.tables import row_records, table_records
+from data_tools.packing.tars import tar_records
+from siglip_train.errors import UserError
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_TARS = (".tar", ".tar.gz", ".tgz")
+# kind of source -> options that mean something for it
+_MEANINGFUL = {
+    "a folder of pictures": ("caption_column",),
+    "shards": ("caption_column",),
+    "a table": ("image_root", "image_column", "caption_column"),
+    "COCO annotations": ("image_root", "coco_instances"),
+}
+# if of so many pictures none is there, the folder is the wrong one
+_TRIED = 100
+
+
+def find_records(source: str, options: SourceOptions) -> list[Record]:
+    """The records of a folder, a table, a COCO file or shards; keys do not repeat. Raises `UserError`."""
+    path = Path(source).expanduser()
+    ending = path.suffix.lower()
+    if path.is_dir() and not any(name.name.endswith(_TARS) for name in path.iterdir()):
+        _refuse("a folder of pictures", options)
+        return list(_without_repeats(folder_records(path)))
+    if path.is_file() and ending in (*_TABLES, ".json"):
+        records = _json_records(path, options) if ending == ".json" else _table(path, options)
+        _find_some_pictures(records)
+        return list(_without_repeats(records))
+    _refuse("shards", options)
+    return list(_without_repeats(tar_records(source)))
+
+
+def _table(path: Path, options: SourceOptions) -> list[Record]:
+    _refuse("a table", options)
+    return table_records(path, options)
+
+
+def _json_records(path: Path, options: SourceOptions) -> list[Record]:
+    data = _load(path)
+    if isinstance(data, list):
+        _refuse("a table", options)
+        return row_records([row for row in data if isinstance(row, dict)], path, options)
+    if not is_coco(data):
+        raise UserError(f"{path} is neither a list of objects nor COCO's (lists images and annotations)")
+    _refuse("COCO annotations", options)
+    instances = _load(Path(options.coco_instances)) if options.coco_instances else None
+    if instances is not None and not is_coco(instances):
+        raise UserError(f"{options.coco_instances} has no lists images and annotations, as COCO's files do")
+    return coco_records(data, instances, Path(options.image_root or path.parent))
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _refuse(kind: str, options: SourceOptions) -> None:
+    for name, value in asdict(options).items():
+        if value is not None and name not in _MEANINGFUL[kind]:
+            raise UserError(f"--{name.replace('_', '-')} means nothing for {kind}; leave it out")
+
+
+def _find_some_pictures(records: Iterable[Record]) -> None:
+    """`UserError` where the first pictures are all missing, which is a wrong folder more often than a bad set."""
+    paths = [record.parts[IMAGE].path for record in records if IMAGE in record.parts][:_TRIED]
+    if not paths or any(Path(path).is_file() for path in paths):
+        return
+    if "://" in paths[0]:
+        raise UserError(f"the pictures are URLs ({paths[0]}): fetch them first, with img2dataset for example")
+    raise UserError(f"none of the first {len(paths)} pictures is there, the first being {paths[0]}: "
+                    "say by --image-root where they are")  # fmt: skip
+
+
+def _without_repeats(records: Iterable[Record]) -> Iterable[Record]:
+    """Of records with one key the first; the others become faults, since a reader could not tell them apart."""
+    seen: set[str] = set()
+    for record in records:
+        if record.key in seen and record.fault is None:
+            yield replace(record, fault=("repeated key", f"another picture has the key {record.key}"))
+        else:
+            yield record
+        seen.add(record.key)

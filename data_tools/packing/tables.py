@@ -1,0 +1,117 @@
+"""Records of a table with a column of paths and one of captions: CSV, TSV, JSON lines, a JSON list, Parquet."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Part, Record, SourceOptions, captions_of
+from siglip_train.data.faults import SampleError
+from siglip_train.errors import UserError
+
+try:
+    import pyarrow.parquet as parquet
+except ImportError:
+    # optional: for Parquet alone
+    parquet = None
+
+_IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
+# the module's default of 128 KiB is too small for a page of text in a cell
+_MAX_CELL = 1 << 27
+# a row, or what is wrong with it
+Row = dict[str, Any] | SampleError
+
+
+def table_records(path: Path, options: SourceOptions) -> list[Record]:
+    """A record for every row of a file, the format by its ending. Raises `UserError`."""
+    readers = {
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".jsonl": _json_rows,
+        ".ndjson": _json_rows,
+        ".parquet": _parquet_rows,
+    }
+    try:
+        return row_records(readers[path.suffix.lower()](path), path, options)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def row_records(rows: Iterable[Row], path: Path, options: SourceOptions) -> list[Record]:
+    """A record for every row; `path` is the file they are from, relative pictures are sought beside it."""
+    rows = list(rows)
+    columns = next((list(row) for row in rows if isinstance(row, dict)), [])
+    image = _column(columns, options.image_column, _IMAGE_COLUMNS, path, "image")
+    caption = _column(columns, options.caption_column, CAPTION_FIELDS, path, "caption")
+    print(f"{path.name}: pictures from column {image}, captions from column {caption}", file=sys.stderr)
+    root = options.image_root or str(path.parent)
+    return [_record(number, row, root, image, caption) for number, row in enumerate(rows)]
+
+
+def _column(columns: list[str], asked: str | None, usual: tuple[str, ...], path: Path, what: str) -> str:
+    found = next((name for name in ([asked] if asked else usual) if name in columns), None)
+    if found is None:
+        wanted = asked or f"of {what}s, one called {', '.join(usual)}"
+        present = ", ".join(map(str, columns)) or "none"
+        raise UserError(
+            f"{path} has no column {wanted}; its columns are {present}: name one by --{what}-column"
+        )
+    return found
+
+
+def _record(number: int, row: Row, root: str, image: str, caption: str) -> Record:
+    key = f"{number:09d}"
+    if isinstance(row, SampleError):
+        return Record(key, f"row {number}", fault=(row.cause, row.detail))
+    name = row.get(image)
+    if not isinstance(name, str) or not name:
+        return Record(key, f"row {number}", fault=("no image", f"{image} is {name!r:.60}"))
+    text, captions = captions_of(row.get(caption), row.get("language"))
+    # cells beyond the header are under None
+    others = {
+        column: value
+        for column, value in row.items()
+        if column != caption and column is not None and value is not None
+    }
+    # captions of one picture are rows of their own, and must not meet across the splits
+    return Record(
+        key, name, {IMAGE: Part(os.path.join(root, name))}, text, {**others, **captions}, group=name
+    )
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_CELL)
+    # -sig: what spreadsheets write begins with a byte order mark
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        # many a table with tabs is called .csv
+        yield from csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield _json_row(line)
+
+
+def _json_row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return SampleError("broken json", str(error))
+    return row if isinstance(row, dict) else SampleError("broken json", "the line is no object")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    if parquet is None:
+        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except ValueError as error:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"cannot read {path}: {error}") from error

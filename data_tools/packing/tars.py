@@ -1,0 +1,56 @@
+"""Records of existing shards, to pack them anew: webdataset tars of any origin, img2dataset's among them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.packing.records import IMAGE, Part, Record
+from siglip_train.data.locations import default_cache, expand, local_tar
+from siglip_train.data.shards import short_name
+from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
+from siglip_train.errors import UserError
+
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def tar_records(shards: str) -> list[Record]:
+    """A record for every sample of the shards (`shards` as in data.sources), in file order.
+
+    A key that came before gets the name of its shard in front. Raises `UserError`.
+    """
+    cache = default_cache()
+    records: list[Record] = []
+    seen: set[str] = set()
+    for url in expand(shards):
+        path = local_tar(url, cache)
+        try:
+            index = load_index(path, cache)
+        except BrokenTarError as error:
+            raise UserError(f"cannot read shard {url}: {error}") from error
+        for record in _records(index, path, short_name(url), seen):
+            records.append(record)
+            seen.add(record.key)
+    return records
+
+
+def _records(index: TarIndex, path: Path, shard: str, seen: set[str]) -> Iterator[Record]:
+    for sample in range(len(index)):
+        key = index.key(sample)
+        parts = {
+            extension: Part(str(path), int(index.offsets[member]), int(index.sizes[member]))
+            for extension, member in index.members(sample).items()
+        }
+        picture = next((extension for extension in _PICTURES if extension in parts), None)
+        if picture is not None:
+            # a second picture could be taken for the first where that is encoded anew
+            others = {extension: parts[extension] for extension in parts if extension not in _PICTURES}
+            parts = {IMAGE: parts[picture], **others}
+        yield Record(
+            key=f"{shard.split('.', 1)[0]}/{key}" if key in seen else key,
+            origin=f"{shard}/{key}",
+            parts=parts,
+            group=key,
+            caption_needed="cls" not in parts,
+            fault=None if picture else ("no image", f"it has {', '.join(parts)}"),
+        )
+    for key in index.torn.tolist():
+        yield Record(f"{shard}/{key}", f"{shard}/{key}", fault=("truncated", "the shard ends inside it"))

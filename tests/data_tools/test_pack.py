@@ -1,0 +1,440 @@
+"""pack: every kind of source, read back with tarfile and Pillow; resizing, splits, faults, resuming, mistakes."""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.cli import main
+from data_tools.packing import plan, tables
+from data_tools.packing.pictures import PictureOptions
+from data_tools.packing.plan import PackOptions, pack
+from data_tools.packing.records import SourceOptions
+from siglip_train.errors import UserError
+
+from .conftest import Sample, read_split
+
+NO_SPLIT = PackOptions(validation_share=0)
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def write(path: Path, content: str | bytes | dict | list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict | list):
+        content = json.dumps(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def packed(source: Path, out: Path, options: PackOptions = NO_SPLIT) -> dict[str, Sample]:
+    """The samples of train by key."""
+    pack(str(source), out, options)
+    return {sample.key: sample for sample in read_split(out / "train")}
+
+
+def causes(out: Path) -> dict[str, str]:
+    """Key -> cause of skipped.tsv."""
+    with (out / "skipped.tsv").open(newline="") as file:
+        return {row["key"]: row["cause"] for row in csv.DictReader(file, delimiter="\t")}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Thirty pictures with captions."""
+    for number in range(30):
+        write(tmp_path / "photos" / f"{number:03d}.png", encoded(picture(seed=number)))
+        write(tmp_path / "photos" / f"{number:03d}.txt", f"noise {number}\n")
+    return tmp_path / "photos"
+
+
+def test_a_folder_keeps_everything_that_lies_beside_a_picture(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    jpg, webp = encoded(picture(), "JPEG"), encoded(picture(20, 10), "WEBP")
+    mask = encoded(Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40)))
+    facts = {"language": "de", "objects": [{"label": "x", "box": [0, 0.25, 0.5, 1]}], "width": 1, "note": "é"}
+    write(source / "b" / "one.two.jpg", jpg)
+    write(source / "b" / "one.two.txt", "\ufeff Bär\n")
+    write(source / "b" / "one.two.json", facts)
+    write(source / "b" / "one.two.mask.png", mask)
+    write(source / "a.webp", webp)
+    write(source / "a.json", {"captions": {"en": "a bear", "fr": "un ours"}, "language": "fr"})
+    write(source / "labelled.jpg", jpg)
+    write(source / "labelled.cls", "3")
+    write(source / ".hidden.jpg", jpg)
+    samples = packed(source, tmp_path / "out")
+    assert list(samples) == ["a", "labelled", "b/one_two"]
+    whole = samples["b/one_two"]
+    assert list(whole.members) == ["jpg", "txt", "json", "mask.png"]
+    assert (whole.members["jpg"], whole.members["mask.png"]) == (jpg, mask)
+    assert whole.members["txt"].decode() == "Bär"
+    assert whole.facts == {**facts, "width": 40, "height": 30}
+    assert samples["a"].members["txt"] == b"un ours"
+    assert samples["a"].members["webp"] == webp
+    assert samples["a"].facts["captions"] == {"en": "a bear", "fr": "un ours"}
+    assert samples["labelled"].members.keys() == {"jpg", "json", "cls"}
+    by_json = PackOptions(SourceOptions(caption_column="note"), validation_share=0)
+    assert packed(source, tmp_path / "other", by_json)["b/one_two"].members["txt"].decode() == "é"
+
+
+def test_bytes_do_not_depend_on_workers(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    common = [
+        str(photos),
+        "--shard-samples",
+        "7",
+        "--validation-share",
+        "0.3",
+        "--resize",
+        "20",
+        "--format",
+        "jpg",
+    ]
+    main(["pack", *common, str(tmp_path / "one"), "--workers", "1"])
+    main(["pack", *common, str(tmp_path / "two"), "--workers", "2"])
+    one = digests(tmp_path / "one")
+    assert one == digests(tmp_path / "two")
+    assert len(one) > 5
+    assert {name.split("/")[0] for name in one} == {"train", "validation", "pack.json", "skipped.tsv"}
+    with tarfile.open(tmp_path / "one" / "train" / "00000.tar") as archive:
+        assert {(entry.mtime, entry.uid, entry.gid, entry.uname) for entry in archive} == {(0, 0, 0, "")}
+    assert "none skipped" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PackOptions(shard_samples=5, validation_share=0.2)
+    write(photos / "003.png", b"rubbish")
+    pack(str(photos), tmp_path / "whole", options)
+    written = []
+
+    def interrupted(task):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(task.path)
+        return real(task)
+
+    real = plan.write_shard
+    monkeypatch.setattr(plan, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(photos), tmp_path / "out", options)
+    stamps = [path.stat().st_mtime_ns for path in written]
+    monkeypatch.setattr(plan, "write_shard", real)
+    pack(str(photos), tmp_path / "out", options)
+    assert [path.stat().st_mtime_ns for path in written] == stamps
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert causes(tmp_path / "out") == {"003": "broken image"}
+
+
+def test_run_again(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = pack(str(photos), out, NO_SPLIT)
+    before = digests(out)
+    again = pack(str(photos), out, NO_SPLIT)
+    assert (again.samples, again.shards, again.skipped) == (first.samples, first.shards, first.skipped)
+    assert (first.is_new, again.is_new) == (True, False)
+    with pytest.raises(UserError, match=r"resize None, now 8.*another folder"):
+        pack(str(photos), out, PackOptions(pictures=PictureOptions(resize=8), validation_share=0))
+    write(photos / "000.txt", "another caption")
+    with pytest.raises(UserError, match="source_fingerprint"):
+        pack(str(photos), out, NO_SPLIT)
+    assert digests(out) == before
+    with pytest.raises(UserError, match="not made by pack"):
+        pack(str(photos), photos, NO_SPLIT)
+
+
+def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
+    source, image = tmp_path / "in", picture(91, 60)
+    classes = np.random.default_rng(1).integers(0, 256, (60, 91), dtype=np.uint8)
+    small = encoded(picture(19, 50))
+    write(source / "large.png", encoded(image))
+    write(source / "large.mask.png", encoded(Image.fromarray(classes)))
+    write(source / "large.json", {"caption": "noise", "objects": [{"label": "x", "box": [0, 0, 0.5, 1]}]})
+    write(source / "small.png", small)
+    write(source / "small.txt", "less noise")
+    samples = packed(source, tmp_path / "out", PackOptions(pictures=PictureOptions(20), validation_share=0))
+    large = samples["large"]
+    assert np.array_equal(opened(large.members["png"]), image.resize((30, 20), Image.Resampling.BICUBIC))
+    nearest = opened(large.members["mask.png"])
+    assert np.array_equal(nearest, Image.fromarray(classes).resize((30, 20), Image.Resampling.NEAREST))
+    assert (large.facts["width"], large.facts["height"]) == (30, 20)
+    assert large.facts["objects"] == [{"label": "x", "box": [0, 0, 0.5, 1]}]
+    assert samples["small"].members["png"] == small, "pictures are never enlarged"
+
+
+@pytest.mark.parametrize(("form", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+def test_encoding_anew(photos: Path, tmp_path: Path, form: str, kind: str) -> None:
+    options = PackOptions(pictures=PictureOptions(format=form, quality=30), validation_share=0)
+    for key, sample in packed(photos, tmp_path / "out", options).items():
+        image = opened(sample.members[form])
+        assert image.format == kind
+        expected = io.BytesIO()
+        Image.open(photos / f"{key}.png").save(expected, kind, **({} if form == "png" else {"quality": 30}))
+        assert np.array_equal(image, opened(expected.getvalue()))
+
+
+def test_the_content_decides_the_extension(tmp_path: Path) -> None:
+    source, image = tmp_path / "in", picture()
+    write(source / "wrong.jpg", encoded(image, "PNG"))
+    write(source / "foreign.bmp", encoded(image, "BMP"))
+    for name in ("wrong", "foreign"):
+        write(source / f"{name}.txt", name)
+    for sample in packed(source, tmp_path / "out").values():
+        assert np.array_equal(opened(sample.members["png"]), image)
+
+
+def test_the_split_is_stable_and_keeps_captions_of_a_picture_together(tmp_path: Path) -> None:
+    data = encoded(picture())
+    for number in range(200):
+        write(tmp_path / "images" / f"{number}.png", data)
+    rows = [{"path": f"images/{number % 200}.png", "text": f"caption {number}"} for number in range(400)]
+    sides = []
+    for count in (300, 400):
+        table = write(tmp_path / f"{count}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows[:count]))
+        result = pack(str(table), tmp_path / f"out{count}", PackOptions(validation_share=0.2))
+        assert sum(result.samples.values()) == count
+        found = {split: read_split(tmp_path / f"out{count}" / split) for split in ("train", "validation")}
+        assert 0.1 < len(found["validation"]) / count < 0.3
+        sides.append({sample.key: split for split, samples in found.items() for sample in samples})
+        paths = [{sample.facts["path"] for sample in samples} for samples in found.values()]
+        assert not paths[0] & paths[1], "a picture on both sides"
+    assert sides[0].items() <= sides[1].items()
+
+
+ROWS = [
+    {"filepath": "images/a.png", "title": "an a, with a comma", "language": "en", "score": 0.5},
+    {"filepath": "images/b.png", "title": 'ein "b"', "language": "de", "score": 2},
+]
+
+
+def tabled(folder: Path, form: str) -> Path:
+    path = folder / f"pairs.{form}"
+    if form == "jsonl":
+        return write(path, "".join(f"{json.dumps(row)}\n\n" for row in ROWS))
+    if form == "json":
+        return write(path, ROWS)
+    if form == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        return path
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if form == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_tables(tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> None:
+    table = tabled(tmp_path, form)
+    for name in "ab":
+        write(tmp_path / "images" / f"{name}.png", encoded(picture(seed=ord(name))))
+    samples = list(packed(table, tmp_path / "out").values())
+    assert "pictures from column filepath, captions from column title" in capsys.readouterr().err
+    assert [sample.key for sample in samples] == ["000000000", "000000001"]
+    for row, sample in zip(ROWS, samples, strict=True):
+        assert sample.members["png"] == (tmp_path / row["filepath"]).read_bytes()
+        assert sample.members["txt"].decode() == row["title"]
+        assert sample.facts["language"] == row["language"]
+        assert float(sample.facts["score"]) == row["score"]
+        assert "title" not in sample.facts
+    named = SourceOptions(str(tmp_path), "filepath", "language")
+    other = packed(table, tmp_path / "other", PackOptions(named, validation_share=0))
+    assert [sample.members["txt"].decode() for sample in other.values()] == ["en", "de"]
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        pack(str(write(tmp_path / "x.parquet", b"PAR1")), tmp_path / "out", NO_SPLIT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_coco(tmp_path: Path) -> None:
+    images = [
+        {"id": 7, "file_name": "0007.png", "width": 40, "height": 30},
+        {"id": 9, "file_name": "0009.png", "width": 40, "height": 30},
+        {"id": 11, "file_name": "0011.png", "width": 40, "height": 30},
+    ]
+    captions = [(9, "nine"), (7, "seven"), (9, "also nine ")]
+    boxes = [(9, 2, [10, 15, 20, 7.5], 0), (9, 1, [30, 0, 20, 30], 1), (9, 1, [5, 5, 0, 9], 0)]
+    said = write(tmp_path / "notes" / "captions.json", {
+        "images": images, "annotations": [{"image_id": image, "caption": text} for image, text in captions],
+    })  # fmt: skip
+    found = write(tmp_path / "notes" / "instances.json", {
+        "images": images,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": image, "category_id": category, "bbox": box, "iscrowd": crowd}
+            for image, category, box, crowd in boxes
+        ],
+    })  # fmt: skip
+    for image in images:
+        write(tmp_path / "val" / image["file_name"], encoded(picture()))
+    source = SourceOptions(image_root=str(tmp_path / "val"), coco_instances=str(found))
+    samples = packed(said, tmp_path / "out", PackOptions(source, validation_share=0))
+    assert list(samples) == ["0007", "0009"]
+    nine = samples["0009"]
+    assert nine.members["txt"] == b"nine"
+    assert nine.facts["captions"] == ["nine", "also nine"]
+    assert nine.facts["objects"] == [
+        {"label": "dog", "box": [0.25, 0.5, 0.75, 0.75]},
+        {"label": "cat", "box": [0.75, 0.0, 1.0, 1.0], "crowd": True},
+    ]
+    assert "objects" not in samples["0007"].facts
+    assert causes(tmp_path / "out") == {"0011": "empty caption"}
+    alone = PackOptions(SourceOptions(image_root=str(tmp_path / "val")), validation_share=0)
+    boxed = packed(found, tmp_path / "boxed", alone)
+    assert len(boxed) == 3
+    assert boxed["0009"].facts["objects"] == nine.facts["objects"]
+
+
+def test_shards_are_packed_anew(tiny_dir: Path, tmp_path: Path) -> None:
+    originals = {sample.key: sample for sample in read_split(tiny_dir / "classes_seen")}
+    samples = packed(
+        tiny_dir / "classes_seen", tmp_path / "out", PackOptions(shard_samples=10, validation_share=0)
+    )
+    assert samples.keys() == originals.keys()
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) == -(-len(samples) // 10)
+    for key, sample in samples.items():
+        assert sample.facts == originals[key].facts
+        members, expected = ({**each.members, "json": b""} for each in (sample, originals[key]))
+        assert members == expected
+
+
+def test_keys_that_two_shards_share_are_told_apart(tiny_dir: Path, tmp_path: Path) -> None:
+    shard = sorted((tiny_dir / "validation").glob("*.tar"))[0]
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(shard, source / "x.tar")
+    (source / "y.tar").write_bytes(shard.read_bytes()[:-30000])
+    result = pack(str(source), tmp_path / "out", NO_SPLIT)
+    keys = Counter(sample.key.split("/")[0] for sample in read_split(tmp_path / "out" / "train"))
+    with tarfile.open(shard) as archive:
+        whole = len({name.split(".")[0] for name in archive.getnames()})
+    assert keys["y"] + len(keys) - 1 == result.samples["train"]
+    assert len(keys) - 1 == whole
+    assert 0 < keys["y"] < whole
+    assert result.skipped == {"truncated": 1}
+
+
+def test_what_cannot_be_used_is_skipped_and_listed(tmp_path: Path) -> None:
+    source, good = tmp_path / "in", encoded(picture())
+    wrong_size = encoded(Image.new("L", (3, 3)))
+    broken = {
+        "broken image": ({"png": good[:500], "txt": b"x"}),
+        "empty image": ({"png": b"", "txt": b"x"}),
+        "empty caption": ({"png": good, "txt": b" \n", "json": b'{"caption": ""}'}),
+        "not utf-8": ({"png": good, "txt": b"\xff\xfe\xfa"}),
+        "broken json": ({"png": good, "txt": b"x", "json": b"[1]"}),
+        "broken mask": ({"png": good, "txt": b"x", "mask.png": b"\x89PNG"}),
+        "mask of another size": ({"png": good, "txt": b"x", "mask.png": wrong_size}),
+        "repeated key": ({"webp": encoded(picture(), "WEBP")}),
+    }
+    for cause, members in broken.items():
+        for extension, data in members.items():
+            write(source / f"{cause if cause != 'repeated key' else 'good'}.{extension}", data)
+    write(source / "good.png", good)
+    write(source / "good.txt", "fine")
+    assert list(packed(source, tmp_path / "out")) == ["good"]
+    expected = {cause if cause != "repeated key" else "good": cause for cause in broken}
+    assert causes(tmp_path / "out") == expected
+    record = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert record["skipped"] == dict.fromkeys(broken, 1)
+
+
+def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    lines = [{"image": "a.png", "caption": ["", "one", "two"]}, {"image": "gone.png", "caption": "x"},
+             {"image": 3, "caption": "x"}, {"image": "a.png", "caption": None}]  # fmt: skip
+    text = "\n".join(map(json.dumps, lines)) + "\n{not json\n"
+    samples = packed(write(tmp_path / "rows.jsonl", text), tmp_path / "out")
+    assert samples["000000000"].members["txt"] == b"one"
+    assert samples["000000000"].facts["captions"] == ["one", "two"]
+    assert list(causes(tmp_path / "out").values()) == [
+        "missing file",
+        "no image",
+        "empty caption",
+        "broken json",
+    ]
+
+
+def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    shutil.copytree(photos, tmp_path / "in" / "ä.folder" / ("long" * 40))
+    pack(str(tmp_path / "in"), tmp_path / "out", NO_SPLIT)
+    theirs = list(webdataset.WebDataset(str(tmp_path / "out" / "train" / "00000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == [f"ä.folder/{'long' * 40}/{n:03d}" for n in range(30)]
+    assert [sample["png"] for sample in theirs] == [
+        path.read_bytes() for path in sorted(photos.glob("*.png"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere"], "no shard matches"),
+        (["{tmp}/empty"], "neither pictures"),
+        (["{tmp}/photos", "--image-root", "x"], "--image-root means nothing for a folder"),
+        (["{tmp}/photos", "--quality", "101"], "1 to 100"),
+        (["{tmp}/photos", "--validation-share", "2"], "share"),
+        (["{tmp}/t.csv"], "--image-root where they are"),
+        (["{tmp}/t.csv", "--caption-column", "words"], "no column words; its columns are image, text"),
+        (["{tmp}/urls.csv"], "img2dataset"),
+        (["{tmp}/words.csv"], "no column of images, one called image, image_path"),
+        (["{tmp}/t.json"], "neither a list of objects nor COCO's"),
+        (["{tmp}/coco.json"], "KeyError 'file_name'"),
+        (["{tmp}/photos/1.txt"], "no tar file"),
+        (["{tmp}/uncaptioned"], "nothing could be packed: skipped 1 (1 empty caption)"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path / "photos" / "1.png", encoded(picture()))
+    write(tmp_path / "photos" / "1.txt", "noise")
+    write(tmp_path / "uncaptioned" / "1.png", encoded(picture()))
+    write(tmp_path / "t.csv", "image,text\nnot/there.png,a\n")
+    write(tmp_path / "urls.csv", "image,text\nhttps://example.org/a.png,a\n")
+    write(tmp_path / "words.csv", "picture,text\na.png,a\n")
+    write(tmp_path / "t.json", {"images": 3})
+    write(tmp_path / "coco.json", {"images": [{"id": 1}], "annotations": []})
+    (tmp_path / "empty").mkdir()
+    source, *options = (argument.format(tmp=tmp_path) for argument in arguments)
+    with pytest.raises(SystemExit) as leaving:
+        main(["pack", source, str(tmp_path / "out"), *options, "--workers", "1"])
+    assert leaving.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["pack", "--help"])
+    assert leaving.value.code == 0
+    assert "siglip-data pack photos data/photos" in capsys.readouterr().out
