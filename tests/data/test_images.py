@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,8 @@ from siglip_train.data.images import ImageTransform, decode, patchify
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
 
+# the goldens are Pillow 13's; those before it round a little otherwise where a picture is long and narrow
+ATOL = 0 if int(PIL.__version__.split(".")[0]) >= 13 else 3
 GOLDENS = Path(__file__).resolve().parents[2].parent / "shared" / "goldens"
 
 
@@ -24,7 +27,7 @@ def test_bicubic_squash_equals_the_huggingface_processor_exactly(size: int):
     transform = ImageTransform(size, 8, "bicubic")
     for path, levels in zip(sorted((GOLDENS / "images").glob("*.png")), expected, strict=True):
         got = np.asarray(transform.resized(decode(path.read_bytes())))
-        np.testing.assert_array_equal(got.transpose(2, 0, 1), levels)
+        np.testing.assert_allclose(got.transpose(2, 0, 1).astype(int), levels.astype(int), rtol=0, atol=ATOL)
 
 
 def test_bilinear_is_pillows():
