@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress(total: int, doing: str, did: str) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(samples)`, to be called as they are done; `doing` and `did` as in "drawing" and "drew"."""
+def progress(total: int, doing: str, did: str, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(units)`, to be called as they are done; `doing` and `did` as in "drawing" and "drew"."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -23,7 +23,7 @@ def progress(total: int, doing: str, did: str) -> Iterator[Callable[[int], None]
     def advance(count: int) -> None:
         nonlocal done
         if (done + count) * 4 // total > done * 4 // total:
-            print(f"{did} {done + count} of {total} samples", file=sys.stderr)
+            print(f"{did} {done + count} of {total} {unit}", file=sys.stderr)
         done += count
 
     yield advance

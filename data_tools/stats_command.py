@@ -1,0 +1,117 @@
+"""`siglip-data stats`: what is in shards, counted: sizes, captions, languages, duplicates, decode speed."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.arguments import add_workers, positive
+from data_tools.processes import run_all
+from data_tools.progress import progress
+from data_tools.stats.measure import Measures, ShardTask, measure_shard
+from data_tools.stats.page import page
+from data_tools.stats.summary import summarise
+from data_tools.stats.tally import Tally
+from data_tools.stats.terminal import print_tables
+from data_tools.whole_file import check_target, write_whole
+from siglip_train.data.locations import expand
+from siglip_train.data.samples import Field
+from siglip_train.data.tokenizer import TextRules, load_tokenizer
+from siglip_train.errors import UserError
+
+EXAMPLE = """example:
+  siglip-data stats 'data/web/{000..099}.tar' --tokenizer data/tokenizer.model --report stats.html --json stats.json
+"""
+FIELDS = (
+    ("--text", ["txt"], "fields that hold captions, as in data.sources"),
+    ("--language", ["json:language", "json:lang"], "fields with the language, where no mapping names it"),
+    ("--labels", ["json:objects.*.label", "json:boxes.*.label"], "fields with the labels of objects"),
+)
+# pictures of all shards together
+_DECODED = 512
+_SHOWN = 24
+
+
+def add_command(commands: Any) -> None:
+    """Add `stats` to the sub-parsers of `siglip-data`."""
+    parser = commands.add_parser(
+        "stats",
+        help="count what is in shards: sizes, captions, languages, duplicates, decode speed",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", metavar="SHARDS", help="as in data.sources.NAME.shards")
+    for name, fields, meaning in FIELDS:
+        meant = f"{meaning} ({' '.join(fields)})"
+        parser.add_argument(name, nargs="+", default=fields, metavar="FIELD", help=meant)
+    parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens; as tokenizer of a training")
+    parser.add_argument("--context-length", type=positive, default=64, metavar="TOKENS",
+                        help="captions above are counted, the end token included (%(default)s)")  # fmt: skip
+    parser.add_argument("--samples", type=_not_negative, default=0, metavar="N",
+                        help="read so many at most, spread evenly over the shards (0: all)")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="OUT.html", help="a page with charts and pictures")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="all numbers")
+    add_workers(parser)
+    parser.set_defaults(run=_run)
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    measures = Measures(
+        text=tuple(map(Field.parse, arguments.text)),
+        language=tuple(map(Field.parse, arguments.language)),
+        labels=tuple(map(Field.parse, arguments.labels)),
+        tokenizer=arguments.tokenizer,
+        context_length=arguments.context_length,
+    )
+    if measures.tokenizer is not None:
+        # a mistake there should show before any shard is read
+        load_tokenizer(measures.tokenizer, TextRules(pad="eos"), measures.context_length)
+    outputs = [path for path in (arguments.report, arguments.json) if path is not None]
+    for path in outputs:
+        check_target(path)
+    shown = _SHOWN if arguments.report else 0
+    tasks = plan(expand(arguments.shards), measures, samples=arguments.samples, shown=shown)
+    tally = measure(tasks, arguments.workers)
+    summary = summarise(tally, measures)
+    print_tables(summary)
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if arguments.report:
+        write_whole(arguments.report, page(arguments.shards, tally, summary))
+    for path in outputs:
+        print(f"wrote {path}")
+
+
+def plan(urls: list[str], measures: Measures, *, samples: int = 0, shown: int = 0) -> list[ShardTask]:
+    """A task for each shard that is to be read; samples 0 = all of them."""
+    shares: Sequence[int | None] = _shares(samples, len(urls)) if samples else [None] * len(urls)
+    used = [(url, share) for url, share in zip(urls, shares, strict=True) if share != 0]
+    parts = zip(used, _shares(_DECODED, len(used)), _shares(shown, len(used)), strict=True)
+    return [ShardTask(url, measures, share, decoded, pictures) for (url, share), decoded, pictures in parts]
+
+
+def _shares(whole: int, parts: int) -> list[int]:
+    """`whole` in `parts` integers that differ by one at most, the larger ones spread evenly."""
+    return [(place + 1) * whole // parts - place * whole // parts for place in range(parts)]
+
+
+def measure(tasks: list[ShardTask], workers: int) -> Tally:
+    """Count all shards. Raises UserError where none can be read."""
+    tally = Tally()
+    with progress(len(tasks), "measuring", "measured", "shards") as advance:
+        for part in run_all(measure_shard, tasks, workers):
+            tally.merge(part)
+            advance(1)
+    if not tally.samples:
+        reason = str(tally.bad.named[0]) if tally.bad.named else "no member forms a sample"
+        raise UserError(f"no sample to count: {reason}")
+    return tally
