@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from data_tools import make_tiny, tokenizer_command
+from data_tools import make_tiny, preview_command, tokenizer_command, verify_command
 from siglip_train.errors import exit_on_user_error
 
-VERBS = (make_tiny, tokenizer_command)
+VERBS = (make_tiny, preview_command, tokenizer_command, verify_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,31 @@
+"""Write a file so that it appears complete or not at all, and find out before the work whether it can be written."""
+
+import os
+from pathlib import Path
+
+from siglip_train.errors import UserError
+
+
+def check_target(path: Path | None) -> None:
+    """Make the folder of a file that is written later; None = no file wanted. Raises `UserError`."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write into {path.parent}; name another folder")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` under a temporary name beside `path`, then rename. Raises `UserError`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
