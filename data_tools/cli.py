@@ -3,10 +3,17 @@
 import argparse
 from collections.abc import Sequence
 
-from data_tools import make_tiny, pack_command, stats_command, tokenizer_command
+from data_tools import (
+    make_tiny,
+    pack_command,
+    preview_command,
+    stats_command,
+    tokenizer_command,
+    verify_command,
+)
 from siglip_train.errors import exit_on_user_error
 
-VERBS = (make_tiny, pack_command, stats_command, tokenizer_command)
+VERBS = (make_tiny, pack_command, verify_command, stats_command, preview_command, tokenizer_command)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,58 @@
+"""What the json member of a sample says: read for tools that look at more than the caption."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from siglip_train.data.faults import SampleError
+
+# `objects` is the shard format's own name; other sets say `boxes`
+_BOX_FIELDS = ("objects", "boxes")
+_LANGUAGE_FIELDS = ("language", "lang")
+
+
+class Box(NamedTuple):
+    """A labelled box as it stands in the json; `corners` should be x0, y0, x1, y1 in 0..1, but may be anything."""
+
+    place: str
+    label: str
+    corners: Any
+
+
+def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The json member, {} where there is none. Raises `SampleError` unless it is one object."""
+    if "json" not in members:
+        return {}
+    try:
+        facts = json.loads(members["json"])
+    except UnicodeDecodeError as error:
+        raise SampleError("not utf-8", f"json: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SampleError("broken json", str(error)) from error
+    if not isinstance(facts, dict):
+        raise SampleError("broken json", f"not an object but a {type(facts).__name__}")
+    return facts
+
+
+def boxes(facts: Mapping[str, Any]) -> Iterator[Box]:
+    """Every entry of `objects` and `boxes` that has a box, right or wrong."""
+    for name in _BOX_FIELDS:
+        entries = facts.get(name)
+        for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, dict) and "box" in entry:
+                yield Box(f"{name}[{number}]", str(entry.get("label", "")), entry["box"])
+
+
+def are_corners(corners: Any) -> bool:
+    """Is this x0 < x1 and y0 < y1, all four in 0..1?"""
+    if not isinstance(corners, list) or len(corners) != 4:
+        return False
+    if not all(isinstance(value, int | float) for value in corners):
+        return False
+    x0, y0, x1, y1 = corners
+    return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+
+
+def language(facts: Mapping[str, Any]) -> str:
+    """The language of `txt`, "" where it is not known."""
+    return next((str(facts[name]) for name in _LANGUAGE_FIELDS if facts.get(name)), "")

@@ -1,0 +1,1 @@
+"""A page of random samples, to look at before a run is paid for."""

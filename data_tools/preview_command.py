@@ -1,0 +1,55 @@
+"""`siglip-data preview`: a page of random samples with captions, boxes and masks, to look at."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_tools.arguments import positive
+from data_tools.preview.card import card
+from data_tools.preview.page import page
+from data_tools.preview.pick import pick
+from data_tools.whole_file import check_target, write_whole
+from siglip_train.data.locations import default_cache
+from siglip_train.data.pipeline import SourceConfig, extensions
+from siglip_train.data.samples import Field
+from siglip_train.errors import UserError
+
+EXAMPLE = """example:
+  siglip-data preview 'data/web/{000..099}.tar' samples.html --text txt json:captions.* --samples 96
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add `preview` to the sub-parsers of `siglip-data`."""
+    parser = commands.add_parser(
+        "preview",
+        help="write a page of random samples to look at",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", help="as in data.sources.NAME.shards")
+    parser.add_argument("page", type=Path, metavar="OUT.html", help="file to write, replaced if it is there")
+    parser.add_argument("--image", default=SourceConfig.image, help="as in data.sources (%(default)s)")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["txt"],
+        help="fields that hold captions, as in data.sources (txt)",
+    )
+    parser.add_argument("--samples", type=positive, default=48, help="at most (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
+    parser.add_argument("--cache-dir", type=Path, help="for downloads, as in data.cache_dir")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}, but must be 0 or more")
+    image = extensions(arguments.image)
+    text = [Field.parse(name) for name in arguments.text]
+    check_target(arguments.page)
+    cache = arguments.cache_dir.expanduser() if arguments.cache_dir else default_cache()
+    samples = pick(arguments.shards, arguments.samples, arguments.seed, cache)
+    write_whole(arguments.page, page(arguments.shards, [card(sample, image, text) for sample in samples]))
+    print(f"wrote {arguments.page}: {len(samples)} samples of {arguments.shards}")
