@@ -118,9 +118,9 @@ def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size:
     by_rank = run_ranks(world_size, train_and_resume, [0, 1, 2, 3])
     for stage, result in enumerate(by_rank[0]):
         measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
-        # measured: 2e-7 for the loss, 2e-6 for the norm
+        # measured: 2e-7 for the loss, 2e-6 for the norm; with torch 2.11 on three ranks 2e-5
         torch.testing.assert_close(
-            measured, expected, rtol=1e-5, atol=0, msg=lambda m, s=stage: f"stage {s}: {m}"
+            measured, expected, rtol=3e-5, atol=0, msg=lambda m, s=stage: f"stage {s}: {m}"
         )
         assert result["names"] == sorted(training_model().state_dict())
         assert len(result["moments"]) == 2 * len(list(training_model().parameters()))
