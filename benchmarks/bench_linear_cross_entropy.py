@@ -9,7 +9,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import cuda_memory_mb, finish, measure, peak_resident_memory, rows, run_child, timed
+from harness import (
+    cuda_memory_mb,
+    finish,
+    measure,
+    peak_resident_memory,
+    rows,
+    run_child,
+    shares_of_products,
+    timed,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -161,10 +170,7 @@ def main() -> None:
         notes += accuracy(dtype, device)
     table = [row for index in chosen for row in compare(index, device, arguments.rounds)]
     names = {row.contestant for row in table} - {"products"}
-    for case in dict.fromkeys(row.case for row in table):
-        times = {row.contestant: row.p50 for row in table if row.case == case}
-        shares = [f"{name} {times['products'] / time:.2f}" for name, time in times.items() if name in names]
-        notes.append(f"share of the products' speed at {case}: {', '.join(shares)}")
+    notes += shares_of_products(table)
     finish(table, dict.fromkeys(names - {"all logits"}, "all logits"), notes, save=arguments.save)
 
 

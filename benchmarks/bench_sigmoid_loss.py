@@ -9,7 +9,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import cuda_memory_mb, finish, measure, peak_resident_memory, rows, run_child, timed
+from harness import (
+    cuda_memory_mb,
+    finish,
+    measure,
+    peak_resident_memory,
+    rows,
+    run_child,
+    shares_of_products,
+    timed,
+)
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -158,7 +167,7 @@ def accuracy(width: int, dtype: str, device: torch.device) -> list[str]:
 def main() -> None:
     """Compare at the sizes that suit the device."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--cases", nargs="+", type=int, help="indices; default all")
     parser.add_argument("--save", action="store_true", help="keep rows and report in results/")
     parser.add_argument("--probe", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
@@ -181,10 +190,7 @@ def main() -> None:
         notes += accuracy(768, dtype, device)
     table = [row for index in chosen for row in compare(index, device, arguments.rounds)]
     names = {row.contestant for row in table} - {"products"}
-    for case in dict.fromkeys(row.case for row in table):
-        times = {row.contestant: row.p50 for row in table if row.case == case}
-        shares = [f"{name} {times['products'] / time:.2f}" for name, time in times.items() if name in names]
-        notes.append(f"share of the products' speed at {case}: {', '.join(shares)}")
+    notes += shares_of_products(table)
     finish(table, dict.fromkeys(names - {"open_clip"}, "open_clip"), notes, save=arguments.save)
 
 

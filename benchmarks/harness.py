@@ -232,6 +232,17 @@ def write_report(table: Sequence[Row], baselines: Mapping[str, str], notes: Sequ
     return path
 
 
+def shares_of_products(table: Sequence[Row]) -> list[str]:
+    """A note for each case: how near each contestant comes to the speed of the one called "products"."""
+    notes = []
+    for case in dict.fromkeys(row.case for row in table):
+        times = {row.contestant: row.p50 for row in table if row.case == case}
+        ceiling = times.pop("products")
+        shares = ", ".join(f"{name} {ceiling / time:.2f}" for name, time in times.items())
+        notes.append(f"share of the products' speed at {case}: {shares}")
+    return notes
+
+
 def finish(table: Sequence[Row], baselines: Mapping[str, str], notes: Sequence[str], *, save: bool) -> None:
     """Print the ratios; with `save`, keep the rows and the report."""
     print(ratio_table(table, baselines))

@@ -24,7 +24,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("interrupted; checkpoints written before are complete", file=sys.stderr)  # noqa: T201
+            print("interrupted; every file that was written is complete", file=sys.stderr)  # noqa: T201
             raise SystemExit(130) from None
 
     return guarded
