@@ -131,7 +131,7 @@ def run(values: dict[str, Any]) -> None:
         stop=stop,
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision)
+    _announce(config, world, model, precision, loader.outlook(config.total_samples))
     try:
         progress = loop.train(trainer, progress)
     finally:
@@ -287,7 +287,7 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 
-def _announce(config: Config, world: World, model: TrainingModel, precision: str) -> None:
+def _announce(config: Config, world: World, model: TrainingModel, precision: str, data: list[str]) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     log.info(
         "%.1f M parameters, %d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s",
@@ -300,6 +300,8 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
         config.engine.zero_stage,
         precision,
     )
+    for line in data:
+        log.info(line)
     if "sigmoid" in config.objectives:
         log.info(
             "a sigmoid loss near %.2f is to be expected at the start",

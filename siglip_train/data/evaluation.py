@@ -3,6 +3,7 @@
 It is the one place that fills batches up.
 """
 
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -23,6 +24,7 @@ from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
+from siglip_train.data.watchdog import watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.errors import UserError
 
@@ -84,10 +86,12 @@ class _Batches(Dataset):
         self.text = Field.parse(source.text) if source.text is not None else None
         self.label = Field.parse(source.label) if source.label is not None else None
 
+    def places(self, number: int) -> range:
+        return self.share[number * self.batch_size : (number + 1) * self.batch_size]
+
     def __getitem__(self, number: int) -> tuple[EvaluationBatch, list[BadSample]]:
         bad: list[BadSample] = []
-        places = self.share[number * self.batch_size : (number + 1) * self.batch_size]
-        rows = [self._row(place, bad) for place in places]
+        rows = [self._row(place, bad) for place in self.places(number)]
         rows += [self._filler] * (self.batch_size - len(rows))
         batch = EvaluationBatch(
             self.transform.batch([row.patches for row in rows]),
@@ -158,20 +162,27 @@ class EvaluationLoader:
         return math.ceil(self._rows / self._batches.batch_size)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        numbers = range(len(self))
-        loader = DataLoader(
+        stream = watched(self._from, 0, len(self), lost=self._lost)
+        with contextlib.closing(stream):
+            for batch, bad in stream:
+                self.counts["seen"] += int((batch.index >= 0).sum()) + len(bad)
+                for each in bad:
+                    self.counts[f"bad/{each.cause}"] += 1
+                    self._log(each)
+                yield batch
+
+    def _from(self, first: int) -> DataLoader:
+        return DataLoader(
             self._batches,
             batch_size=None,
             collate_fn=unchanged,
-            sampler=numbers,
-            **worker_options(min(self._workers, len(self))),
+            sampler=range(first, len(self)),
+            **worker_options(min(self._workers, len(self) - first)),
         )
-        for batch, bad in loader:
-            self.counts["seen"] += int((batch.index >= 0).sum()) + len(bad)
-            for each in bad:
-                self.counts[f"bad/{each.cause}"] += 1
-                self._log(each)
-            yield batch
+
+    def _lost(self, number: int) -> str:
+        places = self._batches.places(number)
+        return f"samples {places.start} to {places.stop - 1} of an evaluation set"
 
     def report_excluded(self, excluded: list[BadSample]) -> None:
         """Count and log samples left out before reading, because a member is missing or cut off."""

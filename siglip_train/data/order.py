@@ -7,8 +7,6 @@ resuming, and resuming on another number of ranks, is arithmetic.
 import bisect
 import functools
 import math
-from collections.abc import Sequence
-from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +19,7 @@ ORDERS = ("shuffled", "sequential", "resampled")
 Ints = NDArray[np.int64]
 
 # one stream of random numbers per purpose
-_SHARDS, _WINDOW, _LABELS = range(3)
+_SHARDS, _WINDOW, LABELS = range(3)
 # layouts and permutations kept per source: the windows a batch and its neighbours touch
 _CACHED = 8
 
@@ -134,63 +132,3 @@ class SourceOrder:
             samples[mine] = rng.permutation(int(self.counts[shard]))[turn[mine]]
         mixed = rng.permutation(self.window)
         return shards[mixed], samples[mixed]
-
-
-class Mixture:
-    """Positions of the run to slots of several sources, in proportion to their weights.
-
-    Per block of global batches every source gets its quota (largest remainder of the *cumulative* quota, so its
-    count at the end of a block is always within one of weight x samples), in an order shuffled within the block.
-    A block is one global batch, unless some source gets less than one sample of it.
-    """
-
-    def __init__(self, weights: Sequence[float], global_batch_size: int, seed: int) -> None:
-        if min(weights) <= 0 or not all(map(math.isfinite, weights)):
-            raise UserError(f"source weights are {list(weights)}, but must be finite and above 0")
-        # as written (0.1 is a tenth), so that quotas are exact integers however long the run is
-        shares = [Fraction(str(weight)) for weight in weights]
-        common = math.lcm(*(share.denominator for share in shares))
-        self._parts = [int(share * common) for share in shares]
-        self._total = sum(self._parts)
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        # below one sample a block, the largest remainder could take back what it gave
-        batches = max(math.ceil(Fraction(self._total, part * global_batch_size)) for part in self._parts)
-        self.block_size = batches * global_batch_size
-        self._block = functools.lru_cache(4)(self._make_block)
-
-    def __reduce__(self) -> tuple:
-        return _mixture_from_parts, (self._parts, self.global_batch_size, self.seed)
-
-    def quotas(self, samples: int) -> list[int]:
-        """How many of the first `samples` positions belong to each source, at the end of a block."""
-        floors = [samples * part // self._total for part in self._parts]
-        remainders = [samples * part % self._total for part in self._parts]
-        by_remainder = sorted(range(len(floors)), key=lambda source: -remainders[source])
-        for source in by_remainder[: samples - sum(floors)]:
-            floors[source] += 1
-        return floors
-
-    def slots(self, start: int, stop: int) -> tuple[Ints, Ints]:
-        """Source and source slot of the positions start..stop-1, which lie in one block."""
-        block, offset = divmod(start, self.block_size)
-        sources, slots = self._block(block)
-        window = slice(offset, offset + stop - start)
-        return sources[window], slots[window]
-
-    def _make_block(self, block: int) -> tuple[Ints, Ints]:
-        begin = block * self.block_size
-        before, after = self.quotas(begin), self.quotas(begin + self.block_size)
-        if len(before) == 1:
-            return np.zeros(self.block_size, dtype=np.int64), np.arange(begin, begin + self.block_size)
-        sources = np.repeat(np.arange(len(before)), np.subtract(after, before))
-        generator(self.seed, _LABELS, block).shuffle(sources)
-        slots = np.empty(self.block_size, dtype=np.int64)
-        for source, first in enumerate(before):
-            mine = sources == source
-            slots[mine] = np.arange(first, first + int(mine.sum()))
-        return sources, slots
-
-
-def _mixture_from_parts(parts: list[int], global_batch_size: int, seed: int) -> Mixture:
-    return Mixture(parts, global_batch_size, seed)

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import ImageTransform, decode
-from siglip_train.data.order import Mixture, SourceOrder, sample_generator
+from siglip_train.data.mixture import Mixture
+from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.shards import RawSample, ShardReader, ShardSet, short_name
 from siglip_train.data.tokenizer import Tokenizer
@@ -21,6 +23,8 @@ from siglip_train.errors import UserError
 _PIECE = 256
 # substitutes tried for one bad sample
 _ATTEMPTS = 8
+# pieces that may be on their way at once, of all workers together
+_TRACKED = 1024
 
 
 class Share(NamedTuple):
@@ -103,20 +107,39 @@ class Pieces(Dataset):
         self.sources, self.mixture, self.share = sources, mixture, share
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
         self.per_batch = -(-share.size // _PIECE)
+        # which position each piece has come to; the main process looks here when a worker is stuck
+        self._reached = torch.full((_TRACKED,), -1).share_memory_()
 
-    def __getitem__(self, number: int) -> Piece:
+    def _bounds(self, number: int) -> tuple[int, int]:
         batch, piece = divmod(number, self.per_batch)
         start = batch * self.share.global_batch_size + self.share.rank * self.share.size
         begin, end = (start + self.share.size * part // self.per_batch for part in (piece, piece + 1))
+        return begin, end
+
+    def where(self, number: int) -> str:
+        """What a worker that did not finish this piece was at, for messages."""
+        begin, end = self._bounds(number)
+        position = int(self._reached[number % _TRACKED])
+        if not begin <= position < end:
+            return f"samples {begin} to {end - 1} of the run"
+        sources, slots = self.mixture.slots(position, position + 1)
+        source = self.sources[int(sources[0])]
+        shard, sample = source.order.locate(int(slots[0]))
+        name = f"{short_name(source.shards.urls[shard])}/{source.reader.key(shard, sample)}"
+        return f"sample {position} of the run, {name} of source {source.name}"
+
+    def __getitem__(self, number: int) -> Piece:
+        begin, end = self._bounds(number)
+        reached = self._reached.numpy()
         report = Report()
         sources, slots = self.mixture.slots(begin, end)
         try:
-            rows = [
-                self._row(position, self.sources[source], slot, report)
-                for position, source, slot in zip(
-                    range(begin, end), sources.tolist(), slots.tolist(), strict=True
-                )
-            ]
+            rows = []
+            for position, source, slot in zip(
+                range(begin, end), sources.tolist(), slots.tolist(), strict=True
+            ):
+                reached[number % _TRACKED] = position
+                rows.append(self._row(position, self.sources[source], slot, report))
         except UserError as error:
             report.failure = str(error)
             return Piece(None, report)

@@ -1,5 +1,6 @@
 """The training loader: an endless, resumable stream of `Batch`, this rank's share of every global batch."""
 
+import contextlib
 import itertools
 import logging
 import zlib
@@ -14,12 +15,15 @@ from torch.utils.data import DataLoader
 from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
-from siglip_train.data.order import Mixture, Order, SourceOrder
+from siglip_train.data.mixture import Mixture, StageConfig, stages_of
+from siglip_train.data.order import Order, SourceOrder
+from siglip_train.data.passes import outlook, passes
 from siglip_train.data.pieces import Piece, Pieces, Share, Source
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
 from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
 from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.data.watchdog import STALL_SECONDS, watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.distributed.collectives import sum_over_ranks
 from siglip_train.errors import UserError
@@ -32,9 +36,10 @@ class SourceConfig:
     """One set of shards.
 
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
-    weight: share of the mixture, relative to the other sources. image: member extensions in order of preference.
-    text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them), or a mapping of such to
-    probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`). select: which samples, by key.
+    weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
+    extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
+    or a mapping of such to probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`).
+    select: which samples, by key.
     """
 
     shards: Any
@@ -49,13 +54,17 @@ class SourceConfig:
 class DataConfig:
     """What to train on and how to read it.
 
+    stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
+    resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
     shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
-    prefetch: pieces of up to 256 samples that each worker holds ready.
+    prefetch: pieces of up to 256 samples that each worker holds ready. stall_seconds: workers that give nothing for so
+    long, or die, are replaced; not watched with workers=0, where this process itself reads.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    stages: list[StageConfig] = field(default_factory=list)
     workers: int = 2
     shuffle_window: int = 16384
     order: Order = "shuffled"
@@ -66,18 +75,22 @@ class DataConfig:
     max_image_pixels: int = MAX_PIXELS
     cache_dir: str | None = None
     prefetch: int = 4
+    stall_seconds: float = STALL_SECONDS
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.workers < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
             raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
+        if not self.stall_seconds > 0:
+            raise ValueError(f"stall_seconds must be above 0, got {self.stall_seconds}")
 
 
 class Loader:
     """An endless iterator over this rank's `Batch`es.
 
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
-    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards
+    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`, `workers_replaced` (all of them, so many times).
+    unusable: `excluded/<cause>` for what the shards
     hold but cannot be used, `repeated_keys`; the same on all ranks. fingerprint: changes with the samples or their
     order.
     """
@@ -95,8 +108,14 @@ class Loader:
         self.unusable = self._found_unusable()
 
     def total_counts(self) -> dict[str, float]:
-        """Counts over all ranks.  # all ranks"""
-        return {**sum_over_ranks(self.counts), **self.unusable}
+        """Counts over all ranks, and `passes/<source>` so far, from the position alone.  # all ranks"""
+        done = passes(self._pieces.sources, self._pieces.mixture, self.samples_seen)
+        through = {f"passes/{name}": number for name, number in done.items()}
+        return {**sum_over_ranks(self.counts), **self.unusable, **through}
+
+    def outlook(self, total_samples: int) -> list[str]:
+        """What a run of so many samples takes of its sources, in lines for the log."""
+        return outlook(self._pieces.sources, self._pieces.mixture, total_samples)
 
     def state(self) -> dict[str, Any]:
         """What `build_loader` needs to go on after the last batch handed out.  # all ranks"""
@@ -154,13 +173,19 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         per_batch = self._pieces.per_batch
         first = self.samples_seen // self._pieces.share.global_batch_size * per_batch
-        stream = iter(
-            _data_loader(self._pieces, itertools.count(first), self.config, pin_memory=self._pin_memory)
-        )
-        while True:
-            parts = [self._checked(next(stream)) for _ in range(per_batch)]
-            self.samples_seen += self._pieces.share.global_batch_size
-            yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+        stream = watched(self._from, first, lost=self._lost, stall_seconds=self.config.stall_seconds)
+        with contextlib.closing(stream):
+            while True:
+                parts = [self._checked(next(stream)) for _ in range(per_batch)]
+                self.samples_seen += self._pieces.share.global_batch_size
+                yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+
+    def _from(self, piece: int) -> DataLoader:
+        return _data_loader(self._pieces, itertools.count(piece), self.config, pin_memory=self._pin_memory)
+
+    def _lost(self, piece: int) -> str:
+        self.counts["workers_replaced"] += 1
+        return self._pieces.where(piece)
 
     def _checked(self, piece: Piece) -> Batch:
         batch, report = piece.batch, piece.report
@@ -209,7 +234,8 @@ def _fingerprint(pieces: Pieces, config: DataConfig) -> str:
         for source in pieces.sources
     ]
     choices = [(source.weight, source.select) for source in config.sources.values()]
-    content = (parts, choices, pieces.mixture.seed, config.order, config.shuffle_window)
+    later = pieces.mixture.stages[1:]
+    content = (parts, choices, pieces.mixture.seed, config.order, config.shuffle_window, *later)
     return f"{zlib.crc32(repr(content).encode()):08x}"
 
 
@@ -233,6 +259,8 @@ def build_loader(
     if not config.sources:
         raise UserError("data.sources is empty; give data.sources.NAME.shards=...")
     names, sources = list(config.sources), list(config.sources.values())
+    stages = stages_of({name: source.weight for name, source in config.sources.items()}, config.stages)
+    mixture = Mixture(stages, share.global_batch_size, seed)
     choices = [CaptionChoice(source.text) for source in sources]
     languages = [_language(source) for source in sources]
     wanted = [
@@ -242,7 +270,6 @@ def build_loader(
         for source, choice, language in zip(sources, choices, languages, strict=True)
     ]
     shard_sets = survey([source.shards for source in sources], wanted, config.cache_dir, progress)
-    mixture = Mixture([source.weight for source in sources], share.global_batch_size, seed)
     _check_sizes(names, shard_sets, mixture)
     ready = [
         Source(
@@ -278,14 +305,13 @@ def _language(source: SourceConfig) -> Field | None:
 
 
 def _check_sizes(names: list[str], shard_sets: list[ShardSet], mixture: Mixture) -> None:
-    per_batch = mixture.quotas(mixture.block_size)
-    for name, shards, quota in zip(names, shard_sets, per_batch, strict=True):
+    for name, shards, quota in zip(names, shard_sets, mixture.per_batch(), strict=True):
         if len(shards) == 0:
             raise UserError(
                 f"source {name}: none of its {len(shards.urls)} shards holds a sample with image and text"
                 f" ({causes(shards.excluded) or 'they are empty'}); first shard: {shards.urls[0]}"
             )
-        if len(shards) < min(quota, mixture.global_batch_size):
+        if len(shards) < quota:
             raise UserError(
                 f"source {name} has {len(shards)} complete samples, fewer than the {quota} of one global batch;"
                 " lower global_batch_size or its weight, or add shards"

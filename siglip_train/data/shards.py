@@ -233,6 +233,11 @@ class ShardReader:
             short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
         )
 
+    def key(self, shard: int, sample: int) -> str:
+        """The key of a complete sample."""
+        index, samples = self._open(shard)
+        return index.key(int(samples[sample]))
+
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):

@@ -99,8 +99,13 @@ def _charts(title: str, charts: str) -> str:
 
 def _data(rows: list[Row]) -> str:
     names = sorted({name for row in rows for name in row if name.startswith("data/")})
-    counts = [(name.removeprefix("data/"), int(latest(rows, name))) for name in names]
+    counts = [(name.removeprefix("data/"), _whole(latest(rows, name))) for name in names]
     return f"<section><h2>Data</h2>{table(('samples', 'number'), counts)}</section>" if counts else ""
+
+
+def _whole(value: float) -> float:
+    # counts are logged as floats, like everything; passes through a source are no whole numbers
+    return int(value) if value == int(value) else value
 
 
 def _file(title: str, path: Path) -> str:

@@ -156,7 +156,7 @@ def test_counts_survive_a_resume_and_what_is_excluded_is_not_counted_twice(build
     path = str(write_tar(tmp_path / "a.tar", members))
     loader = build(path)
     next(iter(loader))
-    expected = {"seen": 6, "source/all": 6, "excluded/no text": 1}
+    expected = {"seen": 6, "source/all": 6, "excluded/no text": 1, "passes/all": 0.75}
     assert loader.total_counts() == expected
     assert build(path, state=loader.state()).total_counts() == expected
 

@@ -1,0 +1,152 @@
+"""Items of a DataLoader whose workers may die or hang: they are replaced, and go on with the item that is due.
+
+Possible because an item is a pure function of its number.
+"""
+
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+# seconds without anything new after which workers count as stuck, where the user does not say
+STALL_SECONDS = 300.0
+# in a row, without an item in between
+_REPLACEMENTS = 3
+# how often to look whether the workers are still there
+_POLL_SECONDS = 0.5
+# for a worker to finish the item it is at, when all are told to leave
+_LEAVE_SECONDS = 10.0
+
+
+class WorkersLostError(Exception):
+    """The workers will give nothing more; the message says why."""
+
+
+class _Crew:
+    """The workers of one iterator over a DataLoader, and the thread that takes what they make.
+
+    A thread, because to take an item is to ask its worker for the memory it lies in: for ever, where that one is stuck.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        before = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_take, args=(iterator, self._asked, self._given), name="data", daemon=True
+        )
+        self._thread.start()
+
+    def next(self, stall_seconds: float) -> Any:
+        """The next item. Raises `WorkersLostError`, or whatever making it raised in a worker."""
+        self._asked.put("next")
+        deadline = time.monotonic() + stall_seconds
+        while True:
+            try:
+                item, error = self._given.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                self._check(patience=0)
+                if time.monotonic() > deadline:
+                    raise WorkersLostError(f"nothing came for {stall_seconds:g} seconds") from None
+                continue
+            if error is not None:
+                # of a dead worker the connection may be gone a moment earlier than the news
+                self._check(patience=_POLL_SECONDS)
+                raise error
+            return item
+
+    def _check(self, *, patience: float) -> None:
+        if not wait([process.sentinel for process in self._processes], timeout=patience):
+            return
+        ends = [_end(process) for process in self._processes if not process.is_alive()]
+        raise WorkersLostError(", ".join(ends))
+
+    def dismiss(self) -> None:
+        """Let the workers finish and leave; those that do not are killed."""
+        self._asked.put("leave")
+        if self._processes:
+            self._thread.join(_LEAVE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all workers now, whatever they are doing: one may be deep in a decoder, and deaf to signals."""
+        self._asked.put("leave")
+        for process in self._processes:
+            process.kill()
+        self._processes = []
+
+
+def _take(iterator: Iterator[Any], asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:
+    # this thread holds the last reference to the iterator, so that its clean-up happens here and delays no one
+    while asked.get() == "next":
+        try:
+            given.put((next(iterator), None))
+        except Exception as error:
+            given.put((None, error))
+            return
+
+
+def _end(process: Any) -> str:
+    code = process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"left with status {code}"
+    return f"worker {process.pid} {how}"
+
+
+def watched(
+    make: Callable[[int], DataLoader],
+    first: int = 0,
+    stop: int | None = None,
+    *,
+    lost: Callable[[int], str],
+    stall_seconds: float = STALL_SECONDS,
+) -> Generator[Any, None, None]:
+    """Items first..stop-1 (None: without end), each given by the DataLoader that `make(number)` begins with it.
+
+    Workers that die, or give nothing for `stall_seconds`, are replaced: all of them, as their queues may be damaged.
+    lost: called at each loss with the number of the item that is due; says what it is. Raises `UserError` where the
+    third replacement does not get through an item either. Without workers nothing is watched.
+    """
+    loader = make(first)
+    if loader.num_workers == 0:
+        yield from loader
+        return
+    crew = _Crew(loader)
+    losses = 0
+    try:
+        number = first
+        while number != stop:
+            try:
+                item = crew.next(stall_seconds)
+            except WorkersLostError as error:
+                crew.kill()
+                losses += 1
+                _report(losses, lost(number), str(error))
+                crew = _Crew(make(number))
+                continue
+            losses = 0
+            number += 1
+            yield item
+    finally:
+        crew.dismiss()
+
+
+def _report(losses: int, where: str, why: str) -> None:
+    if losses > _REPLACEMENTS:
+        raise UserError(
+            f"the loader's workers were replaced {_REPLACEMENTS} times and do not get through {where} ({why});"
+            " leave it out, or give workers more memory or, in training, more time by data.stall_seconds"
+        )
+    _LOG.warning("the loader's workers are replaced, the next begin with %s: %s", where, why)

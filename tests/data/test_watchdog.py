@@ -1,0 +1,146 @@
+"""Workers that are killed, stopped or stuck are replaced; the batches are those of a run where nothing happened."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.pieces import Share
+from siglip_train.data.pipeline import DataConfig, Loader, SourceConfig, build_loader
+from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.errors import UserError
+from tests.data.conftest import encoded, picture
+from tests.data.shard_files import sample, write_tar
+from tests.data.trap import ODD, Trap
+
+# long enough for a worker to start on a busy machine
+STALL = 5.0
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Forty samples; number 21 is of odd size."""
+    rows = [sample(f"{i:02d}", i) for i in range(40)]
+    rows[21] = sample("21", png=encoded(picture(21, ODD)))
+    for shard in range(2):
+        members = [member for row in rows[20 * shard : 20 * shard + 20] for member in row]
+        write_tar(tmp_path / "in" / f"{shard}.tar", members)
+    return str(tmp_path / "in" / "*.tar")
+
+
+class Build:
+    """Builds loaders in file order, four samples a batch."""
+
+    def __init__(self, shards: str, tokenizer: Tokenizer, cache: str) -> None:
+        self.shards, self.tokenizer, self.cache = shards, tokenizer, cache
+
+    def __call__(self, transform: ImageTransform | None = None, **options: Any) -> Loader:
+        sources = {"all": SourceConfig(self.shards)}
+        config = DataConfig(
+            sources,
+            **{"order": "sequential", "workers": 2, "prefetch": 2, "stall_seconds": STALL, **options},
+            cache_dir=self.cache,
+        )
+        return build_loader(
+            config,
+            tokenizer=self.tokenizer,
+            transform=transform or ImageTransform(16, 8),
+            share=Share(4),
+            seed=0,
+        )
+
+
+@pytest.fixture
+def build(shards: str, tokenizer: Tokenizer, cache: str) -> Build:
+    """A maker of loaders."""
+    return Build(shards, tokenizer, cache)
+
+
+def _keys(iterator: Iterator[Any], batches: int) -> list[str]:
+    return [key for _ in range(batches) for key in next(iterator).keys]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_killed_and_stopped_workers_are_replaced_and_nothing_is_lost(
+    build: Build, number: signal.Signals, caplog: pytest.LogCaptureFixture
+):
+    expected = _keys(iter(build(workers=0)), 12)
+    loader = build()
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    got = _keys(iterator, 3)
+    victim, other = sorted(set(multiprocessing.active_children()) - before, key=lambda child: child.pid)
+    os.kill(victim.pid, number)
+    assert got + _keys(iterator, 9) == expected
+    assert loader.counts["workers_replaced"] == 1
+    assert loader.counts["seen"] == 48
+    (message,) = [r.getMessage() for r in caplog.records if "workers are replaced" in r.getMessage()]
+    told = f"worker {victim.pid} was killed by SIGKILL" if number == signal.SIGKILL else "nothing came for 5"
+    assert told in message
+    for process in (victim, other):
+        process.join(20)
+        assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_worker_stuck_in_a_sample_is_replaced_once(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    trap = Trap(16, 8)
+    trap.caught = tmp_path / "caught"
+    loader = build(trap)
+    assert _keys(iter(loader), 10) == _keys(iter(build(workers=0)), 10)
+    assert trap.caught.exists()
+    assert loader.counts["workers_replaced"] == 1
+    assert "sample 21 of the run, 1.tar/21 of source all" in caplog.text
+
+
+def test_a_sample_that_no_worker_gets_through_is_named_and_ends_the_run(build: Build):
+    loader = build(Trap(16, 8), workers=1, stall_seconds=2.5)
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    assert len(_keys(iterator, 5)) == 20
+    message = r"replaced 3 times .* through sample 21 of the run, 1\.tar/21 .*nothing came for 2\.5 seconds"
+    with pytest.raises(UserError, match=message):
+        next(iterator)
+    assert loader.samples_seen == 20
+    deadline = time.monotonic() + 20
+    while set(multiprocessing.active_children()) - before:
+        assert time.monotonic() < deadline, "workers that are given up are still there"
+        time.sleep(0.05)
+
+
+def test_an_error_inside_a_worker_is_an_error_and_no_loss(build: Build, caplog: pytest.LogCaptureFixture):
+    loader = build(workers=1)
+    loader._pieces.tokenizer = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="not callable"):
+        next(iter(loader))
+    assert "replaced" not in caplog.text
+    assert loader.counts["workers_replaced"] == 0
+
+
+def test_evaluation_goes_on_after_a_worker_was_killed(shards: str):
+    def run(*, kill: bool) -> list[str]:
+        loader = build_evaluation_loader(
+            EvaluationSource(shards), ImageTransform(16, 8), batch_size=3, workers=2
+        )
+        before, keys = set(multiprocessing.active_children()), []
+        for number, batch in enumerate(loader):
+            keys += batch.keys
+            if kill and number == 2:
+                os.kill((set(multiprocessing.active_children()) - before).pop().pid, signal.SIGKILL)
+        assert loader.counts["seen"] == 40
+        return keys
+
+    assert run(kill=True) == run(kill=False)
+
+
+def test_stall_seconds_must_be_above_0():
+    with pytest.raises(ValueError, match="stall_seconds"):
+        DataConfig(stall_seconds=0)
