@@ -94,7 +94,7 @@ def run(values: dict[str, Any]) -> None:
     encoder = Encoder(
         model=model.model,
         tokenizer=tokenizer,
-        transform=transform.without_augmentation(),
+        transform=transform,
         world=world,
         precision=precision,
         batch_size=config.evaluation.batch_size,
@@ -160,6 +160,7 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
         config.data.resize,
         flip=config.data.flip,
         min_crop_area=config.data.min_crop_area,
+        reduced_jpeg=config.data.reduced_jpeg,
     )
     return tokenizer, transform
 

@@ -223,7 +223,7 @@ def build_evaluation_loader(
     samples = min(len(shards), source.max_samples or len(shards))
     rows = math.ceil(samples / world_size)
     share = range(rank * rows, min((rank + 1) * rows, samples))
-    batches = _Batches(ShardReader(shards), source, transform.without_augmentation(), share, batch_size)
+    batches = _Batches(ShardReader(shards), source, transform, share, batch_size)
     loader = EvaluationLoader(batches, samples, rows, workers)
     if rank == 0:
         loader.report_excluded(shards.excluded)

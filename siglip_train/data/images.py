@@ -1,14 +1,17 @@
 """From the bytes of a picture to uint8 patches: decode, squash-resize, optional crop and mirror, patchify."""
 
+import contextlib
 import io
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import default_collate
 
 from siglip_train.batch import Images
 from siglip_train.data.faults import SampleError
@@ -20,12 +23,65 @@ except ImportError:
     # optional: the same libjpeg-turbo as Pillow's, with less work around it
     simplejpeg = None
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 # Pillow refuses larger pictures by itself, before it allocates them
 MAX_PIXELS = 178_956_970
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
+# what is left to the antialiased resize after a reduced decode, so that its filter still decides the result
+_LEAST_REDUCTION = 2
 # first bytes of the common formats: otherwise Pillow tries half a dozen plugins on every picture
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP"))
+
+
+class Encoded:
+    """A picture whose `size` (width, height) is known and whose pixels are decoded, once, when they are asked for.
+
+    Raises `SampleError` for what cannot be decoded completely and for more than `max_pixels` pixels.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        if not data:
+            raise SampleError("empty image", "0 bytes")
+        self._data = data
+        self._by_pillow: Image.Image | None = None
+        self.size = _turbo_size(data) or self._opened().size
+        width, height = self.size
+        if width * height > max_pixels:
+            raise SampleError("image too large", f"{width} x {height} pixels, limit {max_pixels}")
+
+    def image(self) -> Image.Image:
+        """The picture in RGB."""
+        decoded = self._decoded(1)
+        return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
+
+    def pixels(self, divisor: Literal[1, 2, 4, 8] = 1) -> NDArray:
+        """uint8 `[H, W, 3]`; a JPEG with its sides divided and rounded up, other formats as they are.
+
+        A JPEG is stored in blocks of frequencies, and the low ones alone give the smaller picture: less work, and
+        the same pixels from both decoders.
+        """
+        decoded = self._decoded(divisor)
+        return np.array(decoded) if isinstance(decoded, Image.Image) else decoded
+
+    def _decoded(self, divisor: int) -> Image.Image | NDArray:
+        width, height = self.size
+        if self._by_pillow is None:
+            # a ValueError also means odd but readable files, which are Pillow's to judge
+            with contextlib.suppress(ValueError):
+                least = {"min_width": -(-width // divisor), "min_height": -(-height // divisor)}
+                return simplejpeg.decode_jpeg(self._data, **least)
+        image = self._opened()
+        with _broken_image():
+            image.draft("RGB", (width // divisor, height // divisor))
+            image.load()
+            return to_rgb(image)
+
+    def _opened(self) -> Image.Image:
+        if self._by_pillow is None:
+            with _broken_image():
+                self._by_pillow = Image.open(io.BytesIO(self._data), formats=_formats(self._data))
+        return self._by_pillow
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -33,45 +89,34 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Transparent pixels are put over white; 16-bit grey keeps its upper 8 bits; CMYK, palettes and 1-bit follow
     Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
-    Raises `SampleError` for what cannot be decoded completely and for more than `max_pixels` pixels.
+    Raises `SampleError` as `Encoded` does.
     """
-    if not data:
-        raise SampleError("empty image", "0 bytes")
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            return _decode_jpeg(data, max_pixels)
-        except ValueError as error:
-            # also odd but readable files, which are Pillow's to judge
-            if isinstance(error, SampleError):
-                raise
+    return Encoded(data, max_pixels).image()
+
+
+def _turbo_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of what simplejpeg can decode, None for the rest, which is Pillow's."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8"):
+        return None
     try:
-        with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
-            _check_pixels(*image.size, max_pixels)
-            image.load()
-            return to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise SampleError("image too large", str(error)) from error
-    except SampleError:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        raise SampleError("broken image", f"{type(error).__name__}: {error}") from error
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return None if colorspace in ("CMYK", "YCCK") else (width, height)
 
 
 def _formats(data: bytes) -> list[str] | None:
     return next(([name] for magic, name in _MAGIC if data.startswith(magic)), None)
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise SampleError("image too large", f"{width} x {height} pixels, limit {max_pixels}")
-
-
-def _decode_jpeg(data: bytes, max_pixels: int) -> Image.Image:
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height, max_pixels)
-    if colorspace in ("CMYK", "YCCK"):
-        raise ValueError("CMYK is Pillow's")
-    return Image.fromarray(simplejpeg.decode_jpeg(data))
+@contextlib.contextmanager
+def _broken_image() -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise SampleError("image too large", str(error)) from error
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+        raise SampleError("broken image", f"{type(error).__name__}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,7 +157,8 @@ class ImageTransform:
     """A picture of any size to the patches of an `image_size` square: squashed, not cropped, as in SigLIP.
 
     flip: mirror every second picture. min_crop_area: below 1, a random crop of at least this share of the
-    area, of aspect 3/4 to 4/3, is resized instead. Both only happen where a generator is handed in.
+    area, of aspect 3/4 to 4/3, is resized instead. reduced_jpeg: decode a large JPEG at 1/2, 1/4 or 1/8 where both
+    sides (of the crop) stay twice as long as needed. These are for training; a call is exact.
     """
 
     image_size: int
@@ -120,6 +166,7 @@ class ImageTransform:
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     flip: bool = False
     min_crop_area: float = 1.0
+    reduced_jpeg: bool = True
 
     def __post_init__(self) -> None:
         if self.resize not in _FILTERS:
@@ -137,39 +184,66 @@ class ImageTransform:
         side = self.image_size // self.patch_size
         return patch_grid(side, side)
 
-    def without_augmentation(self) -> "ImageTransform":
-        """The same resize without crop and mirror, for evaluation."""
-        return replace(self, flip=False, min_crop_area=1.0)
+    def __call__(self, image: Image.Image) -> NDArray:
+        """RGB picture to uint8 `[L, P]`, without augmentation, to the last bit as Pillow resizes it."""
+        return patchify(np.asarray(self.resized(image)), self.patch_size)
 
-    def resized(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
+    def resized(self, image: Image.Image) -> Image.Image:
         """The `image_size` square, antialiased by Pillow."""
-        box = None
-        if rng is not None and self.min_crop_area < 1:
-            box = _random_box(image.size, self.min_crop_area, rng)
-        square = image.resize((self.image_size, self.image_size), _FILTERS[self.resize], box=box)
-        if rng is not None and self.flip and rng.random() < 0.5:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return square
+        return image.resize((self.image_size, self.image_size), _FILTERS[self.resize])
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> NDArray:
-        """RGB picture to uint8 `[L, P]`; `rng` draws the augmentation, None = none."""
-        return patchify(np.asarray(self.resized(image, rng)), self.patch_size)
+    def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> NDArray:
+        """Encoded picture to uint8 `[L, P]` as fast as can be, `rng` drawing crop and mirror.
+
+        Without them, and at full size, every level is within one of what a call gives, or a few at hard edges where
+        the filter is bicubic and Pillow shrinks the columns first. Raises `SampleError`.
+        """
+        picture = Encoded(data, max_pixels)
+        box = (0, 0, *picture.size)
+        if self.min_crop_area < 1:
+            box = _random_box(picture.size, self.min_crop_area, rng) or box
+        pixels = picture.pixels(self._divisor(box) if self.reduced_jpeg else 1)
+        pixels = resize_pixels(_cut(pixels, box, picture.size), self.image_size, self.image_size, self.resize)
+        if self.flip and rng.random() < 0.5:
+            # torch mirrors pixels as vectors, numpy one by one
+            pixels = torch.from_numpy(pixels).flip(1).numpy()
+        return patchify(pixels, self.patch_size)
+
+    def _divisor(self, box: Box) -> Literal[1, 2, 4, 8]:
+        left, top, right, bottom = box
+        spare = min(right - left, bottom - top) // (_LEAST_REDUCTION * self.image_size)
+        return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
     def batch(self, patches: list[NDArray]) -> Images:
         """Stack B results of this transform."""
         grid = self.grid
-        stacked = (
-            torch.from_numpy(np.stack(patches))
-            if patches
-            else torch.empty(0, len(grid), 0, dtype=torch.uint8)
-        )
+        if not patches:
+            return Images(torch.empty(0, len(grid), 0, dtype=torch.uint8), grid.expand(0, -1, -1))
+        # in a worker torch stacks into shared memory, which saves a copy on the way to the main process
+        stacked = default_collate([torch.from_numpy(each) for each in patches])
         return Images(stacked, grid.expand(len(patches), -1, -1).contiguous())
 
 
-def _random_box(
-    size: tuple[int, int], min_area: float, rng: np.random.Generator
-) -> tuple[int, int, int, int] | None:
-    """The Inception crop: (left, top, right, bottom), or None for the whole picture when none fits."""
+def resize_pixels(
+    pixels: NDArray, height: int, width: int, resize: Literal["bilinear", "bicubic"]
+) -> NDArray:
+    """uint8 `[H, W, 3]` to `[height, width, 3]`, antialiased: Pillow's filters in a third of its time, by torch."""
+    # torch has vector code for three channels that lie together, and sees that they do in this view alone
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    image = torch.nn.functional.interpolate(image, (height, width), mode=resize, antialias=True)
+    return image[0].permute(1, 2, 0).numpy()
+
+
+def _cut(pixels: NDArray, box: Box, size: tuple[int, int]) -> NDArray:
+    """The part in `box`, which is in pixels of the whole picture of this `size`."""
+    rows, columns = pixels.shape[:2]
+    left, right = (round(edge * columns / size[0]) for edge in box[::2])
+    top, bottom = (round(edge * rows / size[1]) for edge in box[1::2])
+    return pixels[top:bottom, left:right]
+
+
+def _random_box(size: tuple[int, int], min_area: float, rng: np.random.Generator) -> Box | None:
+    """The Inception crop, or None for the whole picture when none fits."""
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * rng.uniform(min_area, 1.0)

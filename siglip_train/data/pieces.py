@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import BadSample, SampleError
-from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.images import ImageTransform
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.samples import CaptionChoice, Field
@@ -169,8 +169,8 @@ class Pieces(Dataset):
 
     def _finished(self, sample: RawSample, source: Source, rng: np.random.Generator) -> _Row:
         caption = source.captions.draw(sample, rng)
-        image = decode(sample.members["image"], self.max_pixels)
-        return _Row(self.transform(image, rng), caption, sample.name)
+        patches = self.transform.for_training(sample.members["image"], rng, self.max_pixels)
+        return _Row(patches, caption, sample.name)
 
 
 def _counted(source: Source, sample: RawSample, attempt: int) -> Iterator[str]:

@@ -57,6 +57,7 @@ class DataConfig:
     stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
     resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
     shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
+    reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
     prefetch: pieces of up to 256 samples that each worker holds ready. stall_seconds: workers that give nothing for so
@@ -71,6 +72,7 @@ class DataConfig:
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     flip: bool = False
     min_crop_area: float = 1.0
+    reduced_jpeg: bool = True
     max_bad_share: float = 0.01
     max_image_pixels: int = MAX_PIXELS
     cache_dir: str | None = None

@@ -136,39 +136,6 @@ def test_too_many_pixels_are_refused_before_decoding(kind: str):
     assert caught.value.cause == "image too large"
 
 
-def test_flip_mirrors_half_of_the_pictures():
-    image = picture(size=(16, 16))
-    plain, transform = np.asarray(image), ImageTransform(16, 8, flip=True)
-    flipped = [
-        np.array_equal(np.asarray(transform.resized(image, np.random.default_rng(seed))), plain[:, ::-1])
-        for seed in range(400)
-    ]
-    assert 160 < sum(flipped) < 240
-    np.testing.assert_array_equal(np.asarray(transform.without_augmentation().resized(image)), plain)
-
-
-def test_random_crops_keep_the_least_area_and_the_aspect():
-    # a picture whose levels say where a pixel is
-    rows, columns = np.mgrid[0:100, 0:100].astype(np.uint8)
-    image = Image.fromarray(np.stack([rows, columns, rows], axis=2))
-    transform = ImageTransform(50, 10, min_crop_area=0.25)
-    boxes = set()
-    for seed in range(50):
-        got = np.asarray(transform.resized(image, np.random.default_rng(seed))).astype(int)
-        height, width = np.ptp(got[..., 0]) + 2, np.ptp(got[..., 1]) + 2
-        assert height * width > 0.22 * 100 * 100
-        assert 0.68 < width / height < 1.47
-        boxes.add((height, width))
-    assert len(boxes) > 20
-
-
-def test_crop_of_a_picture_nothing_fits_is_the_whole():
-    image = picture(size=(300, 2))
-    transform = ImageTransform(16, 8, min_crop_area=0.9)
-    got = transform.resized(image, np.random.default_rng(0))
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(ImageTransform(16, 8).resized(image)))
-
-
 @pytest.mark.parametrize(
     "options", [{"resize": "nearest"}, {"min_crop_area": 0.0}, {"patch_size": 17}], ids=str
 )

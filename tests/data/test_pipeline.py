@@ -104,7 +104,9 @@ def test_a_batch_holds_what_its_keys_say(
         assert shard in {f"{i:05d}.tar" for i in range(5)}
         number = int(name)
         assert batch.texts[row].equal(tokenizer([f"caption {number}"])[0])
-        np.testing.assert_array_equal(batch.images.patches[row].numpy(), transform(picture(number)))
+        levels = transform(picture(number)).astype(int)
+        # training resizes by torch, which rounds a little otherwise than Pillow
+        np.testing.assert_allclose(batch.images.patches[row].int().numpy(), levels, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 0), (2, 2)])
@@ -368,7 +370,8 @@ def test_colour_modes_train(build: Build, tmp_path: Path, transform: ImageTransf
     batch = next(iter(loader))
     assert loader.counts == {"seen": 7, "source/all": 7}
     for row, data in enumerate(pictures):
-        np.testing.assert_array_equal(batch.images.patches[row].numpy(), transform(decode(data)))
+        levels = transform(decode(data)).astype(int)
+        np.testing.assert_allclose(batch.images.patches[row].int().numpy(), levels, rtol=0, atol=1)
 
 
 def test_keys_of_an_epoch_mix_the_shards_of_a_window(build: Build, tmp_path: Path):
