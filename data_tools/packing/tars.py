@@ -52,5 +52,5 @@ def _records(index: TarIndex, path: Path, shard: str, seen: set[str]) -> Iterato
             caption_needed="cls" not in parts,
             fault=None if picture else ("no image", f"it has {', '.join(parts)}"),
         )
-    for key in index.torn.tolist():
-        yield Record(f"{shard}/{key}", f"{shard}/{key}", fault=("truncated", "the shard ends inside it"))
+    for key, cause in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True):
+        yield Record(f"{shard}/{key}", f"{shard}/{key}", fault=(cause, "the shard is damaged there"))

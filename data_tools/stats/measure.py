@@ -68,8 +68,10 @@ def measure_shard(task: ShardTask) -> Tally:
         tally.bad.add(BadSample(name, "?", "broken shard", str(error)))
         return tally
     tally.shards, tally.shard_bytes = 1, path.stat().st_size
-    for key in index.torn.tolist() or ["?"] * was_damaged(path):
-        tally.bad.add(BadSample(name, key, "truncated", "the shard ends inside it"))
+    for key, cause in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True):
+        tally.bad.add(BadSample(name, key, cause, "the shard is damaged there"))
+    if was_damaged(path) and not len(index.torn):
+        tally.bad.add(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
     rows = spread(len(index), len(index) if task.most is None else task.most)
     decoded, shown = set(spread(len(rows), task.decoded)), set(spread(len(rows), task.shown))
     for place, sample in enumerate(_read(path, name, index, rows)):

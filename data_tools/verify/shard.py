@@ -13,15 +13,25 @@ from data_tools.verify.checks import Rules, SampleChecks
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import is_remote, local_tar, was_damaged
 from siglip_train.data.shards import RawSample, short_name
-from siglip_train.data.tar import BrokenTarError, TarIndex, scan
+from siglip_train.data.tar import REPEATED_MEMBER, TarIndex, scan
+from siglip_train.data.tar_members import AFTER_THE_END, BLOCK, BROKEN_HEADER, BrokenTarError
 from siglip_train.errors import UserError
 
 WHOLE_SHARD = -1
-_BLOCK = 512
 _DIGEST_BYTES = 8
 # Pillow names the stream it was handed, by an address that is another in every run
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 _MAX_DETAIL = 200
+# damage of the tar that one sample answers for
+_OF_A_SAMPLE = {
+    BROKEN_HEADER: "its checksum, or its long name, is wrong",
+    REPEATED_MEMBER: "two of its members have one name: one may belong to another sample",
+}
+# damage whose end no one knows
+_OF_THE_SHARD = {
+    AFTER_THE_END: "tars joined by cat? readers stop at the first end",
+    "truncated": "the shard ends, or turns into rubbish, inside it",
+}
 
 
 class Problem(NamedTuple):
@@ -74,7 +84,10 @@ class ShardReport:
 
 @dataclass
 class _Sample:
-    """The members of one key (extension -> number in the index), together or apart; fault: (cause, detail)."""
+    """The members of one key (extension -> number in the index), together or apart; fault: (cause, detail).
+
+    No members: the index has left them out for that fault.
+    """
 
     key: str
     members: dict[str, int]
@@ -99,9 +112,7 @@ def verify_shard(task: ShardTask) -> ShardReport:
     report.problems.extend(_shard_problems(path, index))
     with path.open("rb") as file:
         for row, sample in enumerate(samples):
-            raw, whole = _read(file.fileno(), index, sample, report.name)
-            if not whole:
-                report.problems.append(Problem(row, sample.key, "broken header", "its checksum is wrong"))
+            raw = _read(file.fileno(), index, sample, report.name)
             report.problems.extend(_sample_problems(checks, row, sample, raw))
     return report
 
@@ -133,7 +144,10 @@ def _digest(key: str) -> str:
 
 
 def _gather(index: TarIndex) -> list[_Sample]:
-    """The samples in order; members that stand apart from others of their key join the sample they belong to."""
+    """The samples in order; members that stand apart from others of their key join the sample they belong to.
+
+    At the end, those that the index has left out, if it is known which they were.
+    """
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
     for row in range(len(index)):
@@ -147,34 +161,24 @@ def _gather(index: TarIndex) -> list[_Sample]:
         fault = ("duplicate key", "a sample of this key came before") if earlier is not None else None
         latest[key] = _Sample(key, members, fault)
         samples.append(latest[key])
+    lost = zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
+    samples += [_Sample(key, {}, (why, _OF_A_SAMPLE[why])) for key, why in lost if why in _OF_A_SAMPLE]
     return samples
 
 
-def _read(descriptor: int, index: TarIndex, sample: _Sample, shard: str) -> tuple[RawSample, bool]:
-    """(the sample, are the headers before its members whole?)"""
-    members, whole = {}, True
-    for extension, member in sample.members.items():
-        size, offset = int(index.sizes[member]), int(index.offsets[member])
-        data = os.pread(descriptor, _BLOCK + size, offset - _BLOCK)
-        whole = whole and _is_whole(data[:_BLOCK])
-        members[extension] = data[_BLOCK:]
-    return RawSample(shard, sample.key, members), whole
-
-
-def _is_whole(header: bytes) -> bool:
-    """Does the checksum fit, its own field taken as spaces, bytes as signed (old tars) or unsigned?"""
-    rest = header[:148] + header[156:]
-    try:
-        stored = int(header[148:156].split(b"\0")[0], 8)
-    except ValueError:
-        return False
-    total = sum(rest) + 8 * ord(" ")
-    return stored == total or stored == total - 256 * sum(byte > 127 for byte in rest)
+def _read(descriptor: int, index: TarIndex, sample: _Sample, shard: str) -> RawSample:
+    members = {
+        extension: os.pread(descriptor, int(index.sizes[member]), int(index.offsets[member]))
+        for extension, member in sample.members.items()
+    }
+    return RawSample(shard, sample.key, members)
 
 
 def _sample_problems(checks: SampleChecks, row: int, sample: _Sample, raw: RawSample) -> Iterator[Problem]:
     if sample.fault is not None:
         yield Problem(row, sample.key, *sample.fault)
+    if not sample.members:
+        return
     try:
         faults = checks.faults(raw)
     except Exception as error:  # a sample that no one foresaw must not end the run
@@ -191,28 +195,25 @@ def _short(detail: str) -> str:
 
 def _shard_problems(path: Path, index: TarIndex) -> Iterator[Problem]:
     """What is wrong around the samples; the first cause found, since one damage shows in many ways."""
-    if len(index.torn):
-        for key in index.torn.tolist():
-            yield Problem(WHOLE_SHARD, key, "truncated", "the shard ends, or turns into rubbish, inside it")
-    elif was_damaged(path):
+    lost = zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
+    damages = [(key, why) for key, why in lost if why in _OF_THE_SHARD]
+    for key, why in damages:
+        yield Problem(WHOLE_SHARD, "" if key == "?" else key, why, _OF_THE_SHARD[why])
+    if damages:
+        return
+    if was_damaged(path):
         yield Problem(WHOLE_SHARD, "", "truncated", "the gzip stream is damaged")
     elif not len(index):
-        yield Problem(WHOLE_SHARD, "", "empty shard", "no sample")
-    else:
-        yield from _end_problems(path, index)
+        if not len(index.torn):
+            yield Problem(WHOLE_SHARD, "", "empty shard", "no sample")
+    elif not _has_end(path, index):
+        detail = "no mark of the end: whole samples may be missing"
+        yield Problem(WHOLE_SHARD, index.key(len(index) - 1), "truncated", detail)
 
 
-def _end_problems(path: Path, index: TarIndex) -> Iterator[Problem]:
-    """A tar ends with a block of zeros, and nothing follows it."""
+def _has_end(path: Path, index: TarIndex) -> bool:
+    """Is there a block of zeros behind the members? Hidden files, which belong to no sample, may stand before it."""
     end = int((index.offsets + index.sizes).max())
     with path.open("rb") as file:
-        file.seek(-(-end // _BLOCK) * _BLOCK)
-        used = (bool(block.strip(b"\0")) for block in iter(lambda: file.read(_BLOCK), b""))
-        # members that belong to no sample, such as hidden files, may stand before the mark
-        if all(used):
-            detail = "no mark of the end: whole samples may be missing"
-            yield Problem(WHOLE_SHARD, index.key(len(index) - 1), "truncated", detail)
-        elif any(used):
-            yield Problem(
-                WHOLE_SHARD, "", "data after the end", "tars joined by cat? readers stop at the first end"
-            )
+        file.seek(-(-end // BLOCK) * BLOCK)
+        return any(not block.strip(b"\0") for block in iter(lambda: file.read(BLOCK), b""))

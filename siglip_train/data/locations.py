@@ -24,6 +24,8 @@ from siglip_train.errors import UserError
 
 _TAR_ENDINGS = ("*.tar", "*.tar.gz", "*.tgz")
 _CHUNK = 1 << 20
+# of a gzip stream at a time, which unpacks to a thousand times as much at most
+_PACKED_CHUNK = 1 << 14
 # zlib's code for "a gzip header and the largest window"
 _GZIP = 31
 _ATTEMPTS = 3
@@ -251,8 +253,10 @@ def _unpack(chunks: Iterator[bytes], out: IO[bytes]) -> bool:
 
 def _gunzip(chunks: Iterator[bytes], out: IO[bytes]) -> bool:
     unpacker = zlib.decompressobj(wbits=_GZIP)
-    for chunk in chunks:
-        data = chunk
+    for piece in (
+        chunk[at : at + _PACKED_CHUNK] for chunk in chunks for at in range(0, len(chunk), _PACKED_CHUNK)
+    ):
+        data = piece
         while data:
             if unpacker.eof:
                 # gzip files may be several streams in a row

@@ -47,12 +47,17 @@ class Field(NamedTuple):
             return iter(())
         if not self.path:
             return iter([("", _decoded(sample.members[self.member]))])
-        return _leaves(_json(sample.members["json"]), self.path, "")
+        try:
+            return iter(list(_leaves(_json(sample.members["json"]), self.path, "")))
+        except RecursionError as error:
+            raise SampleError("broken json", f"{self.text} is nested too deeply") from error
 
     def texts(self, sample: RawSample) -> list[tuple[str, str]]:
         """All (mapping key or "", non-empty text) here. Raises `SampleError`."""
         return [
-            (key, value) for key, value in self.values(sample) if isinstance(value, str) and value.strip()
+            (key, _encodable(value))
+            for key, value in self.values(sample)
+            if isinstance(value, str) and value.strip()
         ]
 
     def first(self, sample: RawSample) -> Any:
@@ -76,9 +81,15 @@ def _leaves(node: Any, path: tuple[str, ...], key: str) -> Iterator[tuple[str, A
 
 def _decoded(data: bytes) -> str:
     try:
-        return data.decode("utf-8").strip()
+        # -sig: what Windows writes begins with a byte order mark
+        return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise SampleError("not utf-8", str(error)) from error
+
+
+def _encodable(text: str) -> str:
+    """With "?" for half a surrogate pair: json can spell one, and no tokenizer takes it."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 # a sample's json is asked for its caption, its language and its label

@@ -157,7 +157,9 @@ def _scan(url: str, wanted: Wanted, cache: Path) -> _Shard:
         BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
         for sample in np.flatnonzero(meant & ~complete)
     ]
-    excluded += [BadSample(name, key, "truncated", "the shard ends inside it") for key in index.torn.tolist()]
+    excluded += [
+        BadSample(name, *each) for each in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
+    ]
     if was_damaged(path) and not len(index.torn):
         excluded.append(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
     return _Shard(path, int(complete.sum()), tuple(excluded), index.repeated)

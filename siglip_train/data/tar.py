@@ -1,35 +1,27 @@
 """Where the samples of a plain tar lie: an index of offsets from one scan of its headers, kept on disk for reuse.
 
-Samples follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name.
+Samples follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name. A
+sample that damage of the tar may have touched is left out, so that no picture meets the caption of another.
 """
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 512
-_FILE_TYPES = (b"0", b"\0", b"7")
+from siglip_train.data.tar_members import AFTER_THE_END, BrokenTarError, Member, Members
+
+# beside the causes of `Lost`
+REPEATED_MEMBER = "repeated member"
 # enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 1
-
-
-class BrokenTarError(Exception):
-    """The file is no tar at all, or cannot be read."""
-
-
-class _TornError(Exception):
-    """The tar ends, or turns into rubbish, inside the member of this name (b"" = unknown)."""
-
-    def __init__(self, name: bytes) -> None:
-        super().__init__(name)
-        self.name = name
+_INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,8 @@ class TarIndex:
 
     extensions: the member kinds. offsets, sizes, kinds: `[M]`, bytes of each member and its place in `extensions`.
     starts: `[n + 1]` first member of each sample. keys, key_ends: the sample names joined, `[n]`.
-    torn: names of samples that the damaged end of the tar has cut. repeated: samples whose key came before.
+    torn, torn_causes: `[t]` names of samples left out for damage, "?" = not known, and the short name of each cause.
+    repeated: samples whose key came before.
     """
 
     extensions: NDArray[np.str_]
@@ -49,6 +42,7 @@ class TarIndex:
     keys: NDArray[np.bytes_]
     key_ends: NDArray[np.int64]
     torn: NDArray[np.str_]
+    torn_causes: NDArray[np.str_]
     repeated: int
 
     def __len__(self) -> int:
@@ -112,12 +106,15 @@ class _Builder:
         self.keys: list[bytes] = []
         self.seen: set[bytes] = set()
         self.repeated = 0
+        self.torn: list[tuple[bytes, str]] = []
         self._extensions: set[bytes] = set()
+        self._lost = b""
 
     def add(self, name: bytes, offset: int, size: int) -> None:
         key, extension = split_name(name)
-        if not key:
+        if not key or key == self._lost:
             return
+        self._lost = b""
         if not self.keys or key != self.keys[-1] or extension in self._extensions:
             self.repeated += key in self.seen
             self.seen.add(key)
@@ -127,11 +124,37 @@ class _Builder:
         self._extensions.add(extension)
         self.rows.append((offset, size, self.kinds.setdefault(extension, len(self.kinds))))
 
-    def drop_last(self) -> None:
-        del self.rows[self.starts.pop() :]
-        self.keys.pop()
+    def lose(self, name: bytes, cause: str) -> None:
+        """Leave out the sample of a member; where it is not known, the sample before, whose end may be damaged too."""
+        self._lost = split_name(name)[0]
+        if self.keys and self._lost in (b"", self.keys[-1]) and cause != AFTER_THE_END:
+            self._lost = self.keys.pop()
+            del self.rows[self.starts.pop() :]
+        self.torn.append((self._lost or b"?", cause))
 
-    def build(self, torn: list[str]) -> TarIndex:
+    def drop_mixed(self) -> None:
+        """Leave out neighbours of one key and different members: one may have a member whose damaged name became its.
+
+        (Long names and pax records have no checksum.)
+        """
+        ends = [*self.starts[1:], len(self.rows)]
+        mixed: set[int] = set()
+        for sample in range(1, len(self.keys)):
+            if self.keys[sample] == self.keys[sample - 1]:
+                pair = (sample - 1, sample)
+                one, other = ({row[2] for row in self.rows[self.starts[i] : ends[i]]} for i in pair)
+                mixed.update(pair if one != other else ())
+        self.torn += [(self.keys[sample], REPEATED_MEMBER) for sample in sorted(mixed)]
+        if mixed:
+            self._keep([sample for sample in range(len(ends)) if sample not in mixed], ends)
+
+    def _keep(self, samples: list[int], ends: list[int]) -> None:
+        rows = [self.rows[self.starts[sample] : ends[sample]] for sample in samples]
+        self.keys = [self.keys[sample] for sample in samples]
+        self.starts = [0, *itertools.accumulate(map(len, rows))][:-1]
+        self.rows = list(itertools.chain.from_iterable(rows))
+
+    def build(self) -> TarIndex:
         table = np.array(self.rows, dtype=np.int64).reshape(-1, 3)
         return TarIndex(
             extensions=np.array([kind.decode("utf-8", "replace") for kind in self.kinds], dtype=np.str_),
@@ -141,7 +164,8 @@ class _Builder:
             starts=np.array([*self.starts, len(self.rows)], dtype=np.int64),
             keys=np.frombuffer(b"".join(self.keys), dtype="S1"),
             key_ends=np.cumsum([len(key) for key in self.keys], dtype=np.int64),
-            torn=np.array(torn, dtype=np.str_),
+            torn=np.array([key.decode("utf-8", "replace") for key, _ in self.torn], dtype=np.str_),
+            torn_causes=np.array([cause for _, cause in self.torn], dtype=np.str_),
             repeated=self.repeated,
         )
 
@@ -154,89 +178,24 @@ def split_name(name: bytes) -> tuple[bytes, bytes]:
 
 
 def scan(path: Path) -> TarIndex:
-    """Read the headers of a tar. Complete members before a damage are kept, the torn sample is left out.
+    """Read the headers of a tar. Samples that damage may have touched are left out and named in `torn`.
 
-    Raises `BrokenTarError` where not even the first header is one.
+    Raises `BrokenTarError` where there is not a single header.
     """
-    builder, torn = _Builder(), []
+    builder = _Builder()
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
     try:
-        for name, offset, size in _members(descriptor, os.fstat(descriptor).st_size):
-            builder.add(name, offset, size)
-    except (_TornError, ValueError) as error:
-        key = split_name(error.name)[0] if isinstance(error, _TornError) else b""
-        if builder.keys and key in (b"", builder.keys[-1]):
-            key = builder.keys[-1]
-            builder.drop_last()
-        torn.append(key.decode("utf-8", "replace") or "?")
+        for found in Members(descriptor, os.fstat(descriptor).st_size):
+            if isinstance(found, Member):
+                builder.add(*found)
+            else:
+                builder.lose(*found)
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
     finally:
         os.close(descriptor)
-    return builder.build(torn)
-
-
-def _members(descriptor: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, size) of every regular file: ustar, GNU long names, pax."""
-    position, given_name, given_size = 0, b"", -1
-    while position < end:
-        header = os.pread(descriptor, _BLOCK, position)
-        if not header.strip(b"\0"):
-            return
-        if not _is_header(header):
-            if position == 0:
-                raise BrokenTarError("it is no tar file")
-            raise _TornError(b"")
-        size = given_size if given_size >= 0 else _number(header[124:136])
-        kind, data = header[156:157], position + _BLOCK
-        name = given_name or _name(header)
-        if data + size > end:
-            raise _TornError(name if kind in _FILE_TYPES else b"")
-        if kind == b"L":
-            given_name = os.pread(descriptor, size, data).rstrip(b"\0")
-        elif kind == b"x":
-            records = _pax(os.pread(descriptor, size, data))
-            given_name, given_size = records.get(b"path", b""), int(records.get(b"size", -1))
-        elif kind not in (b"g", b"K"):
-            if kind in _FILE_TYPES:
-                yield name, data, size
-            given_name, given_size = b"", -1
-        position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-
-
-def _is_header(header: bytes) -> bool:
-    if len(header) < _BLOCK:
-        return False
-    if header[257:262] == b"ustar":
-        return True
-    # the oldest format has no magic: its checksum counts its own field as spaces
-    try:
-        return _number(header[148:156]) == sum(header[:148]) + sum(header[156:]) + 8 * 32
-    except ValueError:
-        return False
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:
-        # base 256, for members beyond 8 GiB
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _pax(data: bytes) -> dict[bytes, bytes]:
-    records = {}
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-        records[key] = value
-        data = data[length:]
-    return records
+    builder.drop_mixed()
+    return builder.build()

@@ -72,6 +72,29 @@ def test_a_sample_without_a_usable_caption_has_a_cause(members: dict[str, bytes]
         assert caught.value.cause == cause
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption():
+    sample = _sample(txt="\ufeffa cat".encode(), json='\ufeff{"name": "a dog"}'.encode())
+    assert Field.parse("txt").texts(sample) == [("", "a cat")]
+    assert Field.parse("json:name").texts(sample) == [("", "a dog")]
+
+
+def test_half_a_surrogate_pair_which_no_tokenizer_takes_is_replaced():
+    assert Field.parse("json:name").texts(_sample(json=rb'{"name": "a \ud83d"}')) == [("", "a ?")]
+
+
+def test_of_keys_that_repeat_the_last_counts_and_nan_is_no_caption():
+    sample = _sample(json=b'{"name": "one", "name": "two", "empty": NaN}')
+    assert Field.parse("json:name").texts(sample) == [("", "two")]
+    assert Field.parse("json:empty").texts(sample) == []
+
+
+@pytest.mark.parametrize("depth", [3000, 100_000])
+def test_json_that_nests_deeper_than_python_calls_is_broken(depth: int):
+    content = b'{"name": ' + b"[" * depth + b'"x"' + b"]" * depth + b"}"
+    with pytest.raises(SampleError, match="broken json"):
+        Field.parse("json:name").texts(_sample(json=content))
+
+
 def _frequencies(spec: str | dict, sample: RawSample, draws: int = 4000) -> dict[str, float]:
     choice = CaptionChoice(spec)
     drawn = Counter(choice.draw(sample, np.random.default_rng(seed)) for seed in range(draws))

@@ -105,15 +105,64 @@ def test_a_torn_sample_is_left_out_and_named(tmp_path: Path):
         assert index.torn.tolist() == ["00002"]
 
 
-def test_rubbish_after_a_sample_ends_the_tar_there(tmp_path: Path):
+def test_rubbish_costs_the_samples_around_it_and_no_more(tmp_path: Path):
     path = _three(tmp_path)
     second = int(scan(path).offsets[3]) - 512
     content = bytearray(path.read_bytes())
     content[second : second + 512] = b"rubbish " * 64
     path.write_bytes(content)
     index = scan(path)
-    # which member the rubbish was cannot be known: the sample before it is not trusted
-    assert (len(index), index.torn.tolist()) == (0, ["00000"])
+    # which member the rubbish was cannot be known: the sample before it is not trusted, the one after lacks its picture
+    assert (index.torn.tolist(), index.torn_causes.tolist()) == (["00000"], ["truncated"])
+    assert [(key, *members) for key, members in _contents(path, index)] == [
+        ("00001", "txt", "json"), ("00002", "png", "txt", "json"),
+    ]  # fmt: skip
+
+
+def test_a_flipped_bit_in_a_header_costs_one_sample(tmp_path: Path):
+    path = _three(tmp_path)
+    content = path.read_bytes()
+    for member in range(9):
+        header = int(scan(path).offsets[member]) - 512
+        for place in (6, 104, 130, 140, 150, 156, 400):
+            damaged = bytearray(content)
+            damaged[header + place] ^= 1
+            (tmp_path / "damaged.tar").write_bytes(damaged)
+            index = scan(tmp_path / "damaged.tar")
+            whole = [key for key, members in _contents(tmp_path / "damaged.tar", index) if len(members) == 3]
+            assert whole == [f"0000{i}" for i in range(3) if i != member // 3]
+            assert index.torn.tolist() == [f"0000{member // 3}"]
+            assert index.torn_causes.tolist() == ["broken header"]
+
+
+def test_a_tar_without_the_beginning_is_read_from_its_first_header(tmp_path: Path):
+    path = _three(tmp_path)
+    path.write_bytes(path.read_bytes()[700:])
+    index = scan(path)
+    assert [index.key(i) for i in range(len(index))][-2:] == ["00001", "00002"]
+    assert index.torn.tolist() == ["?"]
+
+
+def test_old_headers_without_magic_and_with_signed_checksums(tmp_path: Path):
+    path = _three(tmp_path)
+    content = bytearray(path.read_bytes())
+    for offset in (0, int(scan(path).offsets[1]) - 512):
+        header = content[offset : offset + 512]
+        header[257:265] = bytes(8)
+        header[4] = 0xFC  # ü in a name of old
+        header[148:156] = b" " * 8
+        header[148:155] = b"%06o\0" % (sum(header) - 256)
+        content[offset : offset + 512] = header
+    path.write_bytes(content)
+    assert scan(path).torn.tolist() == []
+    assert len(scan(path)) == 4
+
+
+def test_what_follows_the_end_is_not_read_but_told(tmp_path: Path):
+    path = _three(tmp_path)
+    path.write_bytes(path.read_bytes() * 2)
+    index = scan(path)
+    assert (len(index), index.torn.tolist(), index.torn_causes.tolist()) == (3, ["?"], ["data after the end"])
 
 
 def test_a_tar_without_its_end_marker_is_whole(tmp_path: Path):
@@ -125,6 +174,72 @@ def test_a_tar_without_its_end_marker_is_whole(tmp_path: Path):
 def test_an_empty_file_has_no_samples(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(b"")
     assert len(scan(tmp_path / "a.tar")) == 0
+
+
+def _pax_header(records: bytes) -> bytes:
+    """An extended header with these records, right or wrong."""
+    info = tarfile.TarInfo("PaxHeader")
+    info.size, info.type = len(records), tarfile.XHDTYPE
+    return info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"-5 path=b.txt\n", b"0 path=b.txt\n", b"x", b" ", b"14 path=b.txt", b"99 path=b.txt\n", b"7 path\n",
+        b"14 size=-3000\n", b"11 size=ab\n", b"12 size=512\n", b"24 size=999999999999999\n",
+    ],
+)  # fmt: skip
+def test_damaged_pax_records_cost_one_sample(tmp_path: Path, records: bytes):
+    path = tmp_path / "a.tar"
+    a, b, c = (write_tar(path, sample(key, number)).read_bytes() for number, key in enumerate("abc"))
+    # what is left of a without the zeros at its end is whole blocks, since its json is short
+    body = -(-len(a.rstrip(b"\0")) // 512) * 512
+    path.write_bytes(a[:body] + _pax_header(records) + b[:body] + c)
+    index = scan(path)
+    whole = [key for key, members in _contents(path, index) if len(members) == 3]
+    assert whole == ["a", "c"]
+    assert index.torn.tolist() == ["b"]
+
+
+def test_a_name_that_damage_has_made_that_of_the_next_sample(tmp_path: Path):
+    long = "k" * 120
+    members = [m for i in range(3) for m in sample(f"{long}{i}", i)]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = write_tar(tmp_path / "a.tar", members, format)
+        # the json of 0 becomes one of 1, the picture of 2 one of 1: long names have no checksum
+        for old, new in ((f"{long}0.json", f"{long}1.json"), (f"{long}2.png", f"{long}1.png")):
+            path = write_tar(tmp_path / "a.tar", members, format)
+            path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+            index = scan(path)
+            assert set(index.torn_causes.tolist()) == {"repeated member"}
+            assert set(index.torn.tolist()) == {f"{long}1"}
+            for key, found in _contents(path, index):
+                assert all((f"{key}.{extension}", data) in members for extension, data in found.items())
+
+
+def test_equal_neighbours_of_one_key_are_kept(tmp_path: Path):
+    index = scan(write_tar(tmp_path / "a.tar", [*sample("a", 1), *sample("a", 2)]))
+    assert (len(index), index.repeated, index.torn.tolist()) == (2, 1, [])
+
+
+@pytest.mark.parametrize("size", [10**12, -512, -1024])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"])
+def test_a_size_that_cannot_be(tmp_path: Path, size: int, kind: bytes):
+    path = _three(tmp_path)
+    content = path.read_bytes()
+    place = int(scan(path).offsets[3]) - 512
+    info = tarfile.TarInfo("00001.png")
+    info.type, info.size = kind, max(size, 0)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        header[124:136] = b"%+012o" % size
+        header[148:156] = b" " * 8
+        header[148:155] = b"%06o\0" % sum(header)
+    path.write_bytes(content[:place] + header + content[place + 512 :])
+    index = scan(path)
+    assert [key for key, members in _contents(path, index) if len(members) == 3][-1] == "00002"
+    assert index.torn_causes.tolist() == ["truncated"]
 
 
 @pytest.mark.parametrize("content", [b"PK\3\4 a zip" * 100, b"short"])

@@ -1,0 +1,156 @@
+"""Damage on shards, thousands of times: a clear error or a counted bad sample, and never another sample's caption."""
+
+import gzip
+import resource
+import signal
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.locations import local_tar, was_damaged
+from siglip_train.data.pipeline import DataConfig, Share, SourceConfig, build_loader
+from siglip_train.data.tar import scan
+from siglip_train.data.tokenizer import Tokenizer
+from tests.data.conftest import encoded, picture
+from tests.data.fuzz import Fuzz
+from tests.data.shard_files import sample, write_tar
+
+CASES = 3000
+GUARD_SECONDS = 300
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A reader that hangs is interrupted, long after the test should have ended."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"still reading after {GUARD_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(GUARD_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_thousands_of_damaged_shards(tmp_path: Path):
+    fuzz, before = Fuzz(tmp_path), _peak_bytes()
+    for number in range(CASES):
+        fuzz.case(number)
+    for number in range(CASES // 20):
+        fuzz.gzip_case(number)
+    assert _peak_bytes() - before < 300 * MEGABYTE
+    # the damage was worth the name, and cost but a few of the eight samples
+    for outcome in ("torn: broken header", "torn: truncated", "torn: repeated member", "torn: data after the end",
+                    "BrokenTarError", "broken image", "broken json", "not utf-8", "empty caption"):  # fmt: skip
+        assert fuzz.outcomes[outcome] > 10
+    assert fuzz.outcomes["samples"] > 6 * CASES
+
+
+def _png(width: int, height: int) -> bytes:
+    """A small file whose header promises so many pixels."""
+    content = bytearray(encoded(picture()))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def _png_with_text() -> bytes:
+    """64 MiB of comment in 64 KiB."""
+    chunk = b"zTXtComment\0\0" + zlib.compress(bytes(64 * MEGABYTE))
+    content = encoded(picture())
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content[:33] + chunk + content[33:]
+
+
+def _jpeg(width: int, height: int) -> bytes:
+    content = bytearray(encoded(picture(), "jpg"))
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def _webp(side: int) -> bytes:
+    """An animation's canvas, which is announced apart from the picture."""
+    frame = encoded(picture(), "webp")[12:]
+    canvas = b"VP8X" + struct.pack("<II", 10, 0) + 2 * struct.pack("<I", side - 1)[:3]
+    body = b"WEBP" + canvas + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+PICTURES = {
+    "png of 60,000 x 60,000": _png(60_000, 60_000),
+    "png of 2^31 x 1": _png(2**31 - 1, 1),
+    "png with a bomb in a comment": _png_with_text(),
+    "jpeg of 65,535 x 65,535": _jpeg(65_535, 65_535),
+    "jpeg of 9,000 x 9,000": _jpeg(9_000, 9_000),
+    "webp of 16,384 x 16,384": _webp(16_384),
+    "webp of 65,535 x 65,535": _webp(65_535),
+    "nothing": b"",
+    "zeros": bytes(5000),
+    "json": b"{}",
+}
+TEXTS = {"bytes of no encoding": b"\xff\xfe", "spaces": b" \n", "nothing": b""}
+JSON = {
+    "nested 100,000 deep": b"[" * 100_000,
+    "nested 900 deep": b'{"caption": ' + b"[" * 900 + b'"x"' + b"]" * 900 + b"}",
+    "nested 3,000 deep": b'{"caption": ' + b"[" * 3000 + b'"x"' + b"]" * 3000 + b"}",
+    "a number of 100,000 digits": b'{"caption": ' + b"9" * 100_000 + b"}",
+    "NaN": b'{"caption": NaN}',
+    "half a surrogate pair": rb'{"caption": "\ud83d", "language": "\ud83d"}',
+    "a list": b"[1]",
+    "null": b"null",
+    "no encoding": b"\xff",
+    "zeros": bytes(100),
+}
+
+
+def test_contents_that_claim_or_nest_too_much(
+    tmp_path: Path, tokenizer: Tokenizer, transform: ImageTransform
+):
+    samples = [sample(f"png{i}", i, png=data) for i, data in enumerate(PICTURES.values())]
+    samples += [sample(f"txt{i}", i, txt=data) for i, data in enumerate(TEXTS.values())]
+    samples += [sample(f"json{i}", i, json=data, txt=b"") for i, data in enumerate(JSON.values())]
+    samples += [sample(f"good{i}", i) for i in range(len(samples))]
+    shard = write_tar(tmp_path / "a.tar", [member for each in samples for member in each])
+    source = SourceConfig(str(shard), text={"txt": 0.5, "json:caption": 0.5}, language="json:language")
+    config = DataConfig({"all": source}, workers=0, max_bad_share=1, max_image_pixels=1 << 24,
+                        order="sequential", cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    share = Share(len(samples))
+    loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
+    before = _peak_bytes()
+    batch = next(iter(loader))
+    assert _peak_bytes() - before < 300 * MEGABYTE
+    bad = {cause: count for cause, count in loader.counts.items() if cause.startswith("bad/")}
+    # NaN, half a pair and 900 levels are captions, or none, but no damage
+    assert sum(bad.values()) >= len(PICTURES) + len(TEXTS) + len(JSON) - 4
+    assert "bad/read error" not in bad
+    assert len(batch.keys) == len(samples)
+
+
+def test_a_gzip_bomb_needs_little_memory(tmp_path: Path):
+    packed = tmp_path / "bomb.tar.gz"
+    with gzip.open(packed, "wb") as out:
+        for _ in range(128):
+            out.write(bytes(MEGABYTE))
+    assert packed.stat().st_size < MEGABYTE
+    tracemalloc.start()
+    try:
+        path = local_tar(str(packed), tmp_path / "cache")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size == 128 * MEGABYTE
+    assert peak < 64 * MEGABYTE
+    assert len(scan(path)) == 0
+    assert not was_damaged(path)
