@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.verify.checks import Rules, SampleChecks
+from siglip_train.data.cache import local_tar, was_damaged
 from siglip_train.data.faults import BadSample
-from siglip_train.data.locations import is_remote, local_tar, was_damaged
+from siglip_train.data.locations import is_remote
 from siglip_train.data.shards import RawSample, short_name
 from siglip_train.data.tar import BrokenTarError, TarIndex, scan
 from siglip_train.errors import UserError

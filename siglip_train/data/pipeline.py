@@ -12,13 +12,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from siglip_train.batch import Batch, Images
+from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
+from siglip_train.data.fetch import USUAL, Event, Patience
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.order import Mixture, Order, SourceOrder
 from siglip_train.data.pieces import Piece, Pieces, Share, Source
+from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
-from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
+from siglip_train.data.shards import ShardReader, ShardSet, Wanted
+from siglip_train.data.survey import Progress, check_room, survey
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.distributed.collectives import sum_over_ranks
@@ -52,7 +56,10 @@ class DataConfig:
     shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
-    prefetch: pieces of up to 256 samples that each worker holds ready.
+    prefetch: pieces of up to 256 samples that each worker holds ready. cache_limit_gib: of copies of remote and packed
+    shards on a machine, the least recently used go first; null = no bound. fetch_timeout_seconds: of silence.
+    fetch_attempts: per shard. max_failed_shards: share of a source's shards that may be unavailable at once (one, if
+    it has several and the share is above 0).
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -66,18 +73,27 @@ class DataConfig:
     max_image_pixels: int = MAX_PIXELS
     cache_dir: str | None = None
     prefetch: int = 4
+    cache_limit_gib: float | None = None
+    fetch_timeout_seconds: float = USUAL.timeout_seconds
+    fetch_attempts: int = USUAL.attempts
+    max_failed_shards: float = Source.max_failed_shards
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.workers < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
             raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
+        if self.fetch_attempts < 1 or not 0 <= self.max_failed_shards <= 1:
+            raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
+        if self.fetch_timeout_seconds <= 0 or (self.cache_limit_gib or 1) <= 0:
+            raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
 
 
 class Loader:
     """An endless iterator over this rank's `Batch`es.
 
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
-    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards
+    `bad/<cause>`, `substituted`, `failed/<source>` (samples of unavailable shards), `fetch_retries`, `failed_shards`,
+    `shards_back`, `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards
     hold but cannot be used, `repeated_keys`; the same on all ranks. fingerprint: changes with the samples or their
     order.
     """
@@ -157,14 +173,30 @@ class Loader:
         stream = iter(
             _data_loader(self._pieces, itertools.count(first), self.config, pin_memory=self._pin_memory)
         )
-        while True:
-            parts = [self._checked(next(stream)) for _ in range(per_batch)]
-            self.samples_seen += self._pieces.share.global_batch_size
-            yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+        with ReadAhead(self._pieces, self._in_flight) as ahead:
+            while True:
+                ahead.at(self.samples_seen)
+                self._report(ahead.events())
+                parts = [self._checked(next(stream)) for _ in range(per_batch)]
+                self.samples_seen += self._pieces.share.global_batch_size
+                yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+
+    @property
+    def _in_flight(self) -> int:
+        """Samples of the run that workers may have begun beyond those handed out."""
+        pieces = self.config.workers * self.config.prefetch
+        return -(-pieces // self._pieces.per_batch) * self._pieces.share.global_batch_size
+
+    def _report(self, events: list[Event]) -> None:
+        for event in events:
+            self.counts[event.name] += 1
+            if event.message:
+                _LOG.warning(event.message)
 
     def _checked(self, piece: Piece) -> Batch:
         batch, report = piece.batch, piece.report
         self.counts.update(report.counts)
+        self._report(report.events)
         for bad in report.bad:
             self.counts[f"bad/{bad.cause}"] += 1
             self._log(bad)
@@ -241,9 +273,15 @@ def build_loader(
         )
         for source, choice, language in zip(sources, choices, languages, strict=True)
     ]
-    shard_sets = survey([source.shards for source in sources], wanted, config.cache_dir, progress)
+    cache = ShardCache.at(
+        config.cache_dir,
+        config.cache_limit_gib,
+        Patience(config.fetch_timeout_seconds, config.fetch_attempts),
+    )
+    shard_sets = survey([source.shards for source in sources], wanted, cache, progress)
     mixture = Mixture([source.weight for source in sources], share.global_batch_size, seed)
     _check_sizes(names, shard_sets, mixture)
+    check_room(shard_sets, cache, config.shuffle_window)
     ready = [
         Source(
             name=name,
@@ -255,6 +293,7 @@ def build_loader(
             language=language,
             language_name=None if language else source.language,
             reader=ShardReader(shards),
+            max_failed_shards=config.max_failed_shards,
         )
         for number, (name, source, shards, choice, language) in enumerate(
             zip(names, sources, shard_sets, choices, languages, strict=True)

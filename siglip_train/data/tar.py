@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 _BLOCK = 512
 _FILE_TYPES = (b"0", b"\0", b"7")
+# the folder of the cache where copies of shards lie
+COPIES = "copies"
 # enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 class BrokenTarError(Exception):
@@ -39,6 +41,7 @@ class TarIndex:
     extensions: the member kinds. offsets, sizes, kinds: `[M]`, bytes of each member and its place in `extensions`.
     starts: `[n + 1]` first member of each sample. keys, key_ends: the sample names joined, `[n]`.
     torn: names of samples that the damaged end of the tar has cut. repeated: samples whose key came before.
+    bytes: of the whole file.
     """
 
     extensions: NDArray[np.str_]
@@ -50,6 +53,7 @@ class TarIndex:
     key_ends: NDArray[np.int64]
     torn: NDArray[np.str_]
     repeated: int
+    bytes: int
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -75,24 +79,40 @@ class TarIndex:
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
-    """The index of a tar, from `cache` where this very file (path, size, time) was scanned before.
-
-    Raises `BrokenTarError`.
-    """
+    """The index of a tar, from `cache` where this very file was scanned before. Raises `BrokenTarError`."""
     try:
         stat = path.stat()
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
-    identity = f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{_INDEX_VERSION}"
-    kept = cache / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    # a damaged or foreign file there costs a scan, nothing else
-    with contextlib.suppress(Exception), np.load(kept, allow_pickle=False) as arrays:
-        return TarIndex(**{name: arrays[name] for name in arrays.files if name != "repeated"},
-                        repeated=int(arrays["repeated"]))  # fmt: skip
+    file = _kept_file(path, cache, f"{stat.st_size}\0{stat.st_mtime_ns}")
+    kept = _read_kept(file)
+    if kept is not None and kept.bytes == stat.st_size:
+        return kept
     index = scan(path)
     with contextlib.suppress(OSError):
-        _keep(index, kept)
+        _keep(index, file)
     return index
+
+
+def index_of_copy(path: Path, cache: Path) -> TarIndex | None:
+    """The index of a copy in the cache that may be gone, None = it was never scanned."""
+    return _read_kept(_kept_file(path, cache, ""))
+
+
+def _kept_file(path: Path, cache: Path, version: str) -> Path:
+    # the name of a copy says which version of which shard it is, and a copy made anew is the same
+    is_copy = path.parent == cache / COPIES
+    identity = f"{path.name if is_copy else path.absolute()}\0{'' if is_copy else version}\0{_INDEX_VERSION}"
+    return cache / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+
+def _read_kept(file: Path) -> TarIndex | None:
+    # a damaged or foreign file there costs a scan, nothing else
+    with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
+        return TarIndex(
+            **{name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
+        )
+    return None
 
 
 def _keep(index: TarIndex, kept: Path) -> None:
@@ -131,7 +151,7 @@ class _Builder:
         del self.rows[self.starts.pop() :]
         self.keys.pop()
 
-    def build(self, torn: list[str]) -> TarIndex:
+    def build(self, torn: list[str], size: int) -> TarIndex:
         table = np.array(self.rows, dtype=np.int64).reshape(-1, 3)
         return TarIndex(
             extensions=np.array([kind.decode("utf-8", "replace") for kind in self.kinds], dtype=np.str_),
@@ -143,6 +163,7 @@ class _Builder:
             key_ends=np.cumsum([len(key) for key in self.keys], dtype=np.int64),
             torn=np.array(torn, dtype=np.str_),
             repeated=self.repeated,
+            bytes=size,
         )
 
 
@@ -164,7 +185,8 @@ def scan(path: Path) -> TarIndex:
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
     try:
-        for name, offset, size in _members(descriptor, os.fstat(descriptor).st_size):
+        end = os.fstat(descriptor).st_size
+        for name, offset, size in _members(descriptor, end):
             builder.add(name, offset, size)
     except (_TornError, ValueError) as error:
         key = split_name(error.name)[0] if isinstance(error, _TornError) else b""
@@ -176,7 +198,7 @@ def scan(path: Path) -> TarIndex:
         raise BrokenTarError(error.strerror) from error
     finally:
         os.close(descriptor)
-    return builder.build(torn)
+    return builder.build(torn, end)
 
 
 def _members(descriptor: int, end: int) -> Iterator[tuple[bytes, int, int]]:
