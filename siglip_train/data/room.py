@@ -12,8 +12,8 @@ from typing import NamedTuple
 from siglip_train.errors import UserError
 
 _BLOCK = 4096
-# what a file of unknown length asks for at a time: a share of the limit, within these
-_MIN_STEP, _MAX_STEP = 1 << 20, 64 << 20
+# what a file of unknown length asks for at a time: a share of the limit, and not more than this
+_STEP_SHARE, _MAX_STEP = 64, 64 << 20
 _POLL = 0.1
 PART = ".part"
 # no other file is counted or removed, whoever has put it into the folder
@@ -91,10 +91,11 @@ class Room:
             # the size of the file is the reservation that others see
             os.truncate(part, size)
 
-    @property
-    def step(self) -> int:
-        """By how much a transfer of unknown length grows."""
-        return min(max((self.limit or 0) // 64, _MIN_STEP), _MAX_STEP)
+    def ahead(self, size: int) -> int:
+        """What a transfer of unknown length that has come to `size` bytes should ask for."""
+        if self.limit is None:
+            return size
+        return max(size, min(size + min(self.limit // _STEP_SHARE, _MAX_STEP), self.limit // _BLOCK * _BLOCK))
 
     def _held(self) -> Iterator[_Held]:
         for entry in os.scandir(self.folder):
@@ -153,7 +154,7 @@ class Part:
         """Append. Raises `NoRoomError`, OSError."""
         end = self._file.tell() + len(data)
         if end > self._reserved:
-            self._reserved = end + self._room.step if self._room.limit is not None else end
+            self._reserved = self._room.ahead(end)
             self._room.grow(self.path, self._reserved)
         view = memoryview(data)
         while view:
