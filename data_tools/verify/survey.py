@@ -44,7 +44,9 @@ def verify_shards(
 
 
 def _kept_file(urls: Sequence[str], rules: Rules, cache: Path) -> Path:
-    identity = json.dumps([_FORMAT, list(urls), asdict(rules), [_version(url) for url in (rules.tokenizer,) if url]])
+    identity = json.dumps(
+        [_FORMAT, list(urls), asdict(rules), [_version(url) for url in (rules.tokenizer,) if url]]
+    )
     return cache / "verify" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jsonl"
 
 

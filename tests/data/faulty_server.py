@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Copies of shards: fetched whatever the server does, unpacked, found again, and never more than the cache may hold."""
 
 import gzip
+import hashlib
 import os
 import threading
 import time
@@ -135,9 +136,11 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def test_a_damaged_transfer_is_known_by_the_promised_checksum(shards: Path, server: Faults, quick: ShardCache):
+def test_a_damaged_transfer_is_known_by_the_promised_checksum(
+    shards: Path, server: Faults, quick: ShardCache
+):
     path = shards / "00002.tar"
-    known = _known(path)
+    known = known_of(path)
     server["00002.tar"] = ["corrupt", "short", "corrupt"]
     copy = quick.local_tar(f"{server.url}/00002.tar", known)
     assert copy.read_bytes() == path.read_bytes()
@@ -145,19 +148,18 @@ def test_a_damaged_transfer_is_known_by_the_promised_checksum(shards: Path, serv
     assert not [line for line in server.asked if line.startswith("HEAD")]
     server["00001.tar"] = ["corrupt", "..."]
     with pytest.raises(UnavailableShardError, match="SHA-256 is not that of the index"):
-        quick.local_tar(f"{server.url}/00001.tar", _known(shards / "00001.tar"))
+        quick.local_tar(f"{server.url}/00001.tar", known_of(shards / "00001.tar"))
 
 
-def _known(path: Path) -> Known:
-    import hashlib
-
+def known_of(path: Path) -> Known:
+    """What an index says of a file."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return Known(sha256, path.stat().st_size, sha256)
 
 
 def test_a_packed_shard_may_be_promised_packed_or_unpacked(shards: Path, server: Faults, quick: ShardCache):
     packed = _gzipped(shards / "00002.tar")
-    for known in (_known(packed), _known(shards / "00002.tar")):
+    for known in (known_of(packed), known_of(shards / "00002.tar")):
         copy = quick.local_tar(f"{server.url}/{packed.name}", known)
         assert copy.read_bytes() == (shards / "00002.tar").read_bytes()
     with pytest.raises(UnavailableShardError, match="bytes, but 7 in the index"):
@@ -282,7 +284,9 @@ def disk_usage(folder: Path) -> int:
     return used
 
 
-def test_a_shard_larger_than_the_cache_is_an_error_that_names_both(shards: Path, server: Faults, tmp_path: Path):
+def test_a_shard_larger_than_the_cache_is_an_error_that_names_both(
+    shards: Path, server: Faults, tmp_path: Path
+):
     cache = ShardCache(tmp_path / "cache", limit=4096, patience=QUICK)
     with pytest.raises(UserError, match=r"a shard takes .* GiB, more than data\.cache_limit_gib"):
         cache.local_tar(f"{server.url}/00002.tar")
@@ -392,5 +396,3 @@ def test_a_gzip_with_a_wrong_checksum_keeps_all_and_is_damaged(shards: Path, tmp
     got = local_tar(str(_gzipped(shards / "00002.tar", change=slice(-8, -4))), tmp_path / "cache")
     assert was_damaged(got)
     assert got.read_bytes() == (shards / "00002.tar").read_bytes()
-
-
