@@ -51,7 +51,10 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write every problem")
     parser.add_argument(
-        "--index", type=Path, metavar="FILE.json", help="write sizes, checksums and counts of the shards"
+        "--index",
+        type=Path,
+        metavar="FILE.json",
+        help="write sizes, checksums and counts; beside remote shards, as index.json, it saves counting them",
     )
     parser.add_argument("--cache-dir", type=Path, help="for downloads, as in data.cache_dir")
     add_workers(parser)

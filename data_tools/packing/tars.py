@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.packing.records import IMAGE, Part, Record
-from siglip_train.data.locations import default_cache, expand, local_tar
+from siglip_train.data.cache import local_tar
+from siglip_train.data.locations import default_cache, expand
 from siglip_train.data.shards import short_name
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
 from siglip_train.errors import UserError

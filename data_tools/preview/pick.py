@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from siglip_train.data.locations import expand, local_tar
+from siglip_train.data.cache import local_tar
+from siglip_train.data.locations import expand
 from siglip_train.data.shards import RawSample, short_name
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
 from siglip_train.errors import UserError

@@ -14,9 +14,10 @@ from PIL import Image
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from data_tools.stats.thumbnail import thumbnail
+from siglip_train.data.cache import local_tar, was_damaged
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import decode
-from siglip_train.data.locations import default_cache, local_tar, was_damaged
+from siglip_train.data.locations import default_cache
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, short_name
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index

@@ -13,6 +13,7 @@ from rich.text import Text
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import WHOLE_SHARD, ShardReport
 from data_tools.whole_file import write_whole
+from siglip_train.data.manifest import Entry, index_content
 
 _EXAMPLES = 3
 # of a file or pipe, which has no width of its own
@@ -85,14 +86,21 @@ class Outcome:
         _write_json(path, content)
 
     def write_index(self, path: Path) -> None:
-        """What each shard holds, and its checksum, as JSON. Raises `UserError`."""
-        shards = [
-            {"file": report.name, "bytes": report.bytes, "sha256": report.sha256, "samples": report.samples,
-             "good_samples": report.samples - report.bad_samples}
+        """What each shard holds, and its checksum, as training reads it. Raises `UserError`."""
+        entries = [
+            Entry(
+                file=report.name,
+                bytes=report.bytes,
+                sha256=report.sha256,
+                samples=report.samples,
+                good_samples=report.samples - report.bad_samples,
+                members=report.members,
+                truncated=report.truncated,
+                repeated=report.repeated,
+            )
             for report in self.reports
-        ]  # fmt: skip
-        good = self.samples - self.bad_samples
-        _write_json(path, {"samples": self.samples, "good_samples": good, "shards": shards})
+        ]
+        _write_json(path, index_content(entries))
 
 
 def _counted(count: int, thing: str) -> str:

@@ -13,6 +13,9 @@ from data_tools.verify.checks import Rules, SampleChecks
 from data_tools.verify.shard import Problem, ShardReport, ShardTask, sample_keys, split_digests, verify_shard
 from siglip_train.data.locations import is_remote
 
+# of kept reports: raise it when they hold something else
+_FORMAT = 2
+
 
 def verify_shards(
     urls: Sequence[str], rules: Rules, cache: Path, workers: int, advance: Callable[[int], None]
@@ -41,7 +44,9 @@ def verify_shards(
 
 
 def _kept_file(urls: Sequence[str], rules: Rules, cache: Path) -> Path:
-    identity = json.dumps([list(urls), asdict(rules), [_version(url) for url in (rules.tokenizer,) if url]])
+    identity = json.dumps(
+        [_FORMAT, list(urls), asdict(rules), [_version(url) for url in (rules.tokenizer,) if url]]
+    )
     return cache / "verify" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jsonl"
 
 

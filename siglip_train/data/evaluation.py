@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from siglip_train.batch import Images
+from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
 from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.locations import short_name
 from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
 from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
+from siglip_train.data.shards import RawSample, ShardReader, Wanted
+from siglip_train.data.survey import survey
 from siglip_train.data.watchdog import watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.errors import UserError
@@ -214,7 +217,7 @@ def build_evaluation_loader(
     wanted = Wanted(
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select
     )
-    (shards,) = survey([source.shards], [wanted], cache_dir=None)
+    (shards,) = survey([source.shards], [wanted], ShardCache.at(None))
     if len(shards) == 0:
         raise UserError(
             f"no complete sample in the evaluation set {source.shards}"

@@ -87,11 +87,32 @@ class SourceOrder:
         shard = int(layout.shards[row])
         return shard, place - int(layout.ends[row] - self.counts[shard])
 
-    def elsewhere(self, slot: int, rng: np.random.Generator) -> int:
-        """A slot of the same epoch, a quarter to three quarters of it away: hardly in the same batch."""
-        step = self.samples // 4 + int(rng.integers(max(1, self.samples // 2)))
+    def elsewhere(self, slot: int, rng: np.random.Generator, within: int | None = None) -> int:
+        """A slot of the same epoch, a quarter to three quarters of it away: hardly in the same batch.
+
+        within: slots to take those shares of instead, where going far would mean to fetch another shard.
+        """
+        span = min(self.samples, within or self.samples)
+        step = span // 4 + int(rng.integers(max(1, span // 2)))
         epoch, place = divmod(slot, self.samples)
         return epoch * self.samples + (place + step) % self.samples
+
+    def shards_between(self, start: int, stop: int) -> list[int]:
+        """The shards of the whole windows that the slots start..stop-1 lie in, in reading order, each once."""
+        found: list[int] = []
+        if self.order == "resampled":
+            for window in range(start // self.window, -(-stop // self.window)):
+                found += np.unique(self._drawn(window)[0]).tolist()
+            return list(dict.fromkeys(found))
+        while start < stop:
+            epoch, place = divmod(start, self.samples)
+            end = min(stop - epoch * self.samples, self.samples)
+            layout = self._layout(epoch)
+            first = layout.windows[bisect.bisect_right(layout.starts, place) - 1]
+            last = layout.windows[bisect.bisect_right(layout.starts, end - 1)]
+            found += layout.shards[first:last].tolist()
+            start = (epoch + 1) * self.samples
+        return [shard for shard in dict.fromkeys(found) if self.counts[shard]]
 
     def _make_layout(self, epoch: int) -> _Layout:
         shards = np.arange(len(self.counts))

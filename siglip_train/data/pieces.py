@@ -10,12 +10,15 @@ import torch
 from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
+from siglip_train.data.cache import UnavailableShardError
 from siglip_train.data.faults import BadSample, SampleError
+from siglip_train.data.fetch import Event
 from siglip_train.data.images import ImageTransform
+from siglip_train.data.locations import short_name
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.samples import CaptionChoice, Field
-from siglip_train.data.shards import RawSample, ShardReader, ShardSet, short_name
+from siglip_train.data.shards import RawSample, ShardReader, ShardSet
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 
@@ -25,6 +28,8 @@ _PIECE = 256
 _ATTEMPTS = 8
 # pieces that may be on their way at once, of all workers together
 _TRACKED = 1024
+# and draws that may meet a failed shard, which cost next to nothing
+_FAILED_DRAWS = 64
 
 
 class Share(NamedTuple):
@@ -55,6 +60,25 @@ class Source:
     language: Field | None
     language_name: str | None
     reader: ShardReader
+    max_failed_shards: float = 0.05
+
+    def substitute(self, slot: int, attempt: int, rng: np.random.Generator) -> int:
+        """Another slot to read in place of one that cannot be used; attempt: 1, 2, ..."""
+        # of shards that are fetched one close by: it is at hand, or will soon be
+        within = self.order.window << (attempt - 1) if self.shards.has_copies else None
+        return self.order.elsewhere(slot, rng, within)
+
+    def check_failed(self) -> None:
+        """Raise `UserError` if too many shards have failed at once."""
+        failed, count = self.reader.failed(), len(self.shards.urls)
+        # one of few shards is no reason to stop, unless nothing is left or nothing may fail
+        allowed = max(int(self.max_failed_shards * count), count > 1 and self.max_failed_shards > 0)
+        if len(failed) > allowed:
+            named = "; ".join(f"{short_name(each.shard)}: {each.reason}" for each in failed[:5])
+            raise UserError(
+                f"source {self.name}: {len(failed)} of {count} shards are unavailable, more than"
+                f" data.max_failed_shards {self.max_failed_shards} allows: {named}{'; ...' * (len(failed) > 5)}"
+            )
 
     def language_of(self, sample: RawSample) -> str | None:
         if self.language is None:
@@ -64,10 +88,11 @@ class Source:
 
 @dataclass
 class Report:
-    """What a worker tells with its piece: counts, bad samples, and why it gave up ("" = it did not)."""
+    """What a worker tells with its piece: counts, bad samples, events of shards, why it gave up ("" = it did not)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[BadSample] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     failure: str = ""
 
 
@@ -143,27 +168,37 @@ class Pieces(Dataset):
         except UserError as error:
             report.failure = str(error)
             return Piece(None, report)
+        finally:
+            report.events += self.sources[0].shards.cache.drain()
         images = self.transform.batch([row.patches for row in rows])
         texts = self.tokenizer([row.caption for row in rows])
         return Piece(Batch(images, texts, keys=tuple(row.key for row in rows)), report)
 
     def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
         rng = sample_generator(self.mixture.seed, position)
-        for attempt in range(1 + _ATTEMPTS):
+        bad, failed = 0, 0
+        while bad <= _ATTEMPTS and failed <= _FAILED_DRAWS:
             shard, number = source.order.locate(slot)
             sample = None
             try:
                 sample = source.reader.read(shard, number)
                 row = self._finished(sample, source, rng)
+            except UnavailableShardError as error:
+                source.check_failed()
+                failed += 1
+                last = f"of shard {short_name(source.shards.urls[shard])}, {error}"
             except Exception as error:  # whatever is wrong with one sample must not end the run
                 name = short_name(source.shards.urls[shard])
                 report.bad.append(BadSample.of(name, sample.key if sample else "?", error))
-                slot = source.order.elsewhere(slot, rng)
-                continue
-            report.counts.update(_counted(source, sample, attempt))
-            return row
+                bad += 1
+                last = str(report.bad[-1])
+            else:
+                report.counts.update(_counted(source, sample, bad + failed))
+                report.counts.update({f"failed/{source.name}": 1} if failed else ())
+                return row
+            slot = source.substitute(slot, bad + failed, rng)
         raise UserError(
-            f"source {source.name}: {1 + _ATTEMPTS} samples in a row are unusable, the last {report.bad[-1]};"
+            f"source {source.name}: {bad + failed} samples in a row are unusable, the last {last};"
             f" check data.sources.{source.name}"
         )
 

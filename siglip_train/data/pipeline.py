@@ -13,15 +13,19 @@ import torch
 from torch.utils.data import DataLoader
 
 from siglip_train.batch import Batch, Images
+from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
+from siglip_train.data.fetch import USUAL, Event, Patience
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
 from siglip_train.data.pieces import Piece, Pieces, Share, Source
+from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
-from siglip_train.data.shards import Progress, ShardReader, ShardSet, Wanted, survey
+from siglip_train.data.shards import ShardReader, ShardSet, Wanted
+from siglip_train.data.survey import Progress, check_room, survey
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.data.watchdog import STALL_SECONDS, watched
 from siglip_train.data.workers import unchanged, worker_options
@@ -62,6 +66,9 @@ class DataConfig:
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
     prefetch: pieces of up to 256 samples that each worker holds ready. stall_seconds: workers that give nothing for so
     long, or die, are replaced; not watched with workers=0, where this process itself reads.
+    cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
+    bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
+    that may be unavailable at once (one, if it has several and the share is above 0).
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -78,6 +85,10 @@ class DataConfig:
     cache_dir: str | None = None
     prefetch: int = 4
     stall_seconds: float = STALL_SECONDS
+    cache_limit_gib: float | None = None
+    fetch_timeout_seconds: float = USUAL.timeout_seconds
+    fetch_attempts: int = USUAL.attempts
+    max_failed_shards: float = Source.max_failed_shards
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -85,13 +96,18 @@ class DataConfig:
             raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
         if not self.stall_seconds > 0:
             raise ValueError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if self.fetch_attempts < 1 or not 0 <= self.max_failed_shards <= 1:
+            raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
+        if self.fetch_timeout_seconds <= 0 or (self.cache_limit_gib or 1) <= 0:
+            raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
 
 
 class Loader:
     """An endless iterator over this rank's `Batch`es.
 
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
-    `bad/<cause>`, `substituted`, `source/<name>`, `language/<name>`, `workers_replaced` (all of them, so many times).
+    `bad/<cause>`, `substituted`, `failed/<source>` (samples of unavailable shards), `fetch_retries`, `failed_shards`,
+    `shards_back`, `workers_replaced` (all of them, so many times), `source/<name>`, `language/<name>`.
     unusable: `excluded/<cause>` for what the shards
     hold but cannot be used, `repeated_keys`; the same on all ranks. fingerprint: changes with the samples or their
     order.
@@ -176,8 +192,10 @@ class Loader:
         per_batch = self._pieces.per_batch
         first = self.samples_seen // self._pieces.share.global_batch_size * per_batch
         stream = watched(self._from, first, lost=self._lost, stall_seconds=self.config.stall_seconds)
-        with contextlib.closing(stream):
+        with contextlib.closing(stream), ReadAhead(self._pieces, self._in_flight) as ahead:
             while True:
+                ahead.at(self.samples_seen)
+                self._report(ahead.events())
                 parts = [self._checked(next(stream)) for _ in range(per_batch)]
                 self.samples_seen += self._pieces.share.global_batch_size
                 yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
@@ -189,9 +207,22 @@ class Loader:
         self.counts["workers_replaced"] += 1
         return self._pieces.where(piece)
 
+    @property
+    def _in_flight(self) -> int:
+        """Samples of the run that workers may have begun beyond those handed out."""
+        pieces = self.config.workers * self.config.prefetch
+        return -(-pieces // self._pieces.per_batch) * self._pieces.share.global_batch_size
+
+    def _report(self, events: list[Event]) -> None:
+        for event in events:
+            self.counts[event.name] += 1
+            if event.message:
+                _LOG.warning(event.message)
+
     def _checked(self, piece: Piece) -> Batch:
         batch, report = piece.batch, piece.report
         self.counts.update(report.counts)
+        self._report(report.events)
         for bad in report.bad:
             self.counts[f"bad/{bad.cause}"] += 1
             self._log(bad)
@@ -271,8 +302,14 @@ def build_loader(
         )
         for source, choice, language in zip(sources, choices, languages, strict=True)
     ]
-    shard_sets = survey([source.shards for source in sources], wanted, config.cache_dir, progress)
+    cache = ShardCache.at(
+        config.cache_dir,
+        config.cache_limit_gib,
+        Patience(config.fetch_timeout_seconds, config.fetch_attempts),
+    )
+    shard_sets = survey([source.shards for source in sources], wanted, cache, progress)
     _check_sizes(names, shard_sets, mixture)
+    check_room(shard_sets, cache, config.shuffle_window)
     ready = [
         Source(
             name=name,
@@ -284,6 +321,7 @@ def build_loader(
             language=language,
             language_name=None if language else source.language,
             reader=ShardReader(shards),
+            max_failed_shards=config.max_failed_shards,
         )
         for number, (name, source, shards, choice, language) in enumerate(
             zip(names, sources, shard_sets, choices, languages, strict=True)

@@ -1,34 +1,31 @@
-"""The samples of a list of shards, by number: counted before training, then read by offset in any order."""
+"""The samples of a list of shards, by number: read by offset in any order. `survey.py` counts them before."""
 
 import collections
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 
+from siglip_train.data.cache import Known, ShardCache, local_tar
+from siglip_train.data.failed import Failure
 from siglip_train.data.faults import BadSample
-from siglip_train.data.locations import default_cache, expand, local_tar, was_damaged
+from siglip_train.data.locations import default_cache, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
-from siglip_train.distributed.collectives import gather_objects, is_distributed
 from siglip_train.errors import UserError
 
-_THREADS = 8
 # per process; a window of small shards should fit, or every sample would load an index
 _INDEXES = 512
 _DESCRIPTORS = 128
-# names in messages
-_NAMED = 5
-
-Progress = Callable[[int, int], None]
+# a copy may be removed between fetching and opening it
+_ATTEMPTS = 3
 
 
 class RawSample(NamedTuple):
@@ -57,38 +54,31 @@ class Wanted:
     select: Selection = EVERYTHING
 
 
-class _Shard(NamedTuple):
-    """What the survey learns of one shard."""
-
-    path: Path
-    samples: int
-    excluded: tuple[BadSample, ...] = ()
-    repeated: int = 0
-    failure: str = ""
-
-
-def short_name(shard: str) -> str:
-    """The file name of a shard, as it stands in messages."""
-    return shard.rstrip("/").rsplit("/", 1)[-1] or shard
-
-
 @dataclass
 class ShardSet:
-    """The complete samples of one source: `counts[i]` samples in shard i.
+    """The complete samples of one source: `counts[i]` samples in shard i, in a tar of `sizes[i]` bytes.
 
-    excluded: samples that lack a wanted member or are cut off, found before training.
+    paths: where the tars are; a copy may have been removed to make room, or not been made yet. known: of each shard,
+    for the time it is fetched. excluded: samples that lack a wanted member or are cut off, found before training.
     """
 
     urls: list[str]
     paths: list[Path]
     wanted: Wanted
-    cache: Path
+    cache: ShardCache
     counts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    known: list[Known]
     excluded: list[BadSample] = field(default_factory=list)
     repeated: int = 0
 
     def __len__(self) -> int:
         return int(self.counts.sum())
+
+    @functools.cached_property
+    def has_copies(self) -> bool:
+        """Does reading need copies in the cache?"""
+        return any(map(self.cache.is_copy, self.paths))
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
@@ -101,71 +91,7 @@ class ShardSet:
         return shard, position - int(self.ends[shard] - self.counts[shard])
 
 
-def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache_dir: str | None,
-           progress: Progress | None = None) -> list[ShardSet]:  # fmt: skip
-    """Find, fetch and count the shards of every source; every rank scans a part and gets the whole.  # all ranks
-
-    progress: called with (shards done, shards in all) of this rank. Raises `UserError` on every rank alike.
-    """
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-    urls = [expand(spec) for spec in specs]
-    tasks = [(url, want) for source, want in zip(urls, wanted, strict=True) for url in source]
-    scanned = iter(_scan_together(tasks, cache, progress))
-    sets = []
-    for source, want in zip(urls, wanted, strict=True):
-        shards = [next(scanned) for _ in source]
-        counts = np.array([shard.samples for shard in shards], dtype=np.int64)
-        excluded = [bad for shard in shards for bad in shard.excluded]
-        paths = [shard.path for shard in shards]
-        sets.append(ShardSet(source, paths, want, cache, counts, excluded, sum(s.repeated for s in shards)))
-    return sets
-
-
-def _scan_together(tasks: list[tuple[str, Wanted]], cache: Path, progress: Progress | None) -> list[_Shard]:
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-    mine = tasks[rank::ranks]
-    results = []
-    # waiting for disks and networks, not for the interpreter
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, shard in enumerate(pool.map(lambda task: _scan(task[0], task[1], cache), mine), start=1):
-            results.append(shard)
-            if progress is not None:
-                progress(done, len(mine))
-    parts = gather_objects(results)
-    shards = [parts[number % ranks][number // ranks] for number in range(len(tasks))]
-    failures = [shard.failure for shard in shards if shard.failure]
-    if failures:
-        more = f" (and {len(failures) - _NAMED} more)" if len(failures) > _NAMED else ""
-        raise UserError("; ".join(failures[:_NAMED]) + more)
-    return shards
-
-
-def _scan(url: str, wanted: Wanted, cache: Path) -> _Shard:
-    # a failure travels to the other ranks, which would wait for ever if it were raised here
-    try:
-        path = local_tar(url, cache)
-        index = load_index(path, cache)
-    except BrokenTarError as error:
-        return _Shard(
-            Path(), 0, failure=f"cannot read shard {url}: {error}; remove it from the list or repair it"
-        )
-    except UserError as error:
-        return _Shard(Path(), 0, failure=str(error))
-    name = short_name(url)
-    image, meant, complete = _complete(index, wanted)
-    excluded = [
-        BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
-        for sample in np.flatnonzero(meant & ~complete)
-    ]
-    excluded += [
-        BadSample(name, *each) for each in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
-    ]
-    if was_damaged(path) and not len(index.torn):
-        excluded.append(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
-    return _Shard(path, int(complete.sum()), tuple(excluded), index.repeated)
-
-
-def _complete(
+def complete_samples(
     index: TarIndex, wanted: Wanted
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
     """Of every sample in the index: its image member or -1, whether it is selected, and whether it is to be read."""
@@ -180,8 +106,9 @@ def _complete(
 
 
 class _Open(NamedTuple):
-    """A shard ready to read: its index and the numbers of its complete samples."""
+    """A shard ready to read: its tar, the index of it and the numbers of its complete samples."""
 
+    path: Path
     tar: TarIndex
     samples: NDArray[np.int64]
 
@@ -191,54 +118,103 @@ class ShardReader:
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
-        self._open = functools.lru_cache(_INDEXES)(self._load)
+        self._opened: collections.OrderedDict[int, _Open] = collections.OrderedDict()
         self._descriptors: collections.OrderedDict[int, int] = collections.OrderedDict()
+        self._touched: dict[int, float] = {}
 
     def __reduce__(self) -> tuple:
         return ShardReader, (self.shards,)
 
-    def _load(self, shard: int) -> _Open:
-        index = load_index(self._path(shard), self.shards.cache)
-        return _Open(index, np.flatnonzero(_complete(index, self.shards.wanted)[2]))
-
-    def _path(self, shard: int) -> Path:
-        path = self.shards.paths[shard]
-        if not path.exists():
-            # another machine fetched it during the survey
-            path = local_tar(self.shards.urls[shard], self.shards.cache)
-        return path
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is None:
-            descriptor = os.open(self._path(shard), os.O_RDONLY)
-            if len(self._descriptors) >= _DESCRIPTORS:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = descriptor
-        return descriptor
-
     def read(self, shard: int, sample: int) -> RawSample:
-        """The wanted members of a complete sample; the image is the first of its preferred extensions."""
-        index, samples = self._open(shard)
+        """The wanted members of a complete sample; the image is the first of its preferred extensions.
+
+        Raises `UnavailableShardError` where a remote shard cannot be had now.
+        """
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(shard, sample)
+            # the copy was removed to make room for another
+            self._opened.pop(shard, None)
+        raise FileNotFoundError(f"{self.shards.paths[shard]} is removed again and again")
+
+    def failed(self) -> list[Failure]:
+        """The shards of this set that cannot be had now."""
+        return [failure for failure in self.shards.cache.failed.all() if failure.shard in self._urls]
+
+    @functools.cached_property
+    def _urls(self) -> set[str]:
+        return set(self.shards.urls)
+
+    def _read(self, shard: int, sample: int) -> RawSample:
+        path, index, samples = self._open(shard)
         row = int(samples[sample])
         present, wanted = index.members(row), self.shards.wanted
         image = next(extension for extension in wanted.image if extension in present)
         names = [
             name for name in dict.fromkeys((image, *(wanted.text or ()), *wanted.extra)) if name in present
         ]
-        descriptor = self._descriptor(shard)
-        members = {
-            name: os.pread(descriptor, int(index.sizes[present[name]]), int(index.offsets[present[name]]))
-            for name in names
-        }
+        with self._descriptor(shard, path) as descriptor:
+            members = {
+                name: os.pread(descriptor, int(index.sizes[present[name]]), int(index.offsets[present[name]]))
+                for name in names
+            }
         return RawSample(
             short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
         )
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a complete sample."""
-        index, samples = self._open(shard)
-        return index.key(int(samples[sample]))
+        opened = self._open(shard)
+        return opened.tar.key(int(opened.samples[sample]))
+
+    def _open(self, shard: int) -> _Open:
+        opened = self._opened.pop(shard, None) or self._load(shard)
+        if len(self._opened) >= _INDEXES:
+            self._opened.popitem(last=False)
+        self._opened[shard] = opened
+        return opened
+
+    def _load(self, shard: int) -> _Open:
+        shards = self.shards
+        url, path = shards.urls[shard], shards.paths[shard]
+        if not path.exists():
+            path = shards.cache.local_tar(url, shards.known[shard])
+        try:
+            index = load_index(path, shards.cache.folder)
+        except BrokenTarError as error:
+            if is_remote(url) and path.exists():
+                raise shards.cache.reject(url, path, str(error)) from error
+            raise
+        samples = np.flatnonzero(complete_samples(index, shards.wanted)[2])
+        if len(samples) != shards.counts[shard] and is_remote(url):
+            reason = f"it holds {len(samples)} complete samples instead of {shards.counts[shard]}"
+            raise shards.cache.reject(url, path, reason)
+        return _Open(path, index, samples)
+
+    @contextlib.contextmanager
+    def _descriptor(self, shard: int, path: Path) -> Iterator[int]:
+        if self.shards.cache.is_copy(path):
+            # not kept open: a file that was removed takes up the disk until its last reader lets go
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                self._touch(shard, path)
+                yield descriptor
+            finally:
+                os.close(descriptor)
+            return
+        descriptor = self._descriptors.pop(shard, -1)
+        if descriptor < 0:
+            descriptor = os.open(path, os.O_RDONLY)
+            if len(self._descriptors) >= _DESCRIPTORS:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[shard] = descriptor
+        yield descriptor
+
+    def _touch(self, shard: int, path: Path) -> None:
+        now = time.monotonic()
+        if now - self._touched.get(shard, 0.0) >= 1:
+            self._touched[shard] = now
+            self.shards.cache.room.touch(path)
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():

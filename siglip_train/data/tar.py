@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from siglip_train.data.tar_members import AFTER_THE_END, BrokenTarError, Member, Members
 
+# the folder of the cache where copies of shards lie
+COPIES = "copies"
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
 # enters the name of a kept index: raise it when its content changes
@@ -31,7 +33,7 @@ class TarIndex:
     extensions: the member kinds. offsets, sizes, kinds: `[M]`, bytes of each member and its place in `extensions`.
     starts: `[n + 1]` first member of each sample. keys, key_ends: the sample names joined, `[n]`.
     torn, torn_causes: `[t]` names of samples left out for damage, "?" = not known, and the short name of each cause.
-    repeated: samples whose key came before.
+    repeated: samples whose key came before. bytes: of the whole file.
     """
 
     extensions: NDArray[np.str_]
@@ -44,6 +46,7 @@ class TarIndex:
     torn: NDArray[np.str_]
     torn_causes: NDArray[np.str_]
     repeated: int
+    bytes: int
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -69,24 +72,40 @@ class TarIndex:
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
-    """The index of a tar, from `cache` where this very file (path, size, time) was scanned before.
-
-    Raises `BrokenTarError`.
-    """
+    """The index of a tar, from `cache` where this very file was scanned before. Raises `BrokenTarError`."""
     try:
         stat = path.stat()
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
-    identity = f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{_INDEX_VERSION}"
-    kept = cache / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    # a damaged or foreign file there costs a scan, nothing else
-    with contextlib.suppress(Exception), np.load(kept, allow_pickle=False) as arrays:
-        return TarIndex(**{name: arrays[name] for name in arrays.files if name != "repeated"},
-                        repeated=int(arrays["repeated"]))  # fmt: skip
+    file = _kept_file(path, cache, f"{stat.st_size}\0{stat.st_mtime_ns}")
+    kept = _read_kept(file)
+    if kept is not None and kept.bytes == stat.st_size:
+        return kept
     index = scan(path)
     with contextlib.suppress(OSError):
-        _keep(index, kept)
+        _keep(index, file)
     return index
+
+
+def index_of_copy(path: Path, cache: Path) -> TarIndex | None:
+    """The index of a copy in the cache that may be gone, None = it was never scanned."""
+    return _read_kept(_kept_file(path, cache, ""))
+
+
+def _kept_file(path: Path, cache: Path, version: str) -> Path:
+    # the name of a copy says which version of which shard it is, and a copy made anew is the same
+    is_copy = path.parent == cache / COPIES
+    identity = f"{path.name if is_copy else path.absolute()}\0{'' if is_copy else version}\0{_INDEX_VERSION}"
+    return cache / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+
+
+def _read_kept(file: Path) -> TarIndex | None:
+    # a damaged or foreign file there costs a scan, nothing else
+    with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
+        return TarIndex(
+            **{name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
+        )
+    return None
 
 
 def _keep(index: TarIndex, kept: Path) -> None:
@@ -154,7 +173,7 @@ class _Builder:
         self.starts = [0, *itertools.accumulate(map(len, rows))][:-1]
         self.rows = list(itertools.chain.from_iterable(rows))
 
-    def build(self) -> TarIndex:
+    def build(self, size: int) -> TarIndex:
         table = np.array(self.rows, dtype=np.int64).reshape(-1, 3)
         return TarIndex(
             extensions=np.array([kind.decode("utf-8", "replace") for kind in self.kinds], dtype=np.str_),
@@ -167,6 +186,7 @@ class _Builder:
             torn=np.array([key.decode("utf-8", "replace") for key, _ in self.torn], dtype=np.str_),
             torn_causes=np.array([cause for _, cause in self.torn], dtype=np.str_),
             repeated=self.repeated,
+            bytes=size,
         )
 
 
@@ -188,7 +208,8 @@ def scan(path: Path) -> TarIndex:
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
     try:
-        for found in Members(descriptor, os.fstat(descriptor).st_size):
+        end = os.fstat(descriptor).st_size
+        for found in Members(descriptor, end):
             if isinstance(found, Member):
                 builder.add(*found)
             else:
@@ -198,4 +219,4 @@ def scan(path: Path) -> TarIndex:
     finally:
         os.close(descriptor)
     builder.drop_mixed()
-    return builder.build()
+    return builder.build(end)

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples, survey
+from siglip_train.data.cache import ShardCache
+from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples
+from siglip_train.data.survey import survey
 from siglip_train.errors import UserError
 from tests.data.shard_files import sample, without, write_shards, write_tar
 from tests.ranks import run_ranks
@@ -15,7 +17,7 @@ WANTED = Wanted(("jpg", "png"), ("txt",))
 
 
 def _survey(shards: str | list[str], cache: str, wanted: Wanted = WANTED) -> ShardSet:
-    (found,) = survey([shards], [wanted], cache)
+    (found,) = survey([shards], [wanted], ShardCache.at(cache))
     return found
 
 
@@ -74,9 +76,8 @@ def test_unreadable_shards_are_all_named(tmp_path: Path, cache: str):
 
 def test_progress_is_told(tmp_path: Path, cache: str):
     told: list[tuple[int, int]] = []
-    survey(
-        [write_shards(tmp_path, [1, 1, 1])], [WANTED], cache, lambda done, total: told.append((done, total))
-    )
+    shards = write_shards(tmp_path, [1, 1, 1])
+    survey([shards], [WANTED], ShardCache.at(cache), lambda done, total: told.append((done, total)))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -6,6 +6,7 @@ import json
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,8 +184,13 @@ def test_a_clean_set_passes_and_its_index_is_right(clean: Path, tmp_path: Path, 
         assert shard["bytes"] == file.stat().st_size
         assert shard["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
         with tarfile.open(file) as archive:
-            keys = {name.split(".")[0] for name in archive.getnames()}
+            names = archive.getnames()
+        keys = {name.split(".")[0] for name in names}
         assert shard["samples"] == shard["good_samples"] == len(keys)
+        kinds = Counter(
+            " ".join(sorted(n[len(key) + 1 :] for n in names if n.startswith(f"{key}."))) for key in keys
+        )
+        assert shard["members"] == kinds
     assert content["samples"] == content["good_samples"] == len(read_split(clean))
     assert not list((tmp_path / "cache").rglob("*.jsonl")), "a complete run leaves nothing to continue"
 

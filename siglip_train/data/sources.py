@@ -1,0 +1,118 @@
+"""The bytes of a remote shard as they come: from a web server, a filesystem of fsspec or a command."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
+from typing import NamedTuple
+
+from siglip_train.data.locations import filesystem_of, is_http, is_pipe
+
+_CHUNK = 1 << 20
+
+
+class Start(NamedTuple):
+    """What a source says first.
+
+    version: changes with the content. position: of the first byte that follows. length: of the whole, -1 = unknown.
+    resumable: may a later attempt go on in the middle?
+    """
+
+    version: str
+    position: int = 0
+    length: int = -1
+    resumable: bool = False
+
+
+Items = Iterator[Start | bytes]
+
+
+def source(shard: str, position: int, known: Start, timeout: float) -> tuple[Items, Callable[[], None]]:
+    """The start and then the bytes of a shard, from `position` on where that can be done.
+
+    Beside them a function that frees a thread which is stuck in them, as far as that is possible.
+    """
+    if is_pipe(shard):
+        command = shard[len("pipe:") :]
+        # a session of its own, so that its children can be killed with it
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+        return _from_command(process), lambda: _kill(process)
+    if is_http(shard):
+        return _from_http(shard, position, timeout), lambda: None
+    return _from_filesystem(shard, position, known.version), lambda: None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _from_command(process: subprocess.Popen) -> Items:
+    yield Start("")
+    assert process.stdout is not None
+    with process.stdout as stream:
+        while data := stream.read1(_CHUNK):  # type: ignore[attr-defined]
+            yield data
+    if process.wait() != 0:
+        raise OSError(f"the command ended with status {process.returncode}")
+
+
+def _from_http(shard: str, position: int, timeout: float) -> Items:
+    headers = {"Range": f"bytes={position}-"} if position else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(shard, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if not position or error.code != 416:
+            raise
+        # it has become shorter
+        response = urllib.request.urlopen(shard, timeout=timeout)
+    with response:
+        yield _http_start(response)
+        # read1 gives what there is; read would wait for a whole chunk
+        while data := response.read1(_CHUNK):
+            yield data
+
+
+def _http_start(response: HTTPResponse) -> Start:
+    marks = [response.headers.get(name, "") for name in ("ETag", "Last-Modified")]
+    position, length = 0, response.headers.get("Content-Length", "")
+    if response.status == 206:
+        # bytes 100-999/1000
+        place, _, length = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        position = int(place.partition("-")[0])
+    total = int(length) if length.isdigit() else -1
+    return Start(" ".join([*marks, length]), position, total, resumable=any(marks))
+
+
+def _from_filesystem(shard: str, position: int, known: str) -> Items:
+    filesystem, path = filesystem_of(shard)
+    version = str(filesystem.ukey(path))
+    with filesystem.open(path, "rb") as stream:
+        begin = position if version == known else 0
+        if begin:
+            stream.seek(begin)
+        yield Start(version, begin, getattr(stream, "size", None) or -1, resumable=True)
+        while data := stream.read(_CHUNK):
+            yield data
+
+
+def heading(shard: str, timeout: float) -> Items:
+    """The start alone, by a small request, of a shard that is no command."""
+    if not is_http(shard):
+        filesystem, path = filesystem_of(shard)
+        yield Start(str(filesystem.ukey(path)))
+        return
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(shard, method="HEAD"), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code >= 500 and error.code != 501:
+            raise
+        # an address signed for reading alone, or a server that knows no more
+        response = urllib.request.urlopen(shard, timeout=timeout)
+    with response:
+        yield _http_start(response)

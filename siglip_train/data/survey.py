@@ -1,0 +1,213 @@
+"""Before training: find the shards of every source and count their complete samples, on all ranks together."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError, was_damaged
+from siglip_train.data.faults import BadSample
+from siglip_train.data.fetch import FetchError
+from siglip_train.data.locations import beside, expand, is_remote, short_name
+from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
+from siglip_train.data.select import EVERYTHING
+from siglip_train.data.shards import ShardSet, Wanted, complete_samples
+from siglip_train.data.tar import BrokenTarError, TarIndex, index_of_copy, load_index
+from siglip_train.distributed.collectives import broadcast_object, gather_objects, is_distributed
+from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_THREADS = 8
+# names in messages
+_NAMED = 5
+
+Progress = Callable[[int, int], None]
+
+
+class _Task(NamedTuple):
+    """A shard to count; entry: what the index beside it says, None = it is in none."""
+
+    url: str
+    wanted: Wanted
+    entry: Entry | None
+
+
+class _Shard(NamedTuple):
+    """What the survey learns of one shard."""
+
+    path: Path
+    samples: int = 0
+    size: int = 0
+    known: Known = UNKNOWN
+    excluded: tuple[BadSample, ...] = ()
+    repeated: int = 0
+    failure: str = ""
+
+
+def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: ShardCache,
+           progress: Progress | None = None) -> list[ShardSet]:  # fmt: skip
+    """Find and count the shards of every source; every rank looks at a part and gets the whole.  # all ranks
+
+    A remote shard is fetched to be counted, unless an `index.json` in its folder or an earlier count of the same
+    version says what it holds. progress: called with (shards done, shards in all) of this rank. Raises `UserError` on
+    every rank alike.
+    """
+    urls = [expand(spec) for spec in specs]
+    entries = _entries([url for source in urls for url in source], cache)
+    tasks = [
+        _Task(url, want, entries.get(url))
+        for source, want in zip(urls, wanted, strict=True)
+        for url in source
+    ]
+    scanned = iter(_scan_together(tasks, cache, progress))
+    sets = []
+    for source, want in zip(urls, wanted, strict=True):
+        shards = [next(scanned) for _ in source]
+        sets.append(
+            ShardSet(
+                source,
+                [shard.path for shard in shards],
+                want,
+                cache,
+                counts=np.array([shard.samples for shard in shards], dtype=np.int64),
+                sizes=np.array([shard.size for shard in shards], dtype=np.int64),
+                known=[shard.known for shard in shards],
+                excluded=[bad for shard in shards for bad in shard.excluded],
+                repeated=sum(shard.repeated for shard in shards),
+            )
+        )
+    return sets
+
+
+def check_room(shard_sets: Sequence[ShardSet], cache: ShardCache, window: int) -> None:
+    """Raise `UserError` if the cache cannot hold the copies of the current and of the next shuffle window."""
+    if cache.limit is None:
+        return
+    needed = 0
+    for shards in shard_sets:
+        sizes = [
+            size
+            for path, size in zip(shards.paths, shards.sizes.tolist(), strict=True)
+            if cache.is_copy(path)
+        ]
+        # shards of the mean number of samples and the largest size; the last one of a window may be begun
+        in_a_window = math.ceil(window * len(shards.urls) / max(len(shards), 1)) + 1
+        needed += min(sum(sizes), 2 * in_a_window * max(sizes, default=0))
+    if needed > cache.limit:
+        raise UserError(
+            f"data.cache_limit_gib {cache.limit / 2**30:.3g} cannot hold the shards of two shuffle windows, which need"
+            f" {needed / 2**30:.3g}: raise it, or lower data.shuffle_window ({window})"
+        )
+
+
+def _entries(urls: Iterable[str], cache: ShardCache) -> dict[str, Entry]:
+    """What the indexes beside remote shards say, by URL; each is fetched once, by rank 0.  # all ranks"""
+    remote = [url for url in urls if is_remote(url)]
+    if not remote:
+        return {}
+    entries: dict[str, Entry] = {}
+    if not is_distributed() or dist.get_rank() == 0:
+        places = {url: beside(url, INDEX_NAME) for url in remote}
+        files = sorted({place for place in places.values() if place is not None})
+        with ThreadPoolExecutor(_THREADS) as pool:
+            indexes = dict(zip(files, pool.map(lambda file: _read_index(file, cache), files), strict=True))
+        for url, place in places.items():
+            entry = indexes.get(place or "", {}).get(short_name(url.partition("?")[0]))
+            if entry is not None:
+                entries[url] = entry
+        missing = [url for url in remote if url not in entries]
+        if missing:
+            _LOG.warning(
+                "%d of %d remote shards, such as %s, are in no %s beside them: each is fetched once to be counted;"
+                " `siglip-data verify SHARDS --index %s` writes what to put there",
+                *(len(missing), len(remote), short_name(missing[0]), INDEX_NAME, INDEX_NAME),
+            )
+    return broadcast_object(entries)
+
+
+def _read_index(url: str, cache: ShardCache) -> dict[str, Entry]:
+    """An index that cannot be read is as good as none: the shards are counted themselves."""
+    try:
+        return read_index(cache.read_small(url))
+    except FetchError as error:
+        if not error.is_absent:
+            _LOG.warning("cannot read %s: %s", url, error)
+    except (UserError, ValueError) as error:
+        _LOG.warning("%s is no index of shards: %s", url, error)
+    return {}
+
+
+def _scan_together(tasks: list[_Task], cache: ShardCache, progress: Progress | None) -> list[_Shard]:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    mine = tasks[rank::ranks]
+    results = []
+    # waiting for disks and networks, not for the interpreter
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done, shard in enumerate(pool.map(lambda task: _scan(task, cache), mine), start=1):
+            results.append(shard)
+            for event in cache.drain():
+                # what has failed is an error here, and said as one
+                if event.message and event.name == "fetch_retries":
+                    _LOG.warning(event.message)
+            if progress is not None:
+                progress(done, len(mine))
+    parts = gather_objects(results)
+    shards = [parts[number % ranks][number // ranks] for number in range(len(tasks))]
+    failures = [shard.failure for shard in shards if shard.failure]
+    if failures:
+        more = f" (and {len(failures) - _NAMED} more)" if len(failures) > _NAMED else ""
+        raise UserError("; ".join(failures[:_NAMED]) + more)
+    return shards
+
+
+def _scan(task: _Task, cache: ShardCache) -> _Shard:
+    # a failure travels to the other ranks, which would wait for ever if it were raised here
+    try:
+        return _counted(task, cache)
+    except BrokenTarError as error:
+        failure = f"cannot read shard {task.url}: {error}; remove it from the list or repair it"
+    except (FetchError, UnavailableShardError, OSError) as error:
+        failure = f"cannot read shard {task.url}: {error}"
+    except UserError as error:
+        failure = str(error)
+    return _Shard(Path(), failure=failure)
+
+
+def _counted(task: _Task, cache: ShardCache) -> _Shard:
+    url, entry = task.url, task.entry
+    known = cache.identify(url) if entry is None else Known(entry.sha256, entry.bytes, entry.sha256)
+    path = cache.path(url, known)
+    if entry is not None and task.wanted.select == EVERYTHING:
+        # which samples they are shows when the shard comes
+        excluded = [
+            bad
+            for cause, count in entry.incomplete(task.wanted).items()
+            for bad in [BadSample(short_name(url), "?", cause, f"so says {INDEX_NAME}")] * count
+        ]
+        samples = entry.complete(task.wanted)
+        return _Shard(path, samples, entry.bytes, known, tuple(excluded), entry.repeated)
+    index = index_of_copy(path, cache.folder) if cache.is_copy(path) else None
+    if index is None:
+        path = cache.local_tar(url, known)
+        index = load_index(path, cache.folder)
+    samples, excluded = _complete(index, task.wanted, short_name(url), path)
+    return _Shard(path, samples, index.bytes, known, tuple(excluded), index.repeated)
+
+
+def _complete(index: TarIndex, wanted: Wanted, name: str, path: Path) -> tuple[int, list[BadSample]]:
+    image, meant, complete = complete_samples(index, wanted)
+    excluded = [
+        BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
+        for sample in np.flatnonzero(meant & ~complete)
+    ]
+    excluded += [
+        BadSample(name, *each) for each in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
+    ]
+    if was_damaged(path) and not len(index.torn):
+        excluded.append(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
+    return int(complete.sum()), excluded
