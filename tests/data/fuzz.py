@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from siglip_train.data.cache import local_tar
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
-from siglip_train.data.locations import local_tar
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.shards import RawSample
 from siglip_train.data.tar import BrokenTarError, TarIndex, scan

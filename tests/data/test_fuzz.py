@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from siglip_train.data.cache import local_tar, was_damaged
 from siglip_train.data.images import ImageTransform
-from siglip_train.data.locations import local_tar, was_damaged
 from siglip_train.data.pipeline import DataConfig, Share, SourceConfig, build_loader
 from siglip_train.data.tar import scan
 from siglip_train.data.tokenizer import Tokenizer

@@ -4,9 +4,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
 
 ODD = (33, 33)
 
@@ -16,10 +15,10 @@ class Trap(ImageTransform):
 
     caught: Path | None = None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
-        if image.size == ODD and not (self.caught is not None and self.caught.exists()):
+    def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        if decode(data).size == ODD and not (self.caught is not None and self.caught.exists()):
             if self.caught is not None:
                 self.caught.touch()
             while True:
                 time.sleep(1)
-        return super().__call__(image, rng)
+        return super().for_training(data, rng, max_pixels)
