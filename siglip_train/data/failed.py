@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from siglip_train.data.fetch import Patience
+from siglip_train.data.patience import Patience
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from siglip_train.batch import Batch, Images
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
-from siglip_train.data.fetch import USUAL, Event, Patience
+from siglip_train.data.fetch import Event
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.order import Mixture, Order, SourceOrder
+from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.pieces import Piece, Pieces, Share, Source
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
@@ -84,7 +85,7 @@ class DataConfig:
             raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
         if self.fetch_attempts < 1 or not 0 <= self.max_failed_shards <= 1:
             raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
-        if self.fetch_timeout_seconds <= 0 or (self.cache_limit_gib or 1) <= 0:
+        if min(self.fetch_timeout_seconds, 1 if self.cache_limit_gib is None else self.cache_limit_gib) <= 0:
             raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
 
 
@@ -173,19 +174,13 @@ class Loader:
         stream = iter(
             _data_loader(self._pieces, itertools.count(first), self.config, pin_memory=self._pin_memory)
         )
-        with ReadAhead(self._pieces, self._in_flight) as ahead:
+        with ReadAhead(self._pieces, _in_flight(self._pieces, self.config)) as ahead:
             while True:
                 ahead.at(self.samples_seen)
                 self._report(ahead.events())
                 parts = [self._checked(next(stream)) for _ in range(per_batch)]
                 self.samples_seen += self._pieces.share.global_batch_size
                 yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
-
-    @property
-    def _in_flight(self) -> int:
-        """Samples of the run that workers may have begun beyond those handed out."""
-        pieces = self.config.workers * self.config.prefetch
-        return -(-pieces // self._pieces.per_batch) * self._pieces.share.global_batch_size
 
     def _report(self, events: list[Event]) -> None:
         for event in events:
@@ -210,6 +205,12 @@ class Loader:
                 f" {self.config.max_bad_share} allows; the last: {report.bad[-1]}; the log names the others"
             )
         return batch
+
+
+def _in_flight(pieces: Pieces, config: DataConfig) -> int:
+    """Samples of the run that workers may have begun beyond those handed out."""
+    batches = -(-config.workers * config.prefetch // pieces.per_batch)
+    return batches * pieces.share.global_batch_size
 
 
 def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
@@ -281,7 +282,6 @@ def build_loader(
     shard_sets = survey([source.shards for source in sources], wanted, cache, progress)
     mixture = Mixture([source.weight for source in sources], share.global_batch_size, seed)
     _check_sizes(names, shard_sets, mixture)
-    check_room(shard_sets, cache, config.shuffle_window)
     ready = [
         Source(
             name=name,
@@ -300,6 +300,7 @@ def build_loader(
         )
     ]
     pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
+    check_room(shard_sets, cache, config.shuffle_window, _in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)
 
 

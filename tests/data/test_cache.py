@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from siglip_train.data.cache import Known, ShardCache, UnavailableShardError, local_tar, was_damaged
-from siglip_train.data.fetch import CancelledError, Patience
+from siglip_train.data.patience import CancelledError, Patience
 from siglip_train.data.room import Part, Room
 from siglip_train.data.tar import index_of_copy, load_index, scan
 from siglip_train.errors import UserError
@@ -111,7 +111,7 @@ def test_what_cannot_be_fetched_is_named_and_not_kept(
 def test_tools_get_one_line(
     url: str, reason: str, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.fetch._FIRST_PAUSE", 0)
+    monkeypatch.setattr("siglip_train.data.patience._FIRST_PAUSE", 0)
     url = url.format(server=server.url)
     with pytest.raises(UserError, match=f"^cannot read shard {url}: .*{reason}"):
         local_tar(url, tmp_path / "cache")
@@ -271,6 +271,7 @@ def test_many_processes_and_left_parts_stay_within_the_limit(shards: Path, tmp_p
 def _watch(folder: Path, most: list[int], ended: threading.Event) -> None:
     while not ended.is_set():
         most[0] = max(most[0], disk_usage(folder))
+        time.sleep(0.001)
 
 
 def disk_usage(folder: Path) -> int:
