@@ -63,10 +63,19 @@ def _copies(cache: ShardCache) -> list[Path]:
     ids=" ".join,
 )
 def test_attempts_go_on_where_the_last_one_broke_off(
-    faults: list[str], requests: list[str], shards: Path, server: Faults, quick: ShardCache
+    faults: list[str],
+    requests: list[str],
+    shards: Path,
+    server: Faults,
+    quick: ShardCache,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     data = (shards / "00002.tar").read_bytes()
     server["00002.tar"] = faults
+    # long enough for a busy machine to answer, where nothing else is waited for
+    seconds = 1.5 if {"stall", "silent"} & set(faults) else 10
+    quick = ShardCache(quick.folder, patience=Patience(seconds, 4))
+    monkeypatch.setattr("siglip_train.data.patience._FIRST_PAUSE", 0.001)
     assert quick.local_tar(f"{server.url}/00002.tar").read_bytes() == data
     half = len(data) // 2
     expected = [each.format(half=half, more=half + (len(data) - half) // 2) for each in requests]
@@ -118,8 +127,8 @@ def test_tools_get_one_line(
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
-def test_a_silent_command_is_killed_with_its_children(tmp_path: Path, quick: ShardCache):
-    pid = tmp_path / "pid"
+def test_a_silent_command_is_killed_with_its_children(tmp_path: Path):
+    pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", patience=Patience(1.5, 1))
     with pytest.raises(UnavailableShardError, match="silent"):
         quick.local_tar(f"pipe:printf begun; (sleep 60 & echo $! > {pid}; wait); echo")
     deadline = time.monotonic() + 20
