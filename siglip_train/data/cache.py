@@ -61,8 +61,8 @@ def local_tar(shard: str, folder: Path) -> Path:
     """
     try:
         return ShardCache(folder).local_tar(shard)
-    except (FetchError, UnavailableShardError) as error:
-        raise UserError(f"cannot read shard {shard}: {error}") from error
+    except UnavailableShardError as error:
+        raise UserError(f"cannot read shard {shard}: {error.detail}") from error
 
 
 def was_damaged(path: Path) -> bool:

@@ -7,14 +7,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from siglip_train.data.faults import SampleError
 from siglip_train.data.patience import Patience
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
 
 
-class UnavailableShardError(Exception):
-    """A shard cannot be had now; it is tried again later."""
+class UnavailableShardError(SampleError):
+    """A sample is of a shard that cannot be had now; it is tried again later."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("shard unavailable", reason)
 
 
 @dataclass(frozen=True)

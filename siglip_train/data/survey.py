@@ -172,7 +172,9 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
         return _counted(task, cache)
     except BrokenTarError as error:
         failure = f"cannot read shard {task.url}: {error}; remove it from the list or repair it"
-    except (FetchError, UnavailableShardError, OSError) as error:
+    except UnavailableShardError as error:
+        failure = f"cannot read shard {task.url}: {error.detail}"
+    except (FetchError, OSError) as error:
         failure = f"cannot read shard {task.url}: {error}"
     except UserError as error:
         failure = str(error)

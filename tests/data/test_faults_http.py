@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
 from siglip_train.data.images import ImageTransform
-from siglip_train.data.manifest import Entry, index_content, members_of, read_index
+from siglip_train.data.manifest import index_content, read_index
 from siglip_train.data.pipeline import Loader, Share, SourceConfig
 from siglip_train.data.select import Selection
-from siglip_train.data.tar import scan
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.conftest import ROOT
 from tests.data.faulty_server import Faults, serve
-from tests.data.shard_files import write_shards
-from tests.data.test_cache import disk_usage, known_of
+from tests.data.shard_files import write_index, write_shards
+from tests.data.test_cache import disk_usage
 from tests.data.test_pipeline import Build
 
 SHARDS, EACH = 10, 6
@@ -45,7 +45,7 @@ def build(tokenizer: Tokenizer, transform: ImageTransform, cache: str) -> Build:
 def folder(tmp_path: Path) -> Path:
     """Ten shards of six samples with an index beside them."""
     write_shards(tmp_path / "in", [EACH] * SHARDS)
-    _write_index(tmp_path / "in")
+    write_index(tmp_path / "in")
     return tmp_path / "in"
 
 
@@ -54,14 +54,6 @@ def server(folder: Path) -> Iterator[Faults]:
     """Serves the folder."""
     with serve(folder) as faults:
         yield faults
-
-
-def _write_index(folder: Path) -> None:
-    entries = []
-    for path in sorted(folder.glob("*.tar")):
-        known, index = known_of(path), scan(path)
-        entries.append(Entry(path.name, known.bytes, known.sha256, len(index), len(index), members_of(index)))
-    (folder / "index.json").write_text(json.dumps(index_content(entries)))
 
 
 def _shards(server: Faults) -> str:
@@ -180,6 +172,19 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
     assert f"shard {NAMES[1]} is unavailable: it holds 6 complete samples instead of 7" in caplog.text
 
 
+def test_an_evaluation_goes_on_without_a_failed_shard(
+    server: Faults, transform: ImageTransform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("siglip_train.data.cache.default_cache", lambda: tmp_path / "cache")
+    server[NAMES[4]] = ["404", "..."]
+    loader = build_evaluation_loader(EvaluationSource(_shards(server)), transform, batch_size=16)
+    for _ in range(2):
+        keys = [key for batch in loader for key in batch.keys if key]
+        assert len(set(keys)) == TOTAL - EACH
+    assert loader.counts == {"seen": 2 * TOTAL, "bad/shard unavailable": 2 * EACH}
+    assert server.gets() == dict.fromkeys(NAMES, 1)
+
+
 def test_an_index_saves_all_downloads_before_training(build: Build, folder: Path, server: Faults):
     loader = _loader(build, server)
     assert server.asked == ["GET index.json"]
@@ -295,7 +300,7 @@ def test_a_training_run_over_a_faulty_web_ends_with_the_right_counts(
     folder = tmp_path / "web"
     shutil.copytree(tiny_data / "train", folder)
     shards = sorted(path.name for path in folder.glob("*.tar"))
-    _write_index(folder)
+    write_index(folder)
     with serve(folder) as server:
         server[shards[0]] = ["stall"]
         server[shards[1]] = ["drop", "500"]
