@@ -19,7 +19,7 @@ _FILE_TYPES = (b"0", b"\0", b"7")
 # the folder of the cache where copies of shards lie
 COPIES = "copies"
 # enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 
 
 class BrokenTarError(Exception):
