@@ -95,7 +95,7 @@ class Outcome:
                 samples=report.samples,
                 good_samples=report.samples - report.bad_samples,
                 members=report.members,
-                truncated=report.truncated,
+                left_out=report.left_out,
                 repeated=report.repeated,
             )
             for report in self.reports

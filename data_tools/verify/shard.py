@@ -13,7 +13,7 @@ from data_tools.verify.checks import Rules, SampleChecks
 from siglip_train.data.cache import local_tar, was_damaged
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import is_remote
-from siglip_train.data.manifest import members_of
+from siglip_train.data.manifest import left_out_of, members_of
 from siglip_train.data.shards import RawSample, short_name
 from siglip_train.data.tar import REPEATED_MEMBER, TarIndex, scan
 from siglip_train.data.tar_members import AFTER_THE_END, BLOCK, BROKEN_HEADER, BrokenTarError
@@ -59,7 +59,7 @@ class ShardReport:
 
     bytes, sha256: of the file, or of the unpacked copy of a remote shard; 0 and "" where it cannot be had.
     digests: 8 bytes of each sample's key in hex, so that millions of keys can be compared over shards. members,
-    truncated, repeated: as training reads the shard, for its index.
+    left_out, repeated: as training reads the shard, for its index.
     """
 
     url: str
@@ -69,7 +69,7 @@ class ShardReport:
     problems: list[Problem] = field(default_factory=list)
     digests: str = ""
     members: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     repeated: int = 0
 
     @property
@@ -113,7 +113,7 @@ def verify_shard(task: ShardTask) -> ShardReport:
         report.problems.append(Problem(WHOLE_SHARD, "", "broken tar", str(error)))
         return report
     report.members, report.repeated = members_of(index), index.repeated
-    report.truncated = len(index.torn) or int(was_damaged(path))
+    report.left_out = left_out_of(index) or ({"truncated": 1} if was_damaged(path) else {})
     samples = _gather(index)
     report.samples = len(samples)
     report.digests = "".join(_digest(sample.key) for sample in samples)

@@ -4,6 +4,7 @@ How a sample of a remote shard is read: `ShardReader.read` opens the copy; where
 makes one: alone among all processes, `Fetch.run` brings the bytes into a `Part`, for which `Room` makes room.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,19 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siglip_train.data.failed import FailedShards, Failure, UnavailableShardError
-from siglip_train.data.fetch import (
-    USUAL,
-    DamagedError,
-    Event,
-    Fetch,
-    FetchError,
-    Patience,
-    said,
-    version_of,
-)
+from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, said, version_of
 from siglip_train.data.gunzip import gunzip, is_gzip
 from siglip_train.data.locations import default_cache, is_remote, short_name
-from siglip_train.data.room import Part, Room
+from siglip_train.data.patience import USUAL, Patience
+from siglip_train.data.room import NoRoomError, Part, Room
 from siglip_train.data.tar import COPIES
 from siglip_train.errors import UserError
 
@@ -68,8 +61,8 @@ def local_tar(shard: str, folder: Path) -> Path:
     """
     try:
         return ShardCache(folder).local_tar(shard)
-    except (FetchError, UnavailableShardError) as error:
-        raise UserError(f"cannot read shard {shard}: {error}") from error
+    except UnavailableShardError as error:
+        raise UserError(f"cannot read shard {shard}: {error.detail}") from error
 
 
 def was_damaged(path: Path) -> bool:
@@ -168,7 +161,7 @@ class ShardCache:
             if path.exists():
                 return path
             return self._fetched(shard, path, known) if is_remote(shard) else self._unpacked(shard, path)
-        except (FetchError, DamagedError) as error:
+        except (FetchError, DamagedError, NoRoomError) as error:
             raise self._failure(shard, str(error)) from error
         except OSError as error:
             raise UserError(f"cannot read shard {shard}: {said(error)}") from error
@@ -177,6 +170,13 @@ class ShardCache:
         return existing(self.room.folder / f"{self.name(shard)}-{_digest(version)[:8]}.tar")
 
     def _unpacked(self, shard: str, path: Path) -> Path:
+        while True:
+            # others that unpack hold the room; each gives up its own in turn, so that one gets on
+            with contextlib.suppress(NoRoomError):
+                return self._try_to_unpack(shard, path)
+            time.sleep(self.patience.pause(1))
+
+    def _try_to_unpack(self, shard: str, path: Path) -> Path:
         name = self.name(os.path.abspath(shard))
         with self.room.lock(name), Part(self.room, name, "unpacked", never) as part:
             if (present := existing(path)).exists():

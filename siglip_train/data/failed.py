@@ -7,14 +7,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from siglip_train.data.fetch import Patience
+from siglip_train.data.faults import SampleError
+from siglip_train.data.patience import Patience
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
 
 
-class UnavailableShardError(Exception):
-    """A shard cannot be had now; it is tried again later."""
+class UnavailableShardError(SampleError):
+    """A sample is of a shard that cannot be had now; it is tried again later."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("shard unavailable", reason)
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,23 @@ class FailedShards:
 
     def __init__(self, folder: Path, patience: Patience, since: float) -> None:
         self._folder, self._patience, self._since = folder, patience, since
-        self._all: list[Failure] = []
+        self._all: dict[str, Failure] = {}
         self._looked = float("-inf")
 
     def find(self, name: str) -> Failure | None:
         """The failure of the shard that the cache knows as `name`; None = it has not failed."""
-        return self._read(self._folder / f"{name}.json")
+        failure = self._read(self._folder / f"{name}.json")
+        if failure is not None and failure.shard not in self._all:
+            self._looked = float("-inf")
+        return failure
 
     def all(self) -> list[Failure]:
-        """Every failed shard, as it was at most a second ago."""
+        """Every failed shard, as it was at most a second ago, with all that `find` has met."""
         if time.monotonic() - self._looked > min(1.0, self._patience.timeout_seconds / 10):
             found = (self._read(path) for path in sorted(self._folder.glob("*.json")))
-            self._all = [failure for failure in found if failure is not None]
+            self._all = {failure.shard: failure for failure in found if failure is not None}
             self._looked = time.monotonic()
-        return self._all
+        return list(self._all.values())
 
     def add(self, name: str, shard: str, reason: str) -> Failure:
         """Note that a shard could not be had, or again not."""
@@ -80,4 +87,5 @@ class FailedShards:
         temporary = self._folder / f"{name}.{os.getpid()}"
         temporary.write_text(json.dumps(asdict(failure)))
         os.replace(temporary, self._folder / f"{name}.json")
+        self._looked = float("-inf")
         return failure

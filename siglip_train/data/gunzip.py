@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _MAGIC = b"\x1f\x8b"
-# of a stream at a time, which unpacks to a thousand times as much at most
+# of the packed stream at a time, which unpacks to a thousand times as much at most
 _CHUNK = 1 << 14
 # zlib's code for "a gzip header and the largest window"
 _GZIP = 31

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from siglip_train.data.shards import Wanted
@@ -19,7 +19,7 @@ class Entry:
 
     file: its name. bytes, sha256: of the file. samples, good_samples: as `siglip-data verify` counts them.
     members: how many samples training reads with exactly these members, sorted extensions joined by spaces.
-    truncated: samples that the end of a damaged shard has cut. repeated: samples whose key came before.
+    left_out: samples that damage of the tar keeps from being read, by cause. repeated: samples whose key came before.
     """
 
     file: str
@@ -28,7 +28,7 @@ class Entry:
     samples: int
     good_samples: int
     members: dict[str, int]
-    truncated: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     repeated: int = 0
 
     def complete(self, wanted: Wanted) -> int:
@@ -37,7 +37,7 @@ class Entry:
 
     def incomplete(self, wanted: Wanted) -> Counter[str]:
         """The others by cause, as a scan of the shard would name it."""
-        lacks = Counter({"truncated": self.truncated})
+        lacks = Counter(self.left_out)
         for names, count in self.members.items():
             lacks[_lack(names, wanted)] += count
         del lacks[""]
@@ -58,6 +58,11 @@ def members_of(index: TarIndex) -> dict[str, int]:
     kinds, starts = index.kinds.tolist(), index.starts.tolist()
     sets = Counter(tuple(sorted(kinds[start:end])) for start, end in itertools.pairwise(starts))
     return {" ".join(sorted(extensions[kind] for kind in each)): count for each, count in sets.most_common()}
+
+
+def left_out_of(index: TarIndex) -> dict[str, int]:
+    """How many samples of a damaged tar are not read, by cause."""
+    return {"truncated": len(index.torn)} if len(index.torn) else {}
 
 
 def index_content(entries: Iterable[Entry]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Pieces(Dataset):
             except UnavailableShardError as error:
                 source.check_failed()
                 failed += 1
-                last = f"of shard {short_name(source.shards.urls[shard])}, {error}"
+                last = f"of shard {short_name(source.shards.urls[shard])}, {error.detail}"
             except Exception as error:  # whatever is wrong with one sample must not end the run
                 name = short_name(source.shards.urls[shard])
                 report.bad.append(BadSample.of(name, sample.key if sample else "?", error))

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from siglip_train.batch import Batch, Images
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
-from siglip_train.data.fetch import USUAL, Event, Patience
+from siglip_train.data.fetch import Event
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
 from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
+from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.pieces import Piece, Pieces, Share, Source
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
@@ -98,7 +99,7 @@ class DataConfig:
             raise ValueError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         if self.fetch_attempts < 1 or not 0 <= self.max_failed_shards <= 1:
             raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
-        if self.fetch_timeout_seconds <= 0 or (self.cache_limit_gib or 1) <= 0:
+        if min(self.fetch_timeout_seconds, 1 if self.cache_limit_gib is None else self.cache_limit_gib) <= 0:
             raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
 
 
@@ -192,7 +193,10 @@ class Loader:
         per_batch = self._pieces.per_batch
         first = self.samples_seen // self._pieces.share.global_batch_size * per_batch
         stream = watched(self._from, first, lost=self._lost, stall_seconds=self.config.stall_seconds)
-        with contextlib.closing(stream), ReadAhead(self._pieces, self._in_flight) as ahead:
+        with (
+            contextlib.closing(stream),
+            ReadAhead(self._pieces, _in_flight(self._pieces, self.config)) as ahead,
+        ):
             while True:
                 ahead.at(self.samples_seen)
                 self._report(ahead.events())
@@ -206,12 +210,6 @@ class Loader:
     def _lost(self, piece: int) -> str:
         self.counts["workers_replaced"] += 1
         return self._pieces.where(piece)
-
-    @property
-    def _in_flight(self) -> int:
-        """Samples of the run that workers may have begun beyond those handed out."""
-        pieces = self.config.workers * self.config.prefetch
-        return -(-pieces // self._pieces.per_batch) * self._pieces.share.global_batch_size
 
     def _report(self, events: list[Event]) -> None:
         for event in events:
@@ -236,6 +234,12 @@ class Loader:
                 f" {self.config.max_bad_share} allows; the last: {report.bad[-1]}; the log names the others"
             )
         return batch
+
+
+def _in_flight(pieces: Pieces, config: DataConfig) -> int:
+    """Samples of the run that workers may have begun beyond those handed out."""
+    batches = -(-config.workers * config.prefetch // pieces.per_batch)
+    return batches * pieces.share.global_batch_size
 
 
 def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
@@ -309,7 +313,6 @@ def build_loader(
     )
     shard_sets = survey([source.shards for source in sources], wanted, cache, progress)
     _check_sizes(names, shard_sets, mixture)
-    check_room(shard_sets, cache, config.shuffle_window)
     ready = [
         Source(
             name=name,
@@ -328,6 +331,7 @@ def build_loader(
         )
     ]
     pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
+    check_room(shard_sets, cache, config.shuffle_window, _in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)
 
 

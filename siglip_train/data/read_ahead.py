@@ -1,5 +1,6 @@
 """Fetch the shards of the current and the next shuffle window before workers ask for them, a few at a time."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -7,10 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip_train.data.cache import UnavailableShardError
-from siglip_train.data.fetch import CancelledError, Event
+from siglip_train.data.fetch import Event
 from siglip_train.data.pieces import Pieces
-from siglip_train.errors import UserError
 
 _THREADS = 4
 # seconds between looks at what is missing or may be tried again
@@ -97,9 +96,11 @@ class ReadAhead:
     def _first_slots(self, position: int) -> dict[int, int]:
         """The first slot of each source in a global batch; some may have none in it."""
         sources, slots = self._mixture.slots(position, position + self._mixture.global_batch_size)
-        found: dict[int, int] = {}
-        for source, slot in zip(sources.tolist(), slots.tolist(), strict=True):
-            found.setdefault(source, slot)
+        found = {}
+        for number in range(len(self._sources)):
+            mine = sources == number
+            if mine.any():
+                found[number] = int(slots[mine.argmax()])
         return found
 
     def _run(self) -> None:
@@ -110,13 +111,10 @@ class ReadAhead:
                     self._changed.wait(_PAUSE)
                 continue
             shards = self._sources[task.source].shards
-            try:
+            # what is wrong is noted in the cache, or said where a worker needs the shard
+            with contextlib.suppress(Exception):
                 self._made[task] = self._cache.local_tar(shards.urls[task.shard], shards.known[task.shard])
-            except (UnavailableShardError, UserError, CancelledError):
-                # noted in the cache, or said again where a worker needs the shard
-                pass
-            finally:
-                self._busy.discard(task)
+            self._busy.discard(task)
 
     def _take(self) -> _Task | None:
         """A shard that is missing and that no other thread is at."""

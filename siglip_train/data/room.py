@@ -73,13 +73,13 @@ class Room:
         """Let `part` grow to `size` bytes, at once. Raises `NoRoomError`, `UserError` where it never can."""
         if self.limit is None:
             return
-        if _rounded(size) > self.limit:
+        if rounded(size) > self.limit:
             raise UserError(
                 f"a shard takes {size / 2**30:.3g} GiB, more than data.cache_limit_gib ({self.limit / 2**30:.3g})"
             )
         with self.lock("room"):
             held = sorted(each for each in self._held() if each.path != part)
-            excess = sum(each.size for each in held) + _rounded(size) - self.limit
+            excess = sum(each.size for each in held) + rounded(size) - self.limit
             for each in held:
                 if excess <= 0:
                     break
@@ -104,11 +104,11 @@ class Room:
             with contextlib.suppress(FileNotFoundError):
                 stat, path = entry.stat(), Path(entry.path)
                 if path.suffix != PART:
-                    yield _Held(stat.st_atime_ns, _rounded(stat.st_size), path)
+                    yield _Held(stat.st_atime_ns, rounded(stat.st_size), path)
                 elif self._is_left(path):
                     path.unlink()
                 else:
-                    yield _Held(float("inf"), _rounded(stat.st_size), path)
+                    yield _Held(float("inf"), rounded(stat.st_size), path)
 
     def _is_left(self, part: Path) -> bool:
         """Has the process of a transfer ended without removing it?"""
@@ -165,6 +165,6 @@ class Part:
         self._file.truncate()
 
 
-def _rounded(size: int) -> int:
-    """As disks count."""
+def rounded(size: int) -> int:
+    """A size in bytes as disks count it."""
     return -(-size // _BLOCK) * _BLOCK

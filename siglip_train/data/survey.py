@@ -15,6 +15,7 @@ from siglip_train.data.faults import BadSample
 from siglip_train.data.fetch import FetchError
 from siglip_train.data.locations import beside, expand, is_remote, short_name
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
+from siglip_train.data.room import rounded
 from siglip_train.data.select import EVERYTHING
 from siglip_train.data.shards import ShardSet, Wanted, complete_samples
 from siglip_train.data.tar import BrokenTarError, TarIndex, index_of_copy, load_index
@@ -84,20 +85,20 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
     return sets
 
 
-def check_room(shard_sets: Sequence[ShardSet], cache: ShardCache, window: int) -> None:
-    """Raise `UserError` if the cache cannot hold the copies of the current and of the next shuffle window."""
+def check_room(shard_sets: Sequence[ShardSet], cache: ShardCache, window: int, in_flight: int) -> None:
+    """Raise `UserError` if the cache cannot hold the copies that are needed at a time.
+
+    These are the shards of two shuffle windows, of `window` samples or somewhat more, and of the samples in flight.
+    """
     if cache.limit is None:
         return
     needed = 0
     for shards in shard_sets:
-        sizes = [
-            size
-            for path, size in zip(shards.paths, shards.sizes.tolist(), strict=True)
-            if cache.is_copy(path)
-        ]
-        # shards of the mean number of samples and the largest size; the last one of a window may be begun
-        in_a_window = math.ceil(window * len(shards.urls) / max(len(shards), 1)) + 1
-        needed += min(sum(sizes), 2 * in_a_window * max(sizes, default=0))
+        places = zip(shards.paths, shards.sizes.tolist(), strict=True)
+        sizes = [rounded(size) for path, size in places if cache.is_copy(path)]
+        # shards of the mean number of samples and the largest size; each window may reach into one more
+        count = math.ceil((2 * window + in_flight) * len(shards.urls) / max(len(shards), 1)) + 2
+        needed += min(sum(sizes), count * max(sizes, default=0))
     if needed > cache.limit:
         raise UserError(
             f"data.cache_limit_gib {cache.limit / 2**30:.3g} cannot hold the shards of two shuffle windows, which need"
@@ -171,7 +172,9 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
         return _counted(task, cache)
     except BrokenTarError as error:
         failure = f"cannot read shard {task.url}: {error}; remove it from the list or repair it"
-    except (FetchError, UnavailableShardError, OSError) as error:
+    except UnavailableShardError as error:
+        failure = f"cannot read shard {task.url}: {error.detail}"
+    except (FetchError, OSError) as error:
         failure = f"cannot read shard {task.url}: {error}"
     except UserError as error:
         failure = str(error)

@@ -23,7 +23,7 @@ COPIES = "copies"
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
 # enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 
 
 @dataclass(frozen=True)

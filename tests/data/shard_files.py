@@ -1,11 +1,14 @@
 """Writes tar shards member by member."""
 
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from siglip_train.data.manifest import Entry, index_content, members_of
+from siglip_train.data.tar import scan
 from tests.data.conftest import encoded, picture
 
 Member = tuple[str, bytes]
@@ -46,3 +49,13 @@ def write_shards(folder: Path, sizes: list[int]) -> str:
         write_tar(folder / f"{shard:05d}.tar", [member for row in rows for member in row])
         number += size
     return str(folder / "*.tar")
+
+
+def write_index(folder: Path) -> None:
+    """The index.json of the shards in a folder."""
+    entries = []
+    for path in sorted(folder.glob("*.tar")):
+        index, data = scan(path), path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        entries.append(Entry(path.name, len(data), digest, len(index), len(index), members_of(index)))
+    (folder / "index.json").write_text(json.dumps(index_content(entries)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.manifest import Entry, index_content, members_of, read_index
+from siglip_train.data.manifest import Entry, index_content, left_out_of, members_of, read_index
 from siglip_train.data.shards import Wanted
 from siglip_train.data.tar import scan
 from tests.data.shard_files import sample, without, write_tar
@@ -48,6 +48,15 @@ def test_an_index_is_read_as_it_was_written_but_for_shards_that_could_not_be_ope
     text = json.dumps({**index_content([entry, broken]), "by": "whoever"})
     assert read_index(text) == {"a.tar": entry}
     assert json.loads(text)["samples"] == 7
+
+
+def test_what_damage_has_cut_is_not_forgotten(tmp_path: Path):
+    path = write_tar(tmp_path / "a.tar", [*sample("a"), *sample("b")])
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-5])
+    index = scan(path)
+    entry = Entry("a.tar", 1, "0", 1, 1, members_of(index), left_out_of(index))
+    assert entry.complete(Wanted(("png",))) == 1
+    assert entry.incomplete(Wanted(("png",))) == {"truncated": 1}
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,28 @@ def test_substitutes_are_of_the_same_epoch_and_far_away():
 def test_wrong_options_are_user_errors(options: dict):
     with pytest.raises(UserError):
         _order(**options)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "sequential", "resampled"])
+def test_the_shards_of_a_range_are_those_its_windows_read(kind: str):
+    counts = np.array([4, 0, 7, 2, 6, 1, 9, 3])
+    order = _order(kind, counts=counts, window=8)
+    whole = [0, 32, 64, 96] if kind != "resampled" else list(range(0, 97, 8))
+    read = [{order.locate(slot)[0] for slot in range(begin, end)} for begin, end in itertools.pairwise(whole)]
+    for (begin, end), shards in zip(itertools.pairwise(whole), read, strict=True):
+        found = order.shards_between(begin, end)
+        assert set(found) == shards
+        assert len(found) == len(shards)
+    for start in range(64):
+        for stop in (start + 1, start + 5, start + 40):
+            found = order.shards_between(start, stop)
+            assert {order.locate(slot)[0] for slot in range(start, stop)} <= set(found)
+            # other windows than those of the range are left alone
+            assert len(order.shards_between(start, start + 1)) <= 5
+
+
+def test_substitutes_may_be_kept_close_by():
+    order = _order(counts=np.full(50, 10), window=20)
+    for seed in range(100):
+        other = order.elsewhere(500 + seed, np.random.default_rng(seed), within=20)
+        assert 5 <= (other - seed - 500) % 500 < 15

@@ -10,7 +10,8 @@ from siglip_train.data.cache import ShardCache
 from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples
 from siglip_train.data.survey import survey
 from siglip_train.errors import UserError
-from tests.data.shard_files import sample, without, write_shards, write_tar
+from tests.data.faulty_server import serve
+from tests.data.shard_files import sample, without, write_index, write_shards, write_tar
 from tests.ranks import run_ranks
 
 WANTED = Wanted(("jpg", "png"), ("txt",))
@@ -97,7 +98,7 @@ def test_raw_samples_come_in_file_order_with_all_members(tmp_path: Path, cache: 
         next(read_samples(__file__, cache))
 
 
-def _survey_on_a_rank(shards: str, cache: str) -> tuple:
+def _survey_on_a_rank(shards: str | list[str], cache: str) -> tuple:
     found = _survey(shards, cache)
     return found.counts, [ShardReader(found).read(shard, 0).key for shard in range(len(found.counts))]
 
@@ -116,6 +117,20 @@ def test_ranks_share_the_scan_and_agree(tmp_path: Path, cache: str):
     for counts, keys in run_ranks(2, _survey_on_a_rank, pattern, cache):
         np.testing.assert_array_equal(counts, [2, 1, 3, 1, 2])
         assert keys == ["00000", "00002", "00003", "00006", "00007"]
+
+
+@pytest.mark.dist
+def test_ranks_ask_for_the_index_beside_remote_shards_once(tmp_path: Path, cache: str):
+    write_shards(tmp_path / "in", [2, 1, 3])
+    files = sorted((tmp_path / "in").glob("*.tar"))
+    write_index(tmp_path / "in")
+    with serve(tmp_path / "in") as server:
+        urls = [f"{server.url}/{file.name}" for file in files]
+        for counts, keys in run_ranks(2, _survey_on_a_rank, urls, cache):
+            np.testing.assert_array_equal(counts, [2, 1, 3])
+            assert keys == ["00000", "00002", "00003"]
+        # and the two ranks share the copies
+        assert server.gets("") == {"index.json": 1, **{file.name: 1 for file in files}}
 
 
 @pytest.mark.dist
