@@ -17,7 +17,7 @@ from data_tools.tiny.captions import word_everywhere
 from data_tools.tiny.preview import write_preview
 from data_tools.tiny.shards import SAMPLES_PER_SHARD, ShardTask, plan_training, write_shard
 from data_tools.tiny.vocabulary import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES
-from data_tools.tokenizer import train_tokenizer
+from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes
@@ -99,7 +99,9 @@ def make_tiny(out_dir: Path, options: TinyOptions, *, workers: int = 1, force: b
         folder = Path(scratch) / "new"
         folder.mkdir()
         # first, because a vocabulary size that cannot be had should not cost the drawing
-        train_tokenizer(_tokenizer_captions(options.seed), folder / "tokenizer.model", options.vocab_size)
+        train_tokenizer(
+            _tokenizer_captions(options.seed), folder / "tokenizer.model", TrainingOptions(options.vocab_size)
+        )
         _write_shards(folder, options, workers)
         _write_class_files(folder)
         write_preview(folder / "train" / "00000.tar", folder / "preview.png")

@@ -50,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
     text = [Field.parse(name) for name in arguments.text]
     check_target(arguments.page)
     cache = arguments.cache_dir.expanduser() if arguments.cache_dir else default_cache()
-    samples = pick(arguments.shards, arguments.samples, arguments.seed, cache)
+    samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
+    for reason in unreadable:
+        print(f"left out: {reason}")
     write_whole(arguments.page, page(arguments.shards, [card(sample, image, text) for sample in samples]))
     print(f"wrote {arguments.page}: {len(samples)} samples of {arguments.shards}")

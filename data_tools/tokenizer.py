@@ -2,29 +2,53 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 
+from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 
+# bytes of a caption; the library leaves longer ones out without a word, its own limit being 4,192
+_LONGEST = 1 << 24
 
-def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Train a BPE model on the lower-cased captions and write it to `path` (`.model`).
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a tokenizer is to be.
+
+    vocab_size: pieces. model_type: bpe, or unigram, which trains longer and splits long captions into more tokens.
+    character_coverage: share of the captions' characters that become pieces of their own. byte_fallback: other
+    characters become the bytes of their UTF-8; without it, they are unknown.
+    """
+
+    vocab_size: int = 8192
+    # at 1,024 pieces the longest caption of make-tiny takes 22 tokens; with a unigram model, 41
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    character_coverage: float = 0.9995
+    byte_fallback: bool = True
+
+
+def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOptions) -> None:
+    """Train a model on the captions, lower-cased as in training, and write it to `path` (`.model`).
 
     Text is taken as it is (no Unicode normalisation), so decoding gives the lower-cased caption back.
-    Raises UserError when the captions cannot fill, or do not fit, the vocabulary.
+    Raises UserError when the captions cannot fill, or do not fit, the vocabulary; a file at `path` is replaced.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as sink:
-        try:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    clean = TextRules().clean
+    try:
+        with partial.open("wb") as sink:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(caption.lower() for caption in captions),
+                sentence_iterator=(clean(caption) for caption in captions),
                 model_writer=sink,
-                vocab_size=vocab_size,
-                # at 1,024 pieces the longest caption takes 22 tokens; with a unigram model, 41
-                model_type="bpe",
-                byte_fallback=True,
+                vocab_size=options.vocab_size,
+                model_type=options.model_type,
+                character_coverage=options.character_coverage,
+                byte_fallback=options.byte_fallback,
+                max_sentence_length=_LONGEST,
                 normalization_rule_name="identity",
                 pad_id=0,
                 eos_id=1,
@@ -33,7 +57,11 @@ def train_tokenizer(captions: Iterable[str], path: Path, vocab_size: int) -> Non
                 num_threads=1,  # the sums of several threads depend on their number
                 minloglevel=2,
             )
-        except RuntimeError as error:
-            reason = str(error).rsplit("] ", 1)[-1] or "the captions do not fit"
-            raise UserError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from error
-    os.replace(partial, path)
+        os.replace(partial, path)
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1] or "the captions do not fit"
+        raise UserError(f"cannot train a tokenizer of {options.vocab_size} pieces: {reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -38,6 +38,9 @@ def add_command(commands: Any) -> None:
         default=list(defaults.text),
         help="fields that hold captions, as in data.sources; none = no captions wanted (txt)",
     )
+    parser.add_argument(
+        "--label", metavar="FIELD", help="check labels: cls, or a field such as json:class_index"
+    )
     parser.add_argument("--tokenizer", metavar="MODEL", help="look at the lengths of captions with it")
     parser.add_argument(
         "--context-length", type=positive, help=f"tokens with the end ({defaults.context_length})"
@@ -90,6 +93,7 @@ def _rules(arguments: argparse.Namespace) -> Rules:
     return Rules(
         image=extensions(arguments.image),
         text=tuple(arguments.text),
+        label=arguments.label,
         min_side=arguments.min_side,
         max_aspect=arguments.max_aspect,
         tokenizer=arguments.tokenizer,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from siglip_train.data.faults import SampleError
 
@@ -11,6 +11,20 @@ from siglip_train.data.faults import SampleError
 IMAGE = "image"
 # fields that hold a caption where the user names none, the first that is there
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "txt", "description")
+
+
+class Readable(Protocol):
+    """Bytes that lie somewhere in the file `path`; size: a number that changes when they do, -1 = not known."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self) -> bytes:
+        """The bytes. Raises `SampleError`."""
+        ...
 
 
 class Part(NamedTuple):
@@ -44,7 +58,7 @@ class Record:
 
     key: str
     origin: str
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, Readable] = field(default_factory=dict)
     text: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""

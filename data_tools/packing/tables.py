@@ -8,15 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.packing.parquet_tables import Cell, parquet_rows
 from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Part, Record, SourceOptions, captions_of
 from siglip_train.data.faults import SampleError
 from siglip_train.errors import UserError
-
-try:
-    import pyarrow.parquet as parquet
-except ImportError:
-    # optional: for Parquet alone
-    parquet = None
 
 _IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
 # the module's default of 128 KiB is too small for a page of text in a cell
@@ -32,7 +27,7 @@ def table_records(path: Path, options: SourceOptions) -> list[Record]:
         ".tsv": _csv_rows,
         ".jsonl": _json_rows,
         ".ndjson": _json_rows,
-        ".parquet": _parquet_rows,
+        ".parquet": parquet_rows,
     }
     try:
         return row_records(readers[path.suffix.lower()](path), path, options)
@@ -67,19 +62,25 @@ def _record(number: int, row: Row, root: str, image: str, caption: str) -> Recor
     if isinstance(row, SampleError):
         return Record(key, f"row {number}", fault=(row.cause, row.detail))
     name = row.get(image)
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str | Cell) or not name:
         return Record(key, f"row {number}", fault=("no image", f"{image} is {name!r:.60}"))
     text, captions = captions_of(row.get(caption), row.get("language"))
     # cells beyond the header are under None
     others = {
-        column: value
+        column: value.name if isinstance(value, Cell) else value
         for column, value in row.items()
-        if column != caption and column is not None and value is not None
+        if column != caption and column is not None and value is not None and not _is_nameless(value)
     }
+    if isinstance(name, Cell):
+        return Record(key, name.name or f"row {number}", {IMAGE: name}, text, {**others, **captions})
     # captions of one picture are rows of their own, and must not meet across the splits
     return Record(
         key, name, {IMAGE: Part(os.path.join(root, name))}, text, {**others, **captions}, group=name
     )
+
+
+def _is_nameless(value: Any) -> bool:
+    return isinstance(value, Cell) and not value.name
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -105,13 +106,3 @@ def _json_row(line: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         return SampleError("broken json", str(error))
     return row if isinstance(row, dict) else SampleError("broken json", "the line is no object")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    if parquet is None:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow")
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except ValueError as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"cannot read {path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,36 +14,57 @@ from siglip_train.errors import UserError
 
 # of a remote set every shard opened is a download
 _MAX_SHARDS = 64
+# reasons in the message that there is no sample at all
+_NAMED = 3
 
 
-def pick(shards: str, count: int, seed: int, cache: Path) -> list[RawSample]:
+class Picked(NamedTuple):
+    """What was drawn; unreadable: why of each shard that could not be opened."""
+
+    samples: list[RawSample]
+    unreadable: list[str]
+
+
+class _Open(NamedTuple):
+    url: str
+    path: Path
+    tar: TarIndex
+
+
+def pick(shards: str, count: int, seed: int, cache: Path) -> Picked:
     """At most `count` different samples with all their members, in file order.
 
-    The same for the same shards, count and seed. Of more than 64 shards, 64 are drawn first. Raises `UserError`.
+    The same for the same shards, count and seed. Of more than 64 shards, 64 are drawn first. Raises `UserError` where
+    no shard has a sample.
     """
     rng = np.random.default_rng(seed)
     urls = list(dict.fromkeys(expand(shards)))
     chosen = sorted(rng.choice(len(urls), min(len(urls), _MAX_SHARDS), replace=False).tolist())
-    opened = [(urls[number], *_open(urls[number], cache)) for number in chosen]
-    ends = np.cumsum([len(index) for _, _, index in opened])
-    total = int(ends[-1])
+    opened, unreadable = _open_all([urls[number] for number in chosen], cache)
+    ends = np.cumsum([len(shard.tar) for shard in opened])
+    total = int(ends[-1]) if opened else 0
     if not total:
-        raise UserError(f"{shards}: no sample in these shards")
+        raise UserError("; ".join([f"{shards}: no sample in these shards", *unreadable[:_NAMED]]))
     samples = []
     for position in sorted(rng.choice(total, min(count, total), replace=False).tolist()):
         number = int(np.searchsorted(ends, position, side="right"))
         url, path, index = opened[number]
         row = position - (int(ends[number - 1]) if number else 0)
         samples.append(RawSample(short_name(url), index.key(row), _members(path, index, row)))
-    return samples
+    return Picked(samples, unreadable)
 
 
-def _open(url: str, cache: Path) -> tuple[Path, TarIndex]:
-    path = local_tar(url, cache)
-    try:
-        return path, load_index(path, cache)
-    except BrokenTarError as error:
-        raise UserError(f"cannot read shard {url}: {error}; remove it from the list or repair it") from error
+def _open_all(urls: list[str], cache: Path) -> tuple[list[_Open], list[str]]:
+    opened, unreadable = [], []
+    for url in urls:
+        try:
+            path = local_tar(url, cache)
+            opened.append(_Open(url, path, load_index(path, cache)))
+        except (UserError, BrokenTarError) as error:
+            unreadable.append(
+                str(error) if isinstance(error, UserError) else f"cannot read shard {url}: {error}"
+            )
+    return opened, unreadable
 
 
 def _members(path: Path, index: TarIndex, row: int) -> dict[str, bytes]:

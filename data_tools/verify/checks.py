@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_tools.facts import are_corners, boxes, read_facts
+from siglip_train.data.evaluation import label_of
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.samples import Field
@@ -21,13 +22,14 @@ _MASK = "mask.png"
 class Rules:
     """What a good sample is.
 
-    image: extensions in order of preference. text: fields that hold captions, () = none is wanted. min_side: pixels.
-    max_aspect: long side over short side. tokenizer: path, None = lengths are not looked at. context_length: tokens,
-    with the end.
+    image: extensions in order of preference. text: fields that hold captions, () = none is wanted. label: the field of
+    the class, None = none is wanted. min_side: pixels. max_aspect: long side over short side. tokenizer: path, None =
+    lengths are not looked at. context_length: tokens, with the end.
     """
 
     image: tuple[str, ...]
     text: tuple[str, ...] = ("txt",)
+    label: str | None = None
     min_side: int = 16
     max_aspect: float = 10.0
     tokenizer: str | None = None
@@ -40,6 +42,7 @@ class SampleChecks:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.fields = [Field.parse(text) for text in rules.text]
+        self.label = Field.parse(rules.label) if rules.label else None
         self.tokenizer = (
             load_tokenizer(rules.tokenizer, context_length=rules.context_length) if rules.tokenizer else None
         )
@@ -63,7 +66,9 @@ class SampleChecks:
         yield from missing
         if self._has_text(sample.members):
             yield from self._captions(sample, has_json=facts is not None)
-        yield from self._picture(sample.members)
+        if not dotted:
+            yield from self._label(sample, has_json=facts is not None)
+        yield from self._picture(sample.members, facts or {})
 
     def _has_image(self, members: Mapping[str, bytes]) -> bool:
         return any(extension in members for extension in self.rules.image)
@@ -132,13 +137,25 @@ class SampleChecks:
         if longest > self.rules.context_length:
             yield SampleError("long caption", f"{longest} tokens, limit {self.rules.context_length}")
 
-    def _picture(self, members: Mapping[str, bytes]) -> Iterator[SampleError]:
+    def _label(self, sample: RawSample, *, has_json: bool) -> Iterator[SampleError]:
+        if self.label is None or (self.label.member == "json" and not has_json):
+            return
+        try:
+            if self.label.first(sample) is None:
+                yield SampleError("no label", f"nothing in {self.label.text}")
+            elif label_of(self.label, sample) < 0:
+                yield SampleError("bad label", f"{self.label.text} is negative")
+        except SampleError as error:
+            yield error
+
+    def _picture(self, members: Mapping[str, bytes], facts: Mapping[str, Any]) -> Iterator[SampleError]:
         data = next((members[extension] for extension in self.rules.image if extension in members), None)
         size = None
         if data is not None:
             try:
                 size = decode(data).size
                 yield from self._extremes(*size)
+                yield from _size_faults(facts, *size)
             except SampleError as error:
                 yield error
         if _MASK in members:
@@ -149,6 +166,13 @@ class SampleChecks:
             yield SampleError("small picture", f"{width} x {height}, shortest side {self.rules.min_side}")
         if max(width, height) > self.rules.max_aspect * min(width, height):
             yield SampleError("extreme aspect", f"{width} x {height}, limit {self.rules.max_aspect:g} to 1")
+
+
+def _size_faults(facts: Mapping[str, Any], width: int, height: int) -> Iterator[SampleError]:
+    said = [(name, facts.get(name), side) for name, side in (("width", width), ("height", height))]
+    if any(type(value) in (int, float) and value != side for _, value, side in said):
+        stated = ", ".join(f"{name} {value}" for name, value, _ in said)
+        yield SampleError("wrong size", f"json says {stated}, but the picture is {width} x {height}")
 
 
 def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:

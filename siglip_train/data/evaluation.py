@@ -118,7 +118,7 @@ class _Batches(Dataset):
                 self.transform(decode(sample.members["image"])),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
-                _label(self.label, sample) if self.label is not None else -1,
+                label_of(self.label, sample) if self.label is not None else -1,
                 sample.name,
             )
         except Exception as error:  # as in training, one sample must not end the run
@@ -138,7 +138,8 @@ def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
     return tuple(Caption(key or language, value) for key, value in found)
 
 
-def _label(label: Field, sample: RawSample) -> int:
+def label_of(label: Field, sample: RawSample) -> int:
+    """The class a sample belongs to. Raises `SampleError`."""
     value = label.first(sample)
     try:
         # a fraction or a truth value is no class

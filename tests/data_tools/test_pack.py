@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.packing import plan, tables
+from data_tools.packing import parquet_tables, plan
 from data_tools.packing.pictures import PictureOptions
 from data_tools.packing.plan import PackOptions, pack
 from data_tools.packing.records import SourceOptions
@@ -270,8 +270,59 @@ def test_tables(tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> Non
     assert [sample.members["txt"].decode() for sample in other.values()] == ["en", "de"]
 
 
+def embedded(path: Path, rows: list[dict]) -> Path:
+    """A Parquet file of rows with pictures in it, two rows a group."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+def test_parquet_with_the_pictures_inside(tmp_path: Path) -> None:
+    pictures = [encoded(picture(seed=number), "WEBP") for number in range(5)]
+    beside = encoded(picture(seed=9))
+    write(tmp_path / "beside.png", beside)
+    cells: list[dict | None] = [{"bytes": data, "path": f"p/{i}.webp"} for i, data in enumerate(pictures[:3])]
+    cells += [{"bytes": None, "path": "beside.png"}, {"bytes": None, "path": None}, None,
+              {"bytes": pictures[4][:50], "path": None}, {"bytes": pictures[3], "path": None}]  # fmt: skip
+    rows = [{"image": cell, "text": f"number {i}", "score": i} for i, cell in enumerate(cells)]
+    source = embedded(tmp_path / "in.parquet", rows)
+    samples = packed(source, tmp_path / "out")
+    assert list(samples) == ["000000000", "000000001", "000000002", "000000003", "000000007"]
+    stored = [sample.members.get("webp") or sample.members["png"] for sample in samples.values()]
+    assert stored == [*pictures[:3], beside, pictures[3]]
+    assert [sample.members["txt"].decode()[-1] for sample in samples.values()] == ["0", "1", "2", "3", "7"]
+    facts = [sample.facts for sample in samples.values()]
+    assert [(each.get("image"), each["score"]) for each in facts] == [
+        ("p/0.webp", 0), ("p/1.webp", 1), ("p/2.webp", 2), ("beside.png", 3), (None, 7),
+    ]  # fmt: skip
+    skipped = (tmp_path / "out" / "skipped.tsv").read_text()
+    assert [line.split("\t")[2] for line in skipped.splitlines()[1:]] == [
+        "no image",
+        "no image",
+        "broken image",
+    ]
+
+
+def test_parquet_with_plain_bytes(tmp_path: Path) -> None:
+    pictures = [encoded(picture(seed=number)) for number in range(7)]
+    rows = [{"img": data, "caption": [f"{i}", "more"], "other": b"x"} for i, data in enumerate(pictures)]
+    source = embedded(tmp_path / "in.parquet", rows)
+    options = PackOptions(shard_samples=2, validation_share=0.3)
+    pack(str(source), tmp_path / "one", options, workers=1)
+    samples = read_split(tmp_path / "one" / "train") + read_split(tmp_path / "one" / "validation")
+    assert sorted(sample.members["png"] for sample in samples) == sorted(pictures)
+    for sample in samples:
+        assert sample.members["png"] == pictures[int(sample.members["txt"])]
+        assert sample.facts.keys() == {"captions", "width", "height"}
+    # another picture of the same text: the packed folder is of another source
+    embedded(source, [*rows[:-1], {**rows[-1], "img": encoded(picture(50, 40))}])
+    with pytest.raises(UserError, match="another source"):
+        pack(str(source), tmp_path / "one", options)
+
+
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "parquet", None)
+    monkeypatch.setattr(parquet_tables, "parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         pack(str(write(tmp_path / "x.parquet", b"PAR1")), tmp_path / "out", NO_SPLIT)
     assert not (tmp_path / "out").exists()

@@ -111,6 +111,19 @@ def test_text_is_escaped_and_damage_is_shown(splits: dict[str, list[Sample]], tm
     assert len(elements.images("jpeg")) == 1
 
 
+def test_a_shard_that_cannot_be_read_is_named_and_left_out(
+    splits: dict[str, list[Sample]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "1.tar", named(splits["validation"][:3]))
+    (tmp_path / "in" / "0.tar").write_bytes(b"junk" * 300)
+    page = preview(tmp_path / "in", tmp_path / "p.html")
+    assert len(re.findall('class="place"', page)) == 3
+    said = capsys.readouterr().out
+    assert f"left out: cannot read shard {tmp_path}/in/0.tar: it is no tar file" in said
+    assert "3 samples" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,11 @@
 """`siglip-data verify`: a clean set passes, and of a damaged copy it finds every planted fault and nothing else."""
 
+import gzip
 import hashlib
 import io
+import itertools
 import json
+import re
 import struct
 import tarfile
 import zlib
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data_tools
 from data_tools.cli import main
 from data_tools.verify import survey
 from data_tools.verify.checks import Rules
@@ -21,7 +25,8 @@ from siglip_train.data.locations import expand
 from tests.data_tools.conftest import Sample, read_split
 
 Members = dict[str, bytes]
-CONTEXT = 64
+CONTEXT = 160
+COCO = Path(__file__).resolve().parents[3] / "shared" / "data" / "captions_coco"
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
@@ -57,15 +62,11 @@ def picture_kind(members: Members) -> str:
 
 def with_picture(members: Members, data: bytes) -> Members:
     """Without the mask, which would be of another size."""
-    changed = {**members, picture_kind(members): data}
-    del changed["mask.png"]
-    return changed
+    return with_facts({**without(members, "mask.png"), picture_kind(members): data}, width=None, height=None)
 
 
-def with_box(members: Members) -> Members:
-    facts = json.loads(members["json"])
-    facts["objects"][0]["box"] = [0.5, 0.5, 1.2, 0.9]
-    return {**members, "json": json.dumps(facts).encode()}
+def with_facts(members: Members, **facts: object) -> Members:
+    return {**members, "json": json.dumps({**json.loads(members["json"]), **facts}).encode()}
 
 
 def without(members: Members, kind: str) -> Members:
@@ -77,7 +78,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "caption gone": ("no text", lambda m: without(m, "txt")),
     "blank": ("empty caption", lambda m: {**m, "txt": b" \n"}),
     "latin": ("not utf-8", lambda m: {**m, "txt": b"\xff\xfe\xfa"}),
-    "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 40}),
+    "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 80}),
     "half": ("broken image", lambda m: with_picture(m, m[picture_kind(m)][:200])),
     "nothing": ("empty image", lambda m: with_picture(m, b"")),
     "bomb": ("image too large", lambda m: with_picture(m, bomb())),
@@ -89,7 +90,11 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "no mask": ("broken mask", lambda m: {**m, "mask.png": b"junk"}),
     "coloured mask": ("broken mask", lambda m: {
         **m, "mask.png": png(*Image.open(io.BytesIO(m[picture_kind(m)])).size)}),
-    "outside": ("bad box", with_box),
+    "outside": ("bad box", lambda m: with_facts(m, objects=[{"label": "cat", "box": [0.5, 0.5, 1.2, 0.9]}])),
+    "wide": ("wrong size", lambda m: with_facts(m, width=1)),
+    "class gone": ("no label", lambda m: without(m, "cls")),
+    "class name": ("bad label", lambda m: {**m, "cls": b"cat"}),
+    "negative": ("bad label", lambda m: {**m, "cls": b"-1"}),
 }  # fmt: skip
 
 
@@ -98,63 +103,112 @@ def clean(tiny_dir: Path) -> Path:
     return tiny_dir / "validation"
 
 
-@pytest.fixture(scope="module")
-def damaged(splits: dict[str, list[Sample]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set]:
-    """A folder of shards, and the (shard, key, cause) of each fault in it."""
-    folder, planted = tmp_path_factory.mktemp("damaged"), set()
-    samples = splits["validation"]
-    edited = []
-    for (cause, edit), (key, members) in zip(EDITS.values(), samples, strict=False):
-        edited.append(Sample(key, edit(members)))
-        planted.add(("edited.tar", key, cause))
-    write_tar(folder / "edited.tar", named(edited + samples[len(EDITS) : 20]))
+def tiny_samples(splits: dict[str, list[Sample]]) -> list[Sample]:
+    return splits["validation"]
 
-    apart, twice, dots, swallowed, plain = samples[20:25]
-    moved = [("txt", apart.members["txt"])]
-    members = named([Sample(apart.key, without(apart.members, "txt")), twice, twice])
-    members += [(f"v1.2/{dots.key}.{kind}", data) for kind, data in dots.members.items()]
-    members += [(f"{swallowed.key}.b.{kind}", data) for kind, data in swallowed.members.items()]
-    # a name with a dot beside the usual members is what formats call an extension
-    members += [*named([plain]), (f"{plain.key}.depth.png", png(20, 20))]
-    # but a picture with a caption is a sample of its own, here `a.b` inside `a`
-    host = samples[37]
-    members += named([host, Sample(f"{host.key}.b", host.members)])
-    members += [(f"{apart.key}.{kind}", data) for kind, data in moved]
-    write_tar(folder / "names.tar", members)
-    planted |= {("names.tar", apart.key, "out of order"), ("names.tar", twice.key, "duplicate key"),
-                ("names.tar", f"v1.2/{dots.key}", "dotted key"),
-                ("names.tar", swallowed.key, "dotted key"), ("names.tar", host.key, "dotted key")}  # fmt: skip
 
-    whole = write_tar(folder / "torn.tar", named(samples[25:28])).read_bytes()
-    with tarfile.open(folder / "torn.tar") as archive:
-        last = archive.getmembers()[-1]
-    (folder / "torn.tar").write_bytes(whole[: last.offset_data + 3])
-    planted.add(("torn.tar", samples[27].key, "truncated"))
+def coco_samples(splits: dict[str, list[Sample]]) -> list[Sample]:
+    if not COCO.exists():
+        pytest.skip("photographs with captions (../shared/data/captions_coco) are not here")
+    return read_split(COCO)
 
-    whole = write_tar(folder / "markless.tar", named(samples[28:30])).read_bytes()
-    with tarfile.open(folder / "markless.tar") as archive:
-        last = archive.getmembers()[-1]
-    (folder / "markless.tar").write_bytes(whole[: last.offset_data + -(-last.size // 512) * 512])
-    planted.add(("markless.tar", samples[29].key, "truncated"))
 
-    first = write_tar(folder / "joined.tar", named(samples[30:32])).read_bytes()
-    second = write_tar(folder / "joined.tar", named(samples[32:34])).read_bytes()
-    (folder / "joined.tar").write_bytes(first + second)
-    planted.add(("joined.tar", "", "data after the end"))
+class Planting:
+    """Writes damaged shards, and keeps (shard, key, cause) of each fault in them."""
 
-    whole = bytearray(write_tar(folder / "header.tar", named(samples[35:37])).read_bytes())
-    # the time of its last change, so that name and size stay as they are
-    whole[140] = ord("7")
-    (folder / "header.tar").write_bytes(whole)
-    planted.add(("header.tar", samples[35].key, "broken header"))
+    def __init__(self, folder: Path, samples: list[Sample]) -> None:
+        self.folder, self.planted = folder, set[tuple[str, str, str]]()
+        labelled = [Sample(key, {**members, "cls": b"3"}) for key, members in samples]
+        self.samples = iter(labelled)
 
-    write_tar(folder / "empty.tar", [])
-    planted.add(("empty.tar", "", "empty shard"))
-    (folder / "no.tar").write_bytes(b"<html>404</html>" * 100)
-    planted.add(("no.tar", "", "broken tar"))
-    write_tar(folder / "shared.tar", named([samples[34], samples[18]]))
-    planted.add(("shared.tar", samples[18].key, "key in several shards"))
-    return folder, planted
+    def take(self, count: int) -> list[Sample]:
+        """Samples that no shard has yet."""
+        return list(itertools.islice(self.samples, count))
+
+    def write(self, shard: str, members: list[tuple[str, bytes]], *faults: tuple[str, str]) -> bytearray:
+        self.planted.update((shard, *fault) for fault in faults)
+        return bytearray(write_tar(self.folder / shard, members).read_bytes())
+
+    def overwrite(self, shard: str, content: bytes) -> None:
+        (self.folder / shard).write_bytes(content)
+
+    def contents(self) -> None:
+        """A fault a sample, and samples without one."""
+        samples = self.take(len(EDITS) + 4)
+        edits = list(EDITS.values())
+        edited = [Sample(key, edits[i][1](members)) for i, (key, members) in enumerate(samples[: len(EDITS)])]
+        faults = [(each.key, cause) for each, (cause, _) in zip(samples, edits, strict=False)]
+        self.write("edited.tar", named(edited + samples[len(EDITS) :]), *faults)
+        # the last of them is good where it stands first
+        self.write(
+            "shared.tar", named([*self.take(1), samples[-1]]), (samples[-1].key, "key in several shards")
+        )
+
+    def names(self) -> None:
+        apart, twice, dots, swallowed, plain, host, half = self.take(7)
+        members = named([Sample(apart.key, without(apart.members, "txt")), twice, twice])
+        members += [(f"v1.2/{dots.key}.{kind}", data) for kind, data in dots.members.items()]
+        members += [(f"{swallowed.key}.b.{kind}", data) for kind, data in swallowed.members.items()]
+        # a name with a dot beside the usual members is what formats call an extension
+        members += [*named([plain]), (f"{plain.key}.depth.png", png(20, 20))]
+        # but a picture with a caption is a sample of its own, here `a.b` inside `a`
+        members += named([host, Sample(f"{host.key}.b", host.members)])
+        members += [*named([half]), (f"{half.key}.txt", b"of another")]
+        members += [(f"{apart.key}.txt", apart.members["txt"])]
+        self.write("names.tar", members, (apart.key, "out of order"), (twice.key, "duplicate key"),
+                   (f"v1.2/{dots.key}", "dotted key"), (swallowed.key, "dotted key"), (host.key, "dotted key"),
+                   (half.key, "repeated member"))  # fmt: skip
+        # both halves
+        self.twice = ("names.tar", half.key, "repeated member")
+
+    def tars(self) -> None:
+        samples = self.take(3)
+        whole = self.write("torn.tar", named(samples), (samples[2].key, "truncated"))
+        self.overwrite("torn.tar", whole[: self._last("torn.tar").offset_data])
+
+        samples = self.take(2)
+        whole = self.write("markless.tar", named(samples), (samples[1].key, "truncated"))
+        last = self._last("markless.tar")
+        self.overwrite("markless.tar", whole[: last.offset_data + -(-last.size // 512) * 512])
+
+        first = self.write("joined.tar", named(self.take(2)), ("", "data after the end"))
+        self.overwrite("joined.tar", first + self.write("joined.tar", named(self.take(2))))
+
+        samples = self.take(2)
+        whole = self.write("header.tar", named(samples), (samples[0].key, "broken header"))
+        # the time of its last change, so that name and size stay as they are
+        whole[140] = ord("7")
+        self.overwrite("header.tar", whole)
+
+        self.write("empty.tar", [], ("", "empty shard"))
+        self.overwrite("no.tar", b"<html>404</html>" * 100)
+        self.planted.add(("no.tar", "", "broken tar"))
+
+    def gzips(self) -> None:
+        samples = self.take(3)
+        whole = self.write("cut.tar.gz", named(samples), (samples[2].key, "truncated"))
+        picture = samples[2].members[picture_kind(samples[2].members)]
+        # a picture does not shrink: what is left of it ends inside it
+        self.overwrite("cut.tar.gz", gzip.compress(whole[: whole.index(picture) + len(picture) // 2])[:-12])
+        whole = self.write("checksum.tar.gz", named(self.take(1)), ("", "truncated"))
+        packed = bytearray(gzip.compress(whole))
+        packed[-6] ^= 1
+        self.overwrite("checksum.tar.gz", packed)
+
+    def _last(self, shard: str) -> tarfile.TarInfo:
+        with tarfile.open(self.folder / shard) as archive:
+            return archive.getmembers()[-1]
+
+
+@pytest.fixture(scope="module", params=[tiny_samples, coco_samples], ids=["tiny", "coco"])
+def damaged(
+    request: pytest.FixtureRequest, splits: dict[str, list[Sample]], tmp_path_factory: pytest.TempPathFactory
+) -> Planting:
+    """Shards of generated samples, or of real ones, with every fault that the README lists."""
+    planting = Planting(tmp_path_factory.mktemp("damaged"), request.param(splits))
+    for plant in (planting.contents, planting.names, planting.tars, planting.gzips):
+        plant()
+    return planting
 
 
 def verify(shards: Path, tmp_path: Path, *options: str, workers: int = 1) -> tuple[int, dict]:
@@ -196,32 +250,48 @@ def test_a_clean_set_passes_and_its_index_is_right(clean: Path, tmp_path: Path, 
 
 
 def test_every_planted_fault_and_nothing_else(
-    damaged: tuple[Path, set], tmp_path: Path, tiny_dir: Path, capsys: pytest.CaptureFixture
+    damaged: Planting, tmp_path: Path, tiny_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder, planted = damaged
     index = tmp_path / "index.json"
     options = ["--tokenizer", str(tiny_dir / "tokenizer.model"), "--context-length", str(CONTEXT)]
-    options += ["--index", str(index)]
-    status, report = verify(folder, tmp_path, *options)
+    options += ["--index", str(index), "--label", "cls"]
+    status, report = verify(damaged.folder, tmp_path, *options)
     found = [(Path(each["shard"]).name, each["key"], each["cause"]) for each in report["problems"]]
-    assert set(found) == planted
-    assert len(found) == len(planted)
+    assert set(found) == damaged.planted
+    assert sorted(found) == sorted([*damaged.planted, damaged.twice])
     assert status == 1
     printed = capsys.readouterr().out
-    assert all(cause in printed for _, _, cause in planted)
+    assert all(cause in printed for _, _, cause in damaged.planted)
     assert "fail" in printed
     shards = {shard["file"]: shard for shard in json.loads(index.read_text())["shards"]}
     good = {name: (shard["samples"], shard["good_samples"]) for name, shard in shards.items()}
-    assert good["edited.tar"] == (20, 20 - len(EDITS))
-    assert good["names.tar"] == (7, 2)
+    assert good["edited.tar"] == (len(EDITS) + 4, 4)
+    assert good["names.tar"] == (9, 2)
     assert good["torn.tar"] == (2, 2)
+    assert good["header.tar"] == (2, 1)
     assert good["shared.tar"] == (2, 1)
     assert good["no.tar"] == (0, 0)
 
 
-def test_the_report_does_not_depend_on_workers(damaged: tuple[Path, set], tmp_path: Path) -> None:
-    one = verify(damaged[0], tmp_path / "one", workers=1)
-    assert one == verify(damaged[0], tmp_path / "two", workers=2)
+def test_every_fault_of_the_readme_is_planted(damaged: Planting) -> None:
+    readme = Path(data_tools.__file__).with_name("README.md").read_text(encoding="utf-8")
+    _, _, section = readme.partition("\n## verify\n")
+    rows = [line.split("|") for line in section.partition("\n## ")[0].splitlines()]
+    listed = {cause for row in rows if len(row) > 3 and row[2].strip() in ("shard", "sample")
+              for cause in re.findall("`(.*?)`", row[1])}  # fmt: skip
+    assert len(listed) > 25
+    assert listed == {cause for _, _, cause in damaged.planted}
+
+
+def test_the_report_does_not_depend_on_workers(clean: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for shard in sorted(clean.glob("*.tar")):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2 :: 3000] = b"x" * len(content[len(content) // 2 :: 3000])
+        (tmp_path / "in" / shard.name).write_bytes(content)
+    one = verify(tmp_path / "in", tmp_path / "one", workers=1)
+    assert len(one[1]["problems"]) > 10
+    assert one == verify(tmp_path / "in", tmp_path / "two", workers=2)
 
 
 def test_an_allowed_share(splits: dict[str, list[Sample]], tmp_path: Path) -> None:
