@@ -65,7 +65,7 @@ def _languages(seen: Sequence[Seen], verdict: Verdict) -> dict[str, Any]:
         # the number of what stays is -1, the last column
         *dropped, kept = table[place].tolist()
         counts = {rule: count for rule, count in zip(verdict.names, dropped, strict=True) if count}
-        rows[str(names[place])] = {"samples": kept + sum(dropped), "kept": kept, "dropped": counts}
+        rows[names[place].decode()] = {"samples": kept + sum(dropped), "kept": kept, "dropped": counts}
     return rows
 
 
@@ -87,17 +87,17 @@ def _dropped(
 
     def name(place: int) -> str:
         number = int(np.searchsorted(ends, place, side="right"))
-        return f"{shards[number]}/{seen[number].keys[place - ends[number]]}"
+        return f"{shards[number]}/{seen[number].keys[place - ends[number]].decode()}"
 
     for shard, part, end in zip(shards, seen, ends.tolist(), strict=True):
         details = {fault.key: f"{fault.cause}: {fault.detail}" for fault in part.faults}
         start = end - len(part.keys)
         for row in np.flatnonzero(verdict.first[start:end] >= 0).tolist():
-            key, rule = str(part.keys[row]), verdict.names[verdict.first[start + row]]
+            key, rule = part.keys[row].decode(), verdict.names[verdict.first[start + row]]
             origin = int(verdict.origin[start + row])
             detail = f"like {name(origin)}" if origin >= 0 else ""
             yield shard, key, rule, details[key] if rule == BROKEN else detail
-        known = set(part.keys[part.broken].tolist())
+        known = {key.decode() for key in part.keys[part.broken].tolist()}
         for fault in part.faults:
             if fault.key not in known:
                 yield shard, fault.key, BROKEN, f"{fault.cause}: {fault.detail}"

@@ -102,10 +102,12 @@ def _list_rules(options: RuleOptions) -> list[Rule]:
     rules = []
     if options.keep_list is not None:
         kept = read_list(options.keep_list)
-        rules.append(Rule("keep-list", lambda looked: is_listed(looked.sample, kept)))
+        rules.append(Rule(f"keep-list of {len(kept):,}", lambda looked: is_listed(looked.sample, kept)))
     if options.drop_list is not None:
         dropped = read_list(options.drop_list)
-        rules.append(Rule("drop-list", lambda looked: not is_listed(looked.sample, dropped)))
+        rules.append(
+            Rule(f"drop-list of {len(dropped):,}", lambda looked: not is_listed(looked.sample, dropped))
+        )
     return rules
 
 

@@ -75,9 +75,15 @@ def filter_shards(
     write_whole(out_dir / REPORT, _json(record))
     seen = _look(urls, out_dir / _STATE, options.wanted, workers)
     rules = [rule.name for rule in criteria.rules]
-    verdict = decide(seen, rules, options.joint, criteria.spec)
+    try:
+        verdict = decide(seen, rules, options.joint, criteria.spec)
+    except UserError:
+        # so that other options may be tried with the same folder
+        _remove(out_dir)
+        raise
     if not verdict.stays.any():
-        _give_up(out_dir, verdict)
+        _remove(out_dir)
+        raise UserError(_nothing_left(verdict))
     tasks = _plan(urls, out_dir, seen, verdict)
     _write(tasks, workers)
     save_dropped(out_dir / DROPPED, urls, seen, verdict)
@@ -133,12 +139,13 @@ def _write(tasks: Sequence[WriteTask], workers: int) -> None:
                 advance(count)
 
 
-def _give_up(out_dir: Path, verdict: Verdict) -> None:
-    """Leave nothing behind, so that other options may be tried with the same folder."""
+def _remove(out_dir: Path) -> None:
+    """Remove what a run without a result has written."""
     shutil.rmtree(out_dir / _STATE)
     (out_dir / REPORT).unlink()
     out_dir.rmdir()
-    counts = ", ".join(
-        f"{name} {count}" for name, count in zip(verdict.names, verdict.each, strict=True) if count
-    )
-    raise UserError(f"no sample is left of {len(verdict.first)}; dropped by each rule: {counts or 'none'}")
+
+
+def _nothing_left(verdict: Verdict) -> str:
+    counts = [f"{name} drops {each}" for name, each in zip(verdict.names, verdict.each, strict=True) if each]
+    return f"no sample is left of {len(verdict.first)}: {', '.join(counts) or 'the shards are empty'}"
