@@ -14,9 +14,9 @@ among those that show each concept too, while as much data as possible stays, as
 both makes attribute and concept independent.
 
 The constraints are linear in q, so this is a projection onto a convex set. Samples that show the same have the same
-weight, so that few groups remain of any number of samples. Their dual is solved by accelerated projected gradient
-ascent with restarts: for multipliers l >= 0 of the constraints A q <= 0 the best weights are
-q = clip(1 - A^T l, 0, 1), and A q is the gradient.
+weight, so that groups of them are all that is solved for. For multipliers l >= 0 of the constraints A q <= 0 the best
+weights are q = clip(1 - A^T l, 0, 1); the dual, concave and piecewise quadratic with gradient A q, is climbed by
+projected Newton steps (Bertsekas, "Projected Newton Methods for Optimization Problems with Simple Constraints", 1982).
 """
 
 from typing import NamedTuple
@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 from data_tools.filtering.balance_spec import BalanceSpec, Shares
 from siglip_train.errors import UserError
 
-_STEPS = 50_000
-_CHECK_EVERY = 20
+_STEPS, _HALVINGS = 200, 40
 # solved for a little less than eps, so that what is left of the error does not exceed it
 _INSIDE = 0.999
 _GAP = 1e-7
+_RIDGE = 1e-9
+# of the climb that the slope promises, the part that a step must make
+_ARMIJO = 1e-4
 Array = NDArray[np.float64]
 
 
@@ -125,49 +127,69 @@ def _with(
 
 def solve(problem: Moments, sizes: NDArray[np.int64], eps: float) -> Array:
     """`[G]` weights in 0..1 of the groups. Raises `UserError` where they are not found."""
-    targets = np.array([moment.target for moment in problem.moments])[:, None]
-    off = problem.share - problem.shown * targets
-    slack = eps * _INSIDE * problem.shown
-    limits = np.concatenate((off - slack, -off - slack))  # [2 J, G]
-    scale = np.sqrt(limits**2 @ sizes)
-    limits = limits[scale > 0] / scale[scale > 0, None]
-    if not len(limits):
-        return np.ones(len(sizes))
-    step = 1 / np.linalg.norm(limits * np.sqrt(sizes), 2) ** 2
-    multipliers = ahead = np.zeros(len(limits))
-    momentum = 1.0
-    for number in range(_STEPS):
-        slope = limits @ (sizes * _weights(limits, ahead))
-        new = np.maximum(ahead + step * slope, 0)
-        if (new - multipliers) @ (ahead - new) > 0:
-            # the pace carries the wrong way: begin anew from here
-            momentum = 1.0
-        grown = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = new + (momentum - 1) / grown * (new - multipliers)
-        multipliers, momentum = new, grown
-        if number % _CHECK_EVERY == 0 and _is_solved(problem, multipliers, limits, sizes, eps):
-            return _weights(limits, multipliers)
-    raise UserError(f"no weights found in {_STEPS} steps that balance the shares to {eps}: use a larger eps")
+    weights = np.ones(len(sizes))
+    # of the others every weight would do, so that they keep theirs
+    concerned = problem.shown.any(axis=0)
+    counts = sizes[concerned].astype(np.float64)
+    shown = problem.shown[:, concerned]
+    off = problem.share[:, concerned] - shown * np.array([[moment.target] for moment in problem.moments])
+    wide, narrow = eps * shown, eps * _INSIDE * shown
+    # the two values of an attribute give the same rows
+    _, once = np.unique(np.concatenate((off, -off)), axis=0, return_index=True)
+    limits = np.concatenate((off - narrow, -off - narrow))[once]  # [K, groups that show an attribute]
+    bounds = np.concatenate((off - wide, -off - wide))[once]
+    weights[concerned] = _climb(limits, bounds, counts)
+    return weights
+
+
+def _climb(limits: Array, bounds: Array, counts: Array) -> Array:
+    """`[G]` the weights at the top of the dual. limits `[K, G]` are what is solved for, bounds what has to be kept."""
+    limits = limits / np.sqrt(np.maximum(limits**2 @ counts, _RIDGE))[:, None]
+    multipliers = np.zeros(len(limits))
+    for _ in range(_STEPS):
+        weights = _weights(limits, multipliers)
+        slope = limits @ (counts * weights)
+        # between the primal and the dual objective
+        gap = abs(float(multipliers @ slope))
+        if (bounds @ (counts * weights)).max() <= 0 and gap <= _GAP * (1 + _distance(weights, counts)):
+            return weights
+        multipliers = _step(limits, counts, multipliers, slope)
+    raise UserError(f"no weights found in {_STEPS} steps that balance the shares: use a larger eps")
+
+
+def _step(limits: Array, counts: Array, multipliers: Array, slope: Array) -> Array:
+    """Newton's step among the multipliers that may move, cut back until it climbs."""
+    free = (multipliers > 0) | (slope > 0)
+    weights = _weights(limits, multipliers)
+    inside = (weights > 0) & (weights < 1)
+    rows = limits[np.ix_(free, inside)]
+    curvature = (rows * counts[inside]) @ rows.T
+    # rows that follow from others leave it singular
+    curvature[np.diag_indices_from(curvature)] += _RIDGE
+    direction = np.zeros(len(multipliers))
+    direction[free] = np.linalg.solve(curvature, slope[free])
+    height, length = _height(limits, counts, multipliers), 1.0
+    for _ in range(_HALVINGS):
+        moved = np.maximum(multipliers + length * direction, 0)
+        if _height(limits, counts, moved) >= height + _ARMIJO * float(slope @ (moved - multipliers)):
+            break
+        length /= 2
+    return moved
+
+
+def _height(limits: Array, counts: Array, multipliers: Array) -> float:
+    """The dual objective."""
+    weights = _weights(limits, multipliers)
+    return _distance(weights, counts) + float(multipliers @ (limits @ (counts * weights)))
+
+
+def _distance(weights: Array, counts: Array) -> float:
+    """The primal objective."""
+    return float(counts @ (1 - weights) ** 2) / 2
 
 
 def _weights(limits: Array, multipliers: Array) -> Array:
     return np.clip(1 - multipliers @ limits, 0, 1)
-
-
-def _is_solved(
-    problem: Moments, multipliers: Array, limits: Array, sizes: NDArray[np.int64], eps: float
-) -> bool:
-    """Do the weights keep to eps, and is no part of their distance from 1 needless?"""
-    weights = _weights(limits, multipliers)
-    counts = sizes * weights
-    targets = np.array([moment.target for moment in problem.moments])
-    excess = np.abs(problem.share @ counts - targets * (problem.shown @ counts)) - eps * (
-        problem.shown @ counts
-    )
-    distance = float(sizes @ (1 - weights) ** 2) / 2
-    # between the primal and the dual objective
-    gap = abs(float(multipliers @ (limits @ counts)))
-    return bool(excess.max() <= 0) and gap <= _GAP * (1 + distance)
 
 
 def subsample(

@@ -34,12 +34,12 @@ def near_duplicates(
 ) -> NDArray[np.int64]:
     """`[n]`: the place of an earlier picture that stays and is near, -1 for those that stay.
 
-    hashes `[n]`, colours `[n, 48]`. Near are at most `bits` different bits, and no colour further than `tolerance`.
+    hashes `[n]`, colours `[n, C]`. Near are at most `bits` different bits, and no colour further than `tolerance`.
     Chains do not join: what is dropped is near to something that stays.
     """
     if not len(hashes):
         return np.empty(0, dtype=np.int64)
-    codes = np.concatenate((hashes[:, None].view(np.uint8), colours), axis=1)  # [n, 56]
+    codes = np.concatenate((hashes[:, None].view(np.uint8), colours), axis=1)  # [n, 8 + C]
     whole = np.ascontiguousarray(codes).view(np.dtype((np.void, codes.shape[1]))).ravel()
     _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
     # in file order from here on, so that a smaller number is an earlier picture
@@ -47,7 +47,7 @@ def near_duplicates(
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     first, kind = first[order], rank[kind]
-    near = _greedy(_close(hashes[first], colours[first].astype(np.int16), bits, tolerance), len(first))
+    near = _greedy(_close(hashes[first], colours[first], bits, tolerance), len(first))
     origin = first[np.where(near >= 0, near, np.arange(len(first)))][kind]
     return np.where(origin == np.arange(len(hashes)), -1, origin)
 
@@ -62,12 +62,13 @@ def _greedy(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def _close(
-    hashes: NDArray[np.uint64], colours: NDArray[np.int16], bits: int, tolerance: int
+    hashes: NDArray[np.uint64], colours: NDArray[np.uint8], bits: int, tolerance: int
 ) -> NDArray[np.int64]:
     """`[pairs, 2]` (later, earlier), in order."""
     found = [np.empty((0, 2), dtype=np.int64)]
     for one, other in near_pairs(hashes, bits):
-        alike = np.abs(colours[one] - colours[other]).max(axis=1, initial=0) <= tolerance
+        apart = np.abs(colours[one].astype(np.int16) - colours[other])
+        alike = apart.max(axis=1, initial=0) <= tolerance
         pair = np.stack((one[alike], other[alike]), axis=1)
         found.append(np.sort(pair, axis=1)[:, ::-1])
     return np.unique(np.concatenate(found), axis=0)

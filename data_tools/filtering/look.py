@@ -56,7 +56,7 @@ class Seen:
 
     keys, languages: `[n]` UTF-8, a quarter of the memory of text. failed: `[n, rules]`. broken: `[n]`, for causes see
     `faults`, which also has the samples that the torn end of a shard has cut. hashes, colours: fingerprints, `[n]` and
-    `[n, 48]`. texts: `[n]` digests of the captions, `has_text`: is there one? shows: `[n, values + concepts]`.
+    `[n, 192]`. texts: `[n]` digests of the captions, `has_text`: is there one? shows: `[n, values + concepts]`.
     digests: `[n]` of keys.
     """
 
