@@ -71,8 +71,10 @@ def filter_shards(
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)
             return present, False
-    (out_dir / _STATE).mkdir(parents=True, exist_ok=True)
+    # the record first: a folder without it is not known as ours
+    out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / REPORT, _json(record))
+    (out_dir / _STATE).mkdir(exist_ok=True)
     seen = _look(urls, out_dir / _STATE, options.wanted, workers)
     rules = [rule.name for rule in criteria.rules]
     try:
