@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from data_tools import (
+    filter_command,
     make_tiny,
     pack_command,
     preview_command,
@@ -13,7 +14,15 @@ from data_tools import (
 )
 from siglip_train.errors import exit_on_user_error
 
-VERBS = (make_tiny, pack_command, verify_command, stats_command, preview_command, tokenizer_command)
+VERBS = (
+    make_tiny,
+    pack_command,
+    verify_command,
+    stats_command,
+    filter_command,
+    preview_command,
+    tokenizer_command,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_sha
 from data_tools.packing.sources import find_records
 from data_tools.processes import run_all
 from data_tools.progress import progress
-from siglip_train.errors import UserError
+from data_tools.run_record import earlier_record, require_same
 
 # raise it whenever the same options would give other bytes
 PACK_VERSION = 1
@@ -58,7 +58,7 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
     else or was made with other options.
     """
     # a folder that is not ours is refused before a long look at the source
-    _earlier_record(out_dir)
+    earlier_record(out_dir, RECORD, "pack")
     records = find_records(source, options.source)
     record = {
         "generator": "pack",
@@ -117,33 +117,14 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _earlier_record(out_dir: Path) -> dict[str, Any] | None:
-    """The record of an earlier run, None for a folder that is new or empty. Raises `UserError`."""
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
-        return None
-    try:
-        present = json.loads((out_dir / RECORD).read_text())
-    except (OSError, ValueError):
-        present = None
-    if not isinstance(present, dict) or present.get("generator") != "pack":
-        raise UserError(f"{out_dir} exists and was not made by pack: name another folder")
-    return present
-
-
 def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
     """Make the folders; what was packed, where an earlier run is complete. Raises `UserError`."""
-    present = _earlier_record(out_dir)
+    present = earlier_record(out_dir, RECORD, "pack")
     if present is None:
         out_dir.mkdir(parents=True, exist_ok=True)
         _save(out_dir / RECORD, record)
     else:
-        changed = [f"{key} {present.get(key)}, now {value}" for key, value in record.items()
-                   if present.get(key) != value]  # fmt: skip
-        if changed:
-            raise UserError(
-                f"{out_dir} was packed from another source or with other options ({'; '.join(changed)}): "
-                "name another folder, or remove this one"
-            )
+        require_same(out_dir, present, record, "packed")
         if "samples" in present:
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, NamedTuple
 
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
 from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Record, captions_of
+from data_tools.reading import plain_detail
 from siglip_train.data.faults import SampleError
 
 MASK = "mask.png"
-# Pillow names the object in memory that it cannot read: another in every run
-_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 
 
 class Skipped(NamedTuple):
@@ -69,11 +67,10 @@ def write_shard(task: ShardTask) -> int:
             try:
                 members = sample_members(record, task.pictures, task.caption_column)
             except SampleError as error:
-                detail = _ADDRESS.sub("", error.detail)
-                skipped.append(Skipped(record.key, record.origin, error.cause, detail))
+                skipped.append(Skipped(record.key, record.origin, error.cause, plain_detail(error.detail)))
                 continue
             for extension, content in members.items():
-                _add(archive, f"{record.key}.{extension}", content)
+                add_member(archive, f"{record.key}.{extension}", content)
     report = ShardReport(len(task.records) - len(skipped), skipped)
     if report.samples:
         os.replace(partial, task.path)
@@ -144,7 +141,8 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return content
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file, without anything that differs between two runs."""
     # TarInfo's defaults (no owner, time 0) are what makes two runs equal byte for byte
     entry = tarfile.TarInfo(name)
     entry.size = len(content)

@@ -18,6 +18,11 @@ _NAMED = 10_000
 _PENDING = 1 << 16
 
 
+def digest(item: bytes) -> int:
+    """64 bits that are the same for equal items, in every run."""
+    return int.from_bytes(hashlib.blake2b(item, digest_size=8).digest(), "little")
+
+
 @dataclass
 class Distribution:
     """Numbers >= 0, counted by their first three digits: a few thousand bins, whole numbers below 1000 exact."""
@@ -102,7 +107,7 @@ class Distinct:
 
     def add(self, item: bytes) -> None:
         """Count one item."""
-        self.pending.append(int.from_bytes(hashlib.blake2b(item, digest_size=8).digest(), "little"))
+        self.pending.append(digest(item))
 
     def merge(self, other: "Distinct") -> None:
         """Add the items of another."""

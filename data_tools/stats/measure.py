@@ -2,15 +2,10 @@
 
 import contextlib
 import functools
-import io
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from PIL import Image
-
+from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from data_tools.stats.thumbnail import thumbnail
@@ -20,7 +15,7 @@ from siglip_train.data.images import decode
 from siglip_train.data.locations import default_cache
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, short_name
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
+from siglip_train.data.tar import BrokenTarError, load_index
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
 
@@ -75,7 +70,7 @@ def measure_shard(task: ShardTask) -> Tally:
         tally.bad.add(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
     rows = spread(len(index), len(index) if task.most is None else task.most)
     decoded, shown = set(spread(len(rows), task.decoded)), set(spread(len(rows), task.shown))
-    for place, sample in enumerate(_read(path, name, index, rows)):
+    for place, sample in enumerate(read_rows(path, name, index, rows)):
         counted = _Counted(sample, task.measures, tally)
         counted.count(is_decoded=place in decoded)
         if place in shown:
@@ -84,16 +79,6 @@ def measure_shard(task: ShardTask) -> Tally:
     tally.pictures.settle()
     tally.captions.settle()
     return tally
-
-
-def _read(path: Path, name: str, index: TarIndex, rows: list[int]) -> Iterator[RawSample]:
-    with path.open("rb") as file:
-        for row in rows:
-            members = {
-                extension: os.pread(file.fileno(), int(index.sizes[member]), int(index.offsets[member]))
-                for extension, member in index.members(row).items()
-            }
-            yield RawSample(name, index.key(row), members)
 
 
 @functools.lru_cache(1)
@@ -134,7 +119,7 @@ class _Counted:
     def _count_picture(self) -> None:
         if self.picture is None:
             raise SampleError("no image", f"none of {', '.join(_PICTURES)}")
-        tally, (kind, width, height) = self.tally, _header(self.picture)
+        tally, (kind, width, height) = self.tally, picture_header(self.picture)
         self.size = (width, height)
         tally.picture_bytes.add(len(self.picture))
         tally.pictures.add(self.picture)
@@ -163,7 +148,7 @@ class _Counted:
             except SampleError as error:
                 fault = fault or error
         self.tally.captions_per_picture.add(len(self.texts))
-        language = _first(self.measures.language, self.sample)
+        language = first_text(self.measures.language, self.sample)
         self.texts = [(encodable(key) or language, encodable(text)) for key, text in self.texts]
         for name, text in self.texts:
             self._count_caption(name or "unknown", text)
@@ -196,23 +181,3 @@ class _Counted:
                 for label in labels:
                     self.tally.labels.add(encodable(label)[:_LISTED_CHARACTERS])
                 return
-
-
-def _first(fields: tuple[Field, ...], sample: RawSample) -> str:
-    # a broken json member is counted where labels are read
-    with contextlib.suppress(SampleError):
-        return encodable(str(next((value for field in fields if (value := field.first(sample))), "")))
-    return ""
-
-
-def _header(data: bytes) -> tuple[str, int, int]:
-    """(format, width, height) of a picture without decoding it."""
-    if not data:
-        raise SampleError("empty image", "0 bytes")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format or "unknown", *image.size
-    except Image.DecompressionBombError as error:
-        raise SampleError("image too large", str(error)) from error
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        raise SampleError("broken image", f"{type(error).__name__}: {error}") from error

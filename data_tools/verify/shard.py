@@ -3,12 +3,12 @@
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.reading import plain_detail
 from data_tools.verify.checks import Rules, SampleChecks
 from siglip_train.data.cache import local_tar, was_damaged
 from siglip_train.data.faults import BadSample
@@ -21,9 +21,6 @@ from siglip_train.errors import UserError
 
 WHOLE_SHARD = -1
 _DIGEST_BYTES = 8
-# Pillow names the stream it was handed, by an address that is another in every run
-_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
-_MAX_DETAIL = 200
 # damage of the tar that one sample answers for
 _OF_A_SAMPLE = {
     BROKEN_HEADER: "its checksum, or its long name, is wrong",
@@ -191,14 +188,10 @@ def _sample_problems(checks: SampleChecks, row: int, sample: _Sample, raw: RawSa
         faults = checks.faults(raw)
     except Exception as error:  # a sample that no one foresaw must not end the run
         bad = BadSample.of(raw.shard, raw.key, error)
-        yield Problem(row, raw.key, bad.cause, _short(bad.detail))
+        yield Problem(row, raw.key, bad.cause, plain_detail(bad.detail))
         return
     for fault in faults:
-        yield Problem(row, raw.key, fault.cause, _short(fault.detail))
-
-
-def _short(detail: str) -> str:
-    return _ADDRESS.sub("", detail)[:_MAX_DETAIL]
+        yield Problem(row, raw.key, fault.cause, plain_detail(fault.detail))
 
 
 def _shard_problems(path: Path, index: TarIndex) -> Iterator[Problem]:
