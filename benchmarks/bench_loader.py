@@ -17,32 +17,33 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from harness import Measurement, Row, finish, measure, rows
-
-from data_tools.make_tiny import TinyOptions, make_tiny
+from loader_shards import prepare_cases
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 PEER_FOLDER = ROOT / ".venv-peer"
 # without their dependencies, so that torch, Pillow and numpy are the same for all contestants
 PEER_PACKAGES = ("webdataset==0.2.86", "pandas==2.3.3", "python-dateutil", "pytz", "six")
-BASELINES = {"ours": "open_clip", "webdataset": "open_clip"}
+PRODUCTS = ("ours", "open_clip", "webdataset")
+# this project on the peers' decoder, and without decoding at reduced scale
+VARIANTS = ("ours, Pillow", "ours, full decode")
+BASELINES = dict.fromkeys(("ours", "webdataset", *VARIANTS), "open_clip")
 WARMUP_ROUNDS = 1
 
 
 class Contestant:
     """A child process that measures its loader on demand."""
 
-    def __init__(self, name: str) -> None:
-        folders = [str(PEER_FOLDER)] if name == "open_clip" else [str(ROOT)] if name == "ours" else []
+    def __init__(self, name: str, scratch: Path) -> None:
+        folders = _import_folders(name, scratch)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(ROOT / "benchmarks" / "loader_contestants.py"), name]
-        self.name, self.cpu_rates = name, []  # type: str, list[float]
+        self.name, self.answers = name, []  # type: str, list[dict[str, float]]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def rate(self, job: dict) -> float:
-        """Samples a second; the rate a CPU second is kept beside."""
+        """Samples a second; the whole answer is kept beside."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -50,14 +51,29 @@ class Contestant:
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self.name} ended; its message is above")
-        rates = json.loads(answer)
-        self.cpu_rates.append(rates["per_cpu_second"])
-        return rates["per_second"]
+        self.answers.append(json.loads(answer))
+        return self.answers[-1]["per_second"]
+
+    def largest(self, name: str) -> float:
+        """The largest of all answers under a name."""
+        return max(answer[name] for answer in self.answers)
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
+
+
+def _import_folders(name: str, scratch: Path) -> list[str]:
+    """What a contestant finds first: the peer's webdataset, this project, or nothing but what is installed."""
+    if name not in ("ours", *VARIANTS):
+        return [str(PEER_FOLDER)] if name == "open_clip" else []
+    if name != "ours, Pillow":
+        return [str(ROOT)]
+    hidden = scratch / "hidden"
+    hidden.mkdir()
+    (hidden / "simplejpeg.py").write_text("raise ImportError('hidden from this contestant')\n")
+    return [str(hidden), str(ROOT)]
 
 
 def install_peer() -> None:
@@ -77,66 +93,66 @@ def install_peer() -> None:
         subprocess.run([*command, *PEER_PACKAGES], check=True)
 
 
-def prepare_cases(scratch: Path) -> dict[str, tuple[list[str], int]]:
-    """Shards and picture side of every case; those of `../shared/data` only where it is."""
-    make_tiny(
-        scratch / "tiny", TinyOptions(samples=4000, validation_samples=4, samples_per_class=1), workers=2
-    )
-    cases = {"tiny shapes 128 px": (sorted(map(str, (scratch / "tiny" / "train").glob("*.tar"))), 128)}
-    if not SHARED.exists():
-        print("../shared/data is absent: photographs and emoji are left out")
-        return cases
-    photographs = []
-    for number in range(8):
-        link = scratch / f"coco-{number:05d}.tar"
-        link.symlink_to(SHARED / "captions_coco" / "open-00000.tar")
-        photographs.append(str(link))
-    emoji = sorted(map(str, (SHARED / "emoji_train").glob("*.tar")))
-    return {**cases, "photographs 224 px": (photographs, 224), "emoji 64 px": (emoji, 64)}
-
-
 def compare(case: str, job: dict, contestants: Sequence[Contestant], rounds: int) -> list[Row]:
     """All loaders on one case, interleaved: rates by wall clock and by CPU time."""
     for contestant in contestants:
-        contestant.cpu_rates.clear()
+        contestant.answers.clear()
     timers: dict[str, Callable[[], float]] = {
         contestant.name: partial(contestant.rate, job) for contestant in contestants
     }
     by_wall = measure(timers, rounds=rounds, warmup=WARMUP_ROUNDS)
     by_cpu = {
         contestant.name: Measurement(
-            contestant.cpu_rates[WARMUP_ROUNDS:], by_wall[contestant.name].others_cores
+            [answer["per_cpu_second"] for answer in contestant.answers[WARMUP_ROUNDS:]],
+            by_wall[contestant.name].others_cores,
         )
         for contestant in contestants
     }
+    memory = {contestant.name: contestant.largest("memory_mb") for contestant in contestants}
     return [
-        *rows("loader", case, "samples/s", by_wall, {}),
+        *rows("loader", case, "samples/s", by_wall, memory),
         *rows("loader", f"{case}, CPU time", "samples/CPU s", by_cpu, {}),
     ]
+
+
+def worker_note(case: str, contestants: Sequence[Contestant]) -> str:
+    """What one more worker would cost: the memory that a worker shares with no one."""
+    each = ", ".join(f"{contestant.name} {contestant.largest('worker_mb'):.0f}" for contestant in contestants)
+    return f"MB of its own that a worker holds at {case}: {each}"
 
 
 def main() -> None:
     """Compare on generated pictures, photographs and emoji."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of one measurement")
     parser.add_argument("--save", action="store_true", help="keep rows and report in results/")
     arguments = parser.parse_args()
     install_peer()
     table: list[Row] = []
+    notes: list[str] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cases = prepare_cases(scratch)
-        contestants = [Contestant(name) for name in ("ours", "open_clip", "webdataset")]
+        contestants = [Contestant(name, scratch) for name in (*PRODUCTS, *VARIANTS)]
         for contestant in contestants:
             stack.callback(contestant.close)
-        for case, (shards, side) in cases.items():
-            tokenizer = str(scratch / "tiny" / "tokenizer.model")
-            job = {"shards": shards, "image_size": side, "tokenizer": tokenizer, "seconds": arguments.seconds}
-            table += compare(case, job, contestants, arguments.rounds)
+        for name, case in cases.items():
+            job = {
+                "shards": case.shards,
+                "image_size": case.image_size,
+                "tokenizer": str(scratch / "tiny" / "tokenizer.model"),
+                "seconds": arguments.seconds,
+            }
+            taking_part = contestants if case.is_jpeg else contestants[: len(PRODUCTS)]
+            table += compare(name, job, taking_part, arguments.rounds)
+            notes.append(worker_note(name, taking_part))
     notes = [
+        *notes,
         "one worker each, batches of 64, bicubic squash, 64 tokens of the same sentencepiece model; "
         "a CPU second counts the worker and the process that takes its batches",
+        "memory is that of all processes of a contestant, pages they share counted once; of this project one is the"
+        " server that workers are forked from, the same for any number of them",
         "the peers end in normalised float pixels, this project in uint8 patches that are normalised on the device",
         f"JPEG decoder of this project: {'simplejpeg' if find_spec('simplejpeg') else 'Pillow'}; of the peers: Pillow",
     ]

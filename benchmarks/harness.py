@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -277,17 +278,23 @@ def _machine_seconds() -> float:
 
 def tree_cpu_seconds(pid: int | None = None) -> float:
     """CPU seconds so far of a process (default: this one) and of all below it, ended ones included."""
-    folder = Path(f"/proc/{pid or os.getpid()}")
-    try:
-        # after the command name, which may hold spaces: fields 14 to 17 are its own time and its ended children's
-        values = (folder / "stat").read_text().rsplit(")", 1)[1].split()[11:15]
-        below = [
-            child for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()
-        ]
-    except OSError:  # it ended meanwhile
-        return 0.0
-    own = sum(map(int, values)) / os.sysconf("SC_CLK_TCK")
-    return own + sum(tree_cpu_seconds(int(child)) for child in below)
+    ticks = 0
+    for process in tree_processes(pid):
+        with suppress(OSError):  # it ended meanwhile
+            # after the command name, which may hold spaces: fields 14 to 17 are its own time and its ended children's
+            values = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:15]
+            ticks += sum(map(int, values))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tree_processes(pid: int | None = None) -> list[int]:
+    """A process (default: this one) and all below it."""
+    pid = pid or os.getpid()
+    below: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            below += map(int, (task / "children").read_text().split())
+    return [pid, *(process for child in below for process in tree_processes(child))]
 
 
 def _revision() -> str:

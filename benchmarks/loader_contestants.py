@@ -1,20 +1,21 @@
 """One loader in a process of its own, driven over pipes by bench_loader.py, with the project's packages or the peer's.
 
-Reads a line of JSON per measurement and answers with a line: samples a second, and a second of CPU time.
+Reads a line of JSON per measurement and answers with a line: samples a second, samples a CPU second, memory.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from harness import tree_cpu_seconds
+from harness import tree_cpu_seconds, tree_processes
 
 BATCH_SIZE, CONTEXT_LENGTH, PATCH_SIZE = 64, 64, 16
-WARMUP_BATCHES = 20  # beyond the first 1,000 samples, which fill the shuffle buffers of the peers
+WARMUP_BATCHES = 8  # more than a loader holds ready, so that none is measured that was made before
 
 
 class Job(NamedTuple):
@@ -26,7 +27,7 @@ class Job(NamedTuple):
     seconds: float
 
 
-def load_ours(job: Job) -> Iterator[Any]:
+def load_ours(job: Job, *, reduced_jpeg: bool = True) -> Iterator[Any]:
     """`siglip_train.data`, one worker."""
     from siglip_train.data.images import ImageTransform
     from siglip_train.data.pieces import Share
@@ -37,7 +38,7 @@ def load_ours(job: Job) -> Iterator[Any]:
     loader = build_loader(
         config,
         tokenizer=load_tokenizer(job.tokenizer, context_length=CONTEXT_LENGTH),
-        transform=ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic"),
+        transform=ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic", reduced_jpeg=reduced_jpeg),
         share=Share(BATCH_SIZE),
         seed=0,
     )
@@ -85,6 +86,8 @@ def load_webdataset(job: Job) -> Iterator[Any]:
 
 CONTESTANTS: dict[str, Callable[[Job], Iterator[Any]]] = {
     "ours": load_ours,
+    "ours, Pillow": load_ours,
+    "ours, full decode": partial(load_ours, reduced_jpeg=False),
     "open_clip": load_open_clip,
     "webdataset": load_webdataset,
 }
@@ -116,27 +119,54 @@ def _tokenizer(path: str) -> Callable[[str], Any]:
     return tokenize
 
 
-def measure(load: Callable[[Job], Iterator[Any]], job: Job) -> dict[str, float]:
-    """Rates in the steady state: after the warm-up, for `job.seconds`."""
-    batches = load(job)
-    for _ in range(WARMUP_BATCHES):
-        next(batches)
-    start, cpu, count = time.perf_counter(), tree_cpu_seconds(), 0
-    while time.perf_counter() - start < job.seconds:
-        next(batches)
-        count += BATCH_SIZE
-    elapsed, spent = time.perf_counter() - start, tree_cpu_seconds() - cpu
-    return {"per_second": count / elapsed, "per_cpu_second": count / spent}
+class Measured:
+    """A contestant at work: its loader goes on from one measurement to the next, as long as the job is the same."""
+
+    def __init__(self, load: Callable[[Job], Iterator[Any]]) -> None:
+        self.load = load
+        self.job: Job | None = None
+        self.batches: Iterator[Any] = iter(())
+
+    def measure(self, job: Job) -> dict[str, float]:
+        """Rates in the steady state, for `job.seconds`, and the memory at the end."""
+        if job != self.job:
+            # the workers of the last job end before those of this one start
+            self.batches = iter(())
+            self.job, self.batches = job, self.load(job)
+        for _ in range(WARMUP_BATCHES):
+            next(self.batches)
+        start, cpu, count = time.perf_counter(), tree_cpu_seconds(), 0
+        while time.perf_counter() - start < job.seconds:
+            next(self.batches)
+            count += BATCH_SIZE
+        elapsed, spent = time.perf_counter() - start, tree_cpu_seconds() - cpu
+        return {"per_second": count / elapsed, "per_cpu_second": count / spent, **_memory()}
+
+
+def _memory() -> dict[str, float]:
+    """MB of all processes, pages they share counted once, and of what the worker shares with no one."""
+    tree = {pid: _page_sizes(pid) for pid in tree_processes()}
+    # not the code of libraries, which all contestants share
+    total = sum(sizes["Pss_Anon"] + sizes["Pss_Shmem"] for sizes in tree.values())
+    # the process that started last is the worker: servers and trackers start before it
+    worker = tree[max(tree)]
+    return {"memory_mb": total, "worker_mb": worker["Private_Clean"] + worker["Private_Dirty"]}
+
+
+def _page_sizes(pid: int) -> dict[str, float]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) / 1024 for name, value in (line.split(":") for line in lines)}
 
 
 def main() -> None:
     """Measure as often as asked, until the input ends."""
     load = CONTESTANTS[sys.argv[1]]
-    if load is not load_ours:
+    if not sys.argv[1].startswith("ours"):
         # the peers must not find this project, nor we theirs
         assert str(Path(__file__).resolve().parents[1]) not in sys.path
+    measured = Measured(load)
     for line in sys.stdin:
-        print(json.dumps(measure(load, Job(**json.loads(line)))), flush=True)
+        print(json.dumps(measured.measure(Job(**json.loads(line)))), flush=True)
 
 
 if __name__ == "__main__":

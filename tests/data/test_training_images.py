@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from siglip_train.batch import Batch
 from siglip_train.data import images
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import Encoded, ImageTransform, decode, resize_pixels
@@ -199,3 +201,31 @@ def test_crop_of_a_picture_nothing_fits_is_the_whole():
     data = encoded(picture(size=(300, 2)))
     cropped = ImageTransform(16, 8, min_crop_area=0.9).for_training(data, np.random.default_rng(0))
     np.testing.assert_array_equal(cropped, ImageTransform(16, 8).for_training(data, np.random.default_rng(0)))
+
+
+def test_a_worker_stacks_into_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    transform = ImageTransform(16, 8)
+    patches = [transform(picture(seed)) for seed in range(3)]
+    assert not transform.batch(patches).patches.is_shared()
+    # what torch asks to know whether it is in a worker
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
+    batch = transform.batch(patches)
+    assert batch.patches.is_shared()
+    np.testing.assert_array_equal(batch.patches.numpy(), np.stack(patches))
+
+
+def test_levels_go_to_the_device_as_bytes_and_without_waiting(monkeypatch: pytest.MonkeyPatch):
+    transform = ImageTransform(16, 8)
+    batch = Batch(transform.batch([transform(picture())]), torch.zeros(1, 8, dtype=torch.int64))
+    copied = []
+    to = torch.Tensor.to
+
+    def record(tensor: torch.Tensor, *target, **options) -> torch.Tensor:
+        copied.append((tensor.dtype, options))
+        return to(tensor, *target, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    moved = batch.to(torch.device("meta"))
+    assert moved.images.patches.dtype == torch.uint8
+    assert [dtype for dtype, _ in copied] == [torch.uint8, torch.int64, torch.int64]
+    assert all(options == {"non_blocking": True} for _, options in copied)

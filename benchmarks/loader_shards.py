@@ -1,0 +1,89 @@
+"""The shards that loaders are compared on: generated scenes, emoji, photographs, large JPEGs made of photographs."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_tools.make_tiny import TinyOptions, make_tiny
+from siglip_train.data.images import decode
+from siglip_train.data.shards import read_samples
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+LARGE, LARGE_SHARDS, LARGE_PER_SHARD = (1024, 768), 2, 128
+
+
+class Case(NamedTuple):
+    """What is loaded: shards, the side of the squares, and whether its pictures are JPEGs alone."""
+
+    shards: list[str]
+    image_size: int
+    is_jpeg: bool
+
+
+def prepare_cases(scratch: Path) -> dict[str, Case]:
+    """Every case, made in `scratch`; those of `../shared/data` only where it is."""
+    tiny = scratch / "tiny"
+    make_tiny(tiny, TinyOptions(samples=4000, validation_samples=4, samples_per_class=1), workers=2)
+    scenes = _names(tiny / "train")
+    cases = {"tiny shapes 128 px": Case(scenes, 128, is_jpeg=False)}
+    if SHARED.exists():
+        photographs = _repeated(SHARED / "captions_coco" / "open-00000.tar", scratch)
+        cases["emoji 64 px"] = Case(_names(SHARED / "emoji_train"), 64, is_jpeg=False)
+        cases["photographs 224 px"] = Case(photographs, 224, is_jpeg=True)
+        large = write_mosaics(photographs[:1], scratch / "large", tiles=(2, 2))
+    else:
+        print("../shared/data is absent: no photographs and emoji, and the large pictures are made of scenes")
+        large = write_mosaics(scenes, scratch / "large", tiles=(8, 6))
+    cases["1024 px JPEG to 224 px"] = Case(large, 224, is_jpeg=True)
+    return cases
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(map(str, folder.glob("*.tar")))
+
+
+def _repeated(shard: Path, scratch: Path) -> list[str]:
+    links = [scratch / f"photographs-{number:05d}.tar" for number in range(8)]
+    for link in links:
+        link.symlink_to(shard)
+    return list(map(str, links))
+
+
+def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int]) -> list[str]:
+    """Shards of 1024 x 768 JPEGs, each `tiles` (columns, rows) pictures of `shards` side by side, with a caption.
+
+    So they have detail at every pixel, as photographs of that size have and enlarged small ones have not. Quality 90,
+    4:2:0, the same bytes every time.
+    """
+    folder.mkdir()
+    samples = list(read_samples(shards))
+    rng = np.random.default_rng(0)
+    for number in range(LARGE_SHARDS):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as shard:
+            for key in range(LARGE_PER_SHARD):
+                chosen = [samples[place] for place in rng.integers(len(samples), size=tiles[0] * tiles[1])]
+                pictures = [next(iter(sample.members.values())) for sample in chosen]
+                _add(shard, f"{key:04d}.jpg", _mosaic([decode(data) for data in pictures], tiles))
+                _add(shard, f"{key:04d}.txt", chosen[0].members["txt"])
+    return _names(folder)
+
+
+def _mosaic(pictures: list[Image.Image], tiles: tuple[int, int]) -> bytes:
+    width, height = LARGE[0] // tiles[0], LARGE[1] // tiles[1]
+    mosaic = Image.new("RGB", LARGE)
+    for place, picture in enumerate(pictures):
+        tile = ImageOps.fit(picture, (width, height))
+        mosaic.paste(tile, (place % tiles[0] * width, place // tiles[0] * height))
+    out = io.BytesIO()
+    mosaic.save(out, "JPEG", quality=90, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    shard.addfile(entry, io.BytesIO(content))
