@@ -22,11 +22,11 @@ from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_
 from data_tools.reading import picture_header, plain_detail, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
-from siglip_train.data.cache import local_tar, was_damaged
+from siglip_train.data.cache import local_tar
 from siglip_train.data.faults import BadSample
 from siglip_train.data.images import decode
-from siglip_train.data.locations import default_cache
-from siglip_train.data.shards import short_name
+from siglip_train.data.locations import default_cache, short_name
+from siglip_train.data.shards import damaged_samples
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
 from siglip_train.errors import UserError
 
@@ -116,8 +116,7 @@ def look_at_shard(task: LookTask) -> int:
     seen = _Collector(criteria(task.wanted), len(index))
     for row, sample in enumerate(read_rows(path, name, index, range(len(index)))):
         seen.look(row, Looked(sample, seen.criteria.fields))
-    lost = index.torn.tolist() or ["?"] * was_damaged(path)
-    seen.faults += [BadSample(name, key, "truncated", "the shard ends inside it") for key in lost]
+    seen.faults += damaged_samples(name, path, index)
     seen.result().save(task.target)
     return len(index)
 

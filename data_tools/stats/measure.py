@@ -9,12 +9,12 @@ from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from data_tools.stats.thumbnail import thumbnail
-from siglip_train.data.cache import local_tar, was_damaged
+from siglip_train.data.cache import local_tar
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import decode
-from siglip_train.data.locations import default_cache
+from siglip_train.data.locations import default_cache, short_name
 from siglip_train.data.samples import Field
-from siglip_train.data.shards import RawSample, short_name
+from siglip_train.data.shards import RawSample, damaged_samples
 from siglip_train.data.tar import BrokenTarError, load_index
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
@@ -64,10 +64,8 @@ def measure_shard(task: ShardTask) -> Tally:
         tally.bad.add(BadSample(name, "?", "broken shard", str(error)))
         return tally
     tally.shards, tally.shard_bytes = 1, path.stat().st_size
-    for key, cause in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True):
-        tally.bad.add(BadSample(name, key, cause, "the shard is damaged there"))
-    if was_damaged(path) and not len(index.torn):
-        tally.bad.add(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
+    for bad in damaged_samples(name, path, index):
+        tally.bad.add(bad)
     rows = spread(len(index), len(index) if task.most is None else task.most)
     decoded, shown = set(spread(len(rows), task.decoded)), set(spread(len(rows), task.shown))
     for place, sample in enumerate(read_rows(path, name, index, rows)):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.cache import Known, ShardCache, local_tar
+from siglip_train.data.cache import Known, ShardCache, local_tar, was_damaged
 from siglip_train.data.failed import Failure
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import default_cache, expand, is_remote, short_name
@@ -220,6 +220,15 @@ class ShardReader:
         for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+def damaged_samples(shard: str, path: Path, index: TarIndex) -> list[BadSample]:
+    """The samples that damage of a shard's tar or gzip stream has cost, as far as they are known."""
+    lost = zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
+    found = [BadSample(shard, key, cause, "the shard is damaged there") for key, cause in lost]
+    if was_damaged(path) and not found:
+        found.append(BadSample(shard, "?", "truncated", "the gzip stream is damaged"))
+    return found
 
 
 def read_samples(shards: str | list[str], cache_dir: str | None = None) -> Iterator[RawSample]:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError, was_damaged
+from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
 from siglip_train.data.fetch import FetchError
 from siglip_train.data.locations import beside, expand, is_remote, short_name
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.room import rounded
 from siglip_train.data.select import EVERYTHING
-from siglip_train.data.shards import ShardSet, Wanted, complete_samples
+from siglip_train.data.shards import ShardSet, Wanted, complete_samples, damaged_samples
 from siglip_train.data.tar import BrokenTarError, TarIndex, index_of_copy, load_index
 from siglip_train.distributed.collectives import broadcast_object, gather_objects, is_distributed
 from siglip_train.errors import UserError
@@ -208,9 +208,5 @@ def _complete(index: TarIndex, wanted: Wanted, name: str, path: Path) -> tuple[i
         BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
         for sample in np.flatnonzero(meant & ~complete)
     ]
-    excluded += [
-        BadSample(name, *each) for each in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True)
-    ]
-    if was_damaged(path) and not len(index.torn):
-        excluded.append(BadSample(name, "?", "truncated", "the gzip stream is damaged"))
+    excluded += damaged_samples(name, path, index)
     return int(complete.sum()), excluded
