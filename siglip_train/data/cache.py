@@ -145,6 +145,11 @@ class ShardCache:
         Fetch(url, content, self.patience, lambda: None, self.events.append, self.cancelled).run()
         return content.getvalue()
 
+    def accept(self, shard: str) -> None:
+        """Note that a copy is what was promised; a shard that had failed is back."""
+        if self.failed.remove(self.name(shard)):
+            self.events.append(Event("shards_back", f"shard {short_name(shard)} is back"))
+
     def reject(self, shard: str, path: Path, reason: str) -> UnavailableShardError:
         """The error to raise for a copy that is not what was promised; it is removed, to be fetched again later."""
         path.unlink(missing_ok=True)
@@ -161,7 +166,7 @@ class ShardCache:
             if path.exists():
                 return path
             return self._fetched(shard, path, known) if is_remote(shard) else self._unpacked(shard, path)
-        except (FetchError, DamagedError, NoRoomError) as error:
+        except FetchError as error:
             raise self._failure(shard, str(error)) from error
         except OSError as error:
             raise UserError(f"cannot read shard {shard}: {said(error)}") from error
@@ -193,10 +198,12 @@ class ShardCache:
             failure = self._refuse_failed(name)
             if failure:
                 self.failed.hold(name, failure)
-            path = self._fetch(shard, name, known)
-            if self.failed.remove(name):
-                self.events.append(Event("shards_back", f"shard {short_name(shard)} is back"))
-            return path
+            try:
+                return self._fetch(shard, name, known)
+            except (FetchError, DamagedError, NoRoomError, OSError) as error:
+                # noted before the lock is free, or the next process would try as patiently
+                reason = str(error) if isinstance(error, (FetchError, DamagedError)) else said(error)
+                raise self._failure(shard, reason) from error
 
     def _fetch(self, shard: str, name: str, known: Known) -> Path:
         with (

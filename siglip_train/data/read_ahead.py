@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections import deque
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from siglip_train.data.fetch import Event
 from siglip_train.data.pieces import Pieces
+from siglip_train.data.room import rounded
+from siglip_train.data.shards import open_shard
 
 _THREADS = 4
 # seconds between looks at what is missing or may be tried again
@@ -87,7 +90,7 @@ class ReadAhead:
         for task in dict.fromkeys(current + following):
             shards = self._sources[task.source].shards
             if self._cache.is_copy(shards.paths[task.shard]):
-                left -= shards.sizes[task.shard]
+                left -= rounded(int(shards.sizes[task.shard]))
                 if left < 0:
                     break
                 wanted.append(task)
@@ -110,10 +113,10 @@ class ReadAhead:
                 with self._changed:
                     self._changed.wait(_PAUSE)
                 continue
-            shards = self._sources[task.source].shards
             # what is wrong is noted in the cache, or said where a worker needs the shard
             with contextlib.suppress(Exception):
-                self._made[task] = self._cache.local_tar(shards.urls[task.shard], shards.known[task.shard])
+                shards = self._sources[task.source].shards
+                self._made[task] = open_shard(shards, task.shard, self._cache).path
             self._busy.discard(task)
 
     def _take(self) -> _Task | None:
@@ -134,10 +137,13 @@ class ReadAhead:
 
     def _failed(self) -> list[_Task]:
         """Shards that failed wherever they are in the order: they count as failed until they are back."""
-        failed = {failure.shard for failure in self._cache.failed.all()}
-        return [
-            _Task(number, shard)
-            for number, source in enumerate(self._sources if failed else ())
+        failed = (failure.shard for failure in self._cache.failed.all())
+        return [self._tasks[url] for url in failed if url in self._tasks]
+
+    @functools.cached_property
+    def _tasks(self) -> dict[str, _Task]:
+        return {
+            url: _Task(number, shard)
+            for number, source in enumerate(self._sources)
             for shard, url in enumerate(source.shards.urls)
-            if url in failed
-        ]
+        }

@@ -105,7 +105,7 @@ def complete_samples(
     return image, meant, complete
 
 
-class _Open(NamedTuple):
+class OpenShard(NamedTuple):
     """A shard ready to read: its tar, the index of it and the numbers of its complete samples."""
 
     path: Path
@@ -113,12 +113,35 @@ class _Open(NamedTuple):
     samples: NDArray[np.int64]
 
 
+def open_shard(shards: ShardSet, shard: int, cache: ShardCache) -> OpenShard:
+    """Find or make the copy of a shard, and look whether a remote one holds what it was to hold.
+
+    Raises `UnavailableShardError`, for a local shard `BrokenTarError` and `UserError`.
+    """
+    url, path = shards.urls[shard], shards.paths[shard]
+    if not path.exists():
+        path = cache.local_tar(url, shards.known[shard])
+    try:
+        index = load_index(path, cache.folder)
+    except BrokenTarError as error:
+        if is_remote(url) and path.exists():
+            raise cache.reject(url, path, str(error)) from error
+        raise
+    samples = np.flatnonzero(complete_samples(index, shards.wanted)[2])
+    if is_remote(url):
+        if len(samples) != shards.counts[shard]:
+            reason = f"it holds {len(samples)} complete samples instead of {shards.counts[shard]}"
+            raise cache.reject(url, path, reason)
+        cache.accept(url)
+    return OpenShard(path, index, samples)
+
+
 class ShardReader:
     """Reads samples of a `ShardSet` by (shard, sample); picklable and fork-safe, since files open at first use."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
-        self._opened: collections.OrderedDict[int, _Open] = collections.OrderedDict()
+        self._opened: collections.OrderedDict[int, OpenShard] = collections.OrderedDict()
         self._descriptors: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._touched: dict[int, float] = {}
 
@@ -167,29 +190,12 @@ class ShardReader:
         opened = self._open(shard)
         return opened.tar.key(int(opened.samples[sample]))
 
-    def _open(self, shard: int) -> _Open:
-        opened = self._opened.pop(shard, None) or self._load(shard)
+    def _open(self, shard: int) -> OpenShard:
+        opened = self._opened.pop(shard, None) or open_shard(self.shards, shard, self.shards.cache)
         if len(self._opened) >= _INDEXES:
             self._opened.popitem(last=False)
         self._opened[shard] = opened
         return opened
-
-    def _load(self, shard: int) -> _Open:
-        shards = self.shards
-        url, path = shards.urls[shard], shards.paths[shard]
-        if not path.exists():
-            path = shards.cache.local_tar(url, shards.known[shard])
-        try:
-            index = load_index(path, shards.cache.folder)
-        except BrokenTarError as error:
-            if is_remote(url) and path.exists():
-                raise shards.cache.reject(url, path, str(error)) from error
-            raise
-        samples = np.flatnonzero(complete_samples(index, shards.wanted)[2])
-        if len(samples) != shards.counts[shard] and is_remote(url):
-            reason = f"it holds {len(samples)} complete samples instead of {shards.counts[shard]}"
-            raise shards.cache.reject(url, path, reason)
-        return _Open(path, index, samples)
 
     @contextlib.contextmanager
     def _descriptor(self, shard: int, path: Path) -> Iterator[int]:

@@ -42,7 +42,8 @@ def source(shard: str, position: int, known: Start, timeout: float) -> tuple[Ite
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
         return _from_command(process), lambda: _kill(process)
     if is_http(shard):
-        return _from_http(shard, position, timeout), lambda: None
+        # who waits gives up first, and says why; the connection ends later, and the thread with it
+        return _from_http(shard, position, 2 * timeout), lambda: None
     return _from_filesystem(shard, position, known.version), lambda: None
 
 

@@ -212,6 +212,7 @@ def test_a_failed_shard_is_tried_again_after_pauses_that_double(server: Faults, 
             time.sleep(0.01)
     assert pauses == pytest.approx([0.2, 0.4, 0.8])
     assert quick.local_tar(url).exists()
+    quick.accept(url)
     assert [event.message for event in quick.drain()][-1] == "shard 00000.tar is back"
     assert quick.failed.find(name) is None
 

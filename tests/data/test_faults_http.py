@@ -170,6 +170,9 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
     assert loader.counts["failed/all"] > 0
     assert not any(key.startswith(NAMES[1]) for key in keys)
     assert f"shard {NAMES[1]} is unavailable: it holds 6 complete samples instead of 7" in caplog.text
+    # fetched whole again and again, it would never be right
+    assert loader.counts["failed_shards"] == 1
+    assert "is back" not in caplog.text
 
 
 def test_an_evaluation_goes_on_without_a_failed_shard(
