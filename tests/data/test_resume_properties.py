@@ -1,4 +1,4 @@
-"""Whatever the data, the ranks and the workers: a run that is stopped and goes on sees what an uninterrupted one sees."""
+"""Whatever the data, ranks and workers: a run that is stopped and goes on sees what an uninterrupted one sees."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.data.killed_run import SIZE, loader_of
 from tests.data.shard_files import Member, sample, without, write_shards, write_tar
 
-CASES = range(60)
+CASES = range(45)
 # one case in so many has worker processes, which take longer to start than all else takes
 WITH_WORKERS = 15
 RANKS = (1, 2, 3, 4)
@@ -48,7 +48,7 @@ def _write_source(random: Random, folder: Path, samples: int) -> str:
     good = shard = number = 0
     while good < samples:
         rows = []
-        for _ in range(random.choice((0, 1, 3, 8, 13))):
+        for _ in range(random.choice((0, 1, 9, 17))):
             kind = random.choice(kinds)
             good += kind == "good"
             rows.append(_members(f"{number:04d}", kind))
@@ -64,11 +64,11 @@ class Case:
     def __init__(self, random: Random, folder: Path, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.size = random.choice((12, 24))
-        self.batches = random.randint(8, 14)
+        self.batches = random.randint(7, 12)
         names = ["a", "b", "c"][: random.randint(1, 3)]
         sources = {
             name: SourceConfig(
-                _write_source(random, folder / name, random.randint(self.size, 4 * self.size)),
+                _write_source(random, folder / name, random.randint(self.size, 3 * self.size)),
                 weight=random.choice((1, 0.3, 0.01, 7)),
                 language=random.choice(("json:number", f"of {name}", None)),
             )
@@ -116,6 +116,7 @@ class Case:
         return keys, json.loads(json.dumps({**states[0], "counts": counts}))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("number", CASES)
 def test_a_run_that_stops_and_goes_on_is_the_uninterrupted_run(
     number: int, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -124,11 +125,13 @@ def test_a_run_that_stops_and_goes_on_is_the_uninterrupted_run(
     case = Case(random, tmp_path, tokenizer)
     expected, end = case.read(case.batches)
     monkeypatch.setattr("siglip_train.data.pieces._PIECE", random.choice((256, 5)))
-    stops = sorted(random.sample(range(1, case.batches), random.randint(1, 3)))
+    stops = sorted(random.sample(range(1, case.batches), random.randint(1, 2)))
     got, state = [], None
     for begin, stop in zip([0, *stops], [*stops, case.batches], strict=True):
-        workers = random.randint(0, 3) if number % WITH_WORKERS == 0 else 0
-        keys, state = case.read(stop - begin, ranks=random.choice(RANKS), workers=workers, state=state)
+        workers = random.randint(1, 3) if number % WITH_WORKERS == 0 else 0
+        keys, state = case.read(
+            stop - begin, ranks=random.choice(RANKS[: 4 - workers]), workers=workers, state=state
+        )
         got += keys
     assert got == expected
     assert state == end
