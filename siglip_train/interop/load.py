@@ -12,7 +12,8 @@ from siglip_train.batch import Images
 from siglip_train.data.images import ImageTransform, to_rgb
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, shortened
+from siglip_train.interop.big_vision import is_big_vision, read_big_vision
+from siglip_train.interop.files import read_json, refuse_pickle, shortened
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
 from siglip_train.interop.native import ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
@@ -58,7 +59,7 @@ class LoadedModel:
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", *, tokenizer: str | Path | None = None
 ) -> LoadedModel:
-    """Open a run (its newest checkpoint), a checkpoint, an export, or a HuggingFace or open_clip folder.
+    """Open a run (its newest checkpoint), a checkpoint, an export, a HuggingFace or open_clip folder, or an npz.
 
     tokenizer: a tokenizer file or folder, instead of the model's own. The model is in evaluation mode, fp32.
     Raises `UserError` for anything else, and for damaged or unfitting files.
@@ -84,6 +85,10 @@ def read_model(path: Path) -> ModelFiles:
     """Description and weights of a model in any format that `load_model` knows."""
     if not path.exists():
         raise UserError(f"there is no model at {path}: the path does not exist")
+    if is_big_vision(path):
+        return read_big_vision(path)
+    if path.is_file():
+        refuse_pickle(path)
     if path.is_file() and path.name == WEIGHTS_FILE:
         path = path.parent
     folder = _weights_folder(path)
@@ -98,7 +103,7 @@ def read_model(path: Path) -> ModelFiles:
         raise UserError(f"{folder}: model_type {model_type} is not supported, only {', '.join(MODEL_TYPES)}")
     raise UserError(
         f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
-        f"(config.json) nor an open_clip folder ({CONFIG_FILE})"
+        f"(config.json), an open_clip folder ({CONFIG_FILE}) nor an .npz of big_vision"
     )
 
 
