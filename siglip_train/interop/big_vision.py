@@ -51,7 +51,9 @@ def read_big_vision(path: Path) -> ModelFiles:
     if _INNER_POSITIONS in tensors:
         tensors["txt/pos_embedding"] = tensors["txt/pos_embedding"] + tensors.pop(_INNER_POSITIONS)
     is_siglip_2 = config.vision.position_grid is not None or config.text.vocab_size == _SIGLIP_2_VOCABULARY
-    description = Description(config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"))
+    description = Description(
+        config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"), origin="big_vision"
+    )
     return ModelFiles(description, translate(tensors, config, "big_vision", where=path))
 
 

@@ -1,12 +1,14 @@
 """The two kinds of files every weight format is made of: JSON and safetensors. Damage is a `UserError`."""
 
 import json
+import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from siglip_train.errors import UserError
@@ -40,6 +42,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if pickles:
         refuse_pickle(pickles[0])
     raise UserError(f"{path} does not exist; weights are read from safetensors files only")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, readable for whom the user's other new files are readable."""
+    save_file(dict(tensors), path, metadata=metadata)
+    # safetensors makes its files private
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -167,6 +167,30 @@ def translate(
     return state
 
 
+def translate_back(
+    state: Mapping[str, Tensor], config: SiglipConfig, convention: Literal["huggingface", "open_clip"]
+) -> dict[str, Tensor]:
+    """A state dict of ours in another convention: fused where it fuses, with its leading dimensions of one.
+
+    The stem is a convolution there, except in HuggingFace's NaFlex model.
+    """
+    parts: dict[str, dict[int, Tensor]] = {}
+    for ours, place in places(config, convention).items():
+        parts.setdefault(place.name, {})[place.part] = state[ours]
+    tensors = {name: torch.cat([found[i] for i in sorted(found)]) for name, found in parts.items()}
+    where = places(config, convention)
+    stem = where["vision.patch_embedding.weight"].name
+    if convention == "open_clip" or config.vision.position_grid is None:
+        size = config.vision.patch_size
+        tensors[stem] = tensors[stem].reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
+    if convention == "open_clip":
+        table = where["vision.position_table"].name
+        tensors[table] = tensors[table][None]
+        for name in ("logit_scale", "logit_bias"):
+            tensors[name] = tensors[name].reshape(())
+    return tensors
+
+
 def _rows(config: SiglipConfig) -> Iterator[Row]:
     """Every row for a model of this depth, written out."""
     families = [
