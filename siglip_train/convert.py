@@ -1,4 +1,4 @@
-"""The entry point of conversion: any model that can be read, to a folder of ours, of HuggingFace or of open_clip."""
+"""The entry point of conversion: any model that can be read, to a folder of ours, HuggingFace, open_clip or ONNX."""
 
 import argparse
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`siglip-convert SRC DST --to {native,hf,open_clip}`."""
+    """`siglip-convert SRC DST --to {native,hf,open_clip,onnx}`."""
     parsed = build_parser().parse_args(arguments)
     request = Request(
         target=parsed.to,

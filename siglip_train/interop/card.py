@@ -49,6 +49,12 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
 tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 """,
+    "onnx": """
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}/vision.onnx")
+image = session.run(None, {{"pixels": pixels}})[0]  # float32 [B, 3, S, S] in -1..1 -> [B, E]; see onnx_config.json
+""",
     "native": """
 from siglip_train import load_model
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.interop import to_huggingface, to_open_clip
+from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
 from siglip_train.interop.card import training_facts, write_card
 from siglip_train.interop.fast_tokenizer import FAST_TOKENIZER_FILES, write_fast_tokenizer
 from siglip_train.interop.fit import LoadReport, fit_weights
@@ -26,7 +26,7 @@ from siglip_train.interop.native import TOKENIZER_FOLDER, Description, ModelFile
 from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
 from siglip_train.models.siglip import Siglip, SiglipConfig
 
-Target = Literal["native", "hf", "open_clip"]
+Target = Literal["native", "hf", "open_clip", "onnx"]
 TARGETS: tuple[str, ...] = get_args(Target)
 RECORD = "conversion.json"
 
@@ -86,6 +86,7 @@ class _Form(NamedTuple):
     answers: Callable[[Path, Probe, SiglipConfig], Answers | None]
     tokens: Callable[[Path, Probe], Tensor | None]
     package: str | None
+    is_readable: bool = True  # by ourselves
 
 
 def convert(source: Path, destination: Path, request: Request) -> Conversion:
@@ -177,11 +178,16 @@ def _form(request: Request) -> _Form:
             to_open_clip.open_clip_tokens,
             "open_clip_torch",
         )
+    if request.target == "onnx":
+        return _Form(
+            to_onnx.write_onnx, to_onnx.onnxruntime_answers, lambda *_: None, "onnxruntime", is_readable=False
+        )
     return _Form(
         to_huggingface.write_vision_tower if request.vision_only else to_huggingface.write_huggingface,
         to_huggingface.transformers_answers,
         to_huggingface.transformers_tokens,
         "transformers",
+        is_readable=not request.vision_only,
     )
 
 
@@ -210,7 +216,7 @@ def _compare(
     theirs = form.answers(folder, probe, config)
     if theirs is not None:
         conversion.peer = f"{form.package} {importlib.metadata.version(str(form.package))}"
-    elif not conversion.left_out:
+    elif form.is_readable:
         theirs = our_answers(_model(read_model(folder)), probe)
     if theirs is not None:
         conversion.largest_difference = differences(ours, theirs)

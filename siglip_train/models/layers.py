@@ -167,5 +167,6 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[B, L, D]` -> `[B, D]`; mask as in `Attention`."""
-        pooled = self.attention(self.probe.expand(len(tokens), -1, -1), tokens, mask)  # [B, 1, D]
+        # not len(tokens), which would fix the number of images in an exported graph
+        pooled = self.attention(self.probe.expand(tokens.shape[0], -1, -1), tokens, mask)  # [B, 1, D]
         return (pooled + self.mlp(self.norm(pooled))).squeeze(1)

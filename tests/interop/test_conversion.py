@@ -23,7 +23,7 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.models.vision import patchify
 from tests.goldens import golden_folder
 from tests.interop.flax_layout import flax_arrays
-from tests.models.small import small_config
+from tests.models.small import padded, rectangle, small_config
 
 CAPTIONS = ["a red circle", "two blue stars left of a dog", "ein grüner Kreis", "一只猫", "A QUIET, morning!"]
 VOCABULARY = 400
@@ -223,6 +223,38 @@ def test_the_vision_tower_alone(native: Path, tmp_path: Path) -> None:
         loaded = load_model(native)
         ours = loaded.model.vision(*patchify(pixels, 4))
     torch.testing.assert_close(theirs.last_hidden_state, ours.tokens, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("naflex", [False, True])
+def test_onnx_graphs_take_any_number_and_any_grid(tmp_path: Path, tokenizer: Path, naflex: bool) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build(naflex=naflex)
+    write_export(tmp_path / "n", model.state_dict(), Description(model.config, tokenizer))
+    done = convert(tmp_path / "n", tmp_path / "onnx", Request("onnx"))
+    assert done.peer.startswith("onnxruntime")
+    # measured 2.3e-7
+    assert max(done.largest_difference.values()) < 2e-6
+    settings = json.loads((tmp_path / "onnx/onnx_config.json").read_text())
+    assert settings["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
+    if naflex:
+        images = padded(rectangle(3, 5, 2), 14, content=9.0)
+        session = onnxruntime.InferenceSession(tmp_path / "onnx/vision.onnx")
+        theirs = session.run(None, {name: part.numpy() for name, part in images._asdict().items()})[0]
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                torch.from_numpy(theirs), model.encode_image(images), rtol=0, atol=2e-6
+            )
+
+
+def test_onnx_without_its_packages_is_a_mistake(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs onnx and onnxscript: pip install"):
+        convert(native, tmp_path / "onnx", Request("onnx"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_size_is_resampled_and_said(native: Path, tmp_path: Path) -> None:
