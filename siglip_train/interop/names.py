@@ -5,7 +5,7 @@ of n equal parts along the first dimension, where a format fuses projections. bi
 `kernel`, those of a LayerNorm `scale`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -138,7 +138,10 @@ _TEXT_BLOCK = tuple(
 
 def places(config: SiglipConfig, convention: Convention) -> dict[str, Place]:
     """Our name -> place in the other convention, for every parameter of this model that it knows."""
-    ours = parameter_shapes(config).keys()
+    return _places_of(parameter_shapes(config), config, convention)
+
+
+def _places_of(ours: Container[str], config: SiglipConfig, convention: Convention) -> dict[str, Place]:
     found = {row.ours: _place(getattr(row, convention)) for row in _rows(config)}
     return {name: place for name, place in found.items() if name in ours}
 
@@ -150,10 +153,10 @@ def translate(
 
     Raises `UserError` with the names that are missing, left over, or not of the shape which the config says.
     """
-    wanted = places(config, convention)
+    shapes = parameter_shapes(config)
+    wanted = _places_of(shapes, config, convention)
     needed = {place.name for place in wanted.values()}
     complain(where, missing=needed - tensors.keys(), unexpected=tensors.keys() - needed)
-    shapes = parameter_shapes(config)
     state, misshapen = {}, set()
     for ours, place in wanted.items():
         tensor = _as_linear(tensors[place.name])
@@ -175,10 +178,10 @@ def translate_back(
     The stem is a convolution there, except in HuggingFace's NaFlex model.
     """
     parts: dict[str, dict[int, Tensor]] = {}
-    for ours, place in places(config, convention).items():
+    where = _places_of(state, config, convention)
+    for ours, place in where.items():
         parts.setdefault(place.name, {})[place.part] = state[ours]
     tensors = {name: torch.cat([found[i] for i in sorted(found)]) for name, found in parts.items()}
-    where = places(config, convention)
     stem = where["vision.patch_embedding.weight"].name
     if convention == "open_clip" or config.vision.position_grid is None:
         size = config.vision.patch_size

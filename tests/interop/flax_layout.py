@@ -11,7 +11,12 @@ ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def flax_arrays(model: Siglip, *, stacked: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of `params`, blocks apart or, as a scan over layers leaves them, along a first axis."""
+    """The arrays of `params`, as `flax_tensors`."""
+    return {f"params/{name}": t.detach().numpy() for name, t in flax_tensors(model, stacked=stacked).items()}
+
+
+def flax_tensors(model: Siglip, *, stacked: bool = False) -> dict[str, Tensor]:
+    """Names and tensors, blocks apart or, as a scan over layers leaves them, along a first axis."""
     vision, text = model.vision, model.text
     config = model.config.vision
     side, width, patch = config.table_side, config.width, config.patch_size
@@ -45,7 +50,7 @@ def flax_arrays(model: Siglip, *, stacked: bool = False) -> dict[str, np.ndarray
             for number, block in enumerate(blocks):
                 arrays |= {f"{prefix}/encoderblock_{number}/{name}": tensor for name, tensor in block.items()}
         arrays |= _norm(f"{prefix}/encoder_norm", encoder.norm)
-    return {f"params/{name}": tensor.detach().numpy() for name, tensor in arrays.items()}
+    return arrays
 
 
 def _block(block: nn.Module) -> dict[str, Tensor]:
