@@ -130,7 +130,7 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path, *, axes
             path,
             input_names=list(inputs),
             output_names=["image_embedding" if path.name == VISION else "text_embedding"],
-            dynamic_shapes={name: sizes for name in inputs},
+            dynamic_shapes=dict.fromkeys(inputs, sizes),
             opset_version=_OPSET,
             dynamo=True,
             external_data=True,

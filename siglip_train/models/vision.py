@@ -122,7 +122,7 @@ class VisionTower(nn.Module):
         return VisionFeatures(tokens, pooled, mask)
 
     def layer_tokens(self, images: Images, layer: int) -> Tensor:
-        """Tokens `[B, L, D]` of the patches after block `layer`, as language models take them: not pooled, not normalised.
+        """Tokens `[B, L, D]` of the patches after block `layer`, as language models take them, without pooling.
 
         layer: 0 = the embedded patches, `depth` = after the last block, negative = from the end: -1 the last block, -2
         the one before, which LLaVA takes. The final LayerNorm is not applied; `forward(...).tokens` is with it.

@@ -1,4 +1,4 @@
-"""The written tokenizer.json gives the very tokens of training: every kind of sentencepiece model, every set of rules."""
+"""The written tokenizer.json gives the very tokens of training: any sentencepiece model, any rules."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""What a vision-language model takes from the vision tower: tokens of any layer, and a projector that learns from them."""
-
-from pathlib import Path
+"""What a vision-language model takes of the vision tower: tokens of any layer, from which a projector learns."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every published size goes through every format on the meta device: no tensor missing, none left over, none misshapen."""
+"""Every published size goes through every format on the meta device: no tensor missing, left over or misshapen."""
 
 from pathlib import Path
 from typing import Any
