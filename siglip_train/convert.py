@@ -65,7 +65,7 @@ def summary(conversion: Conversion) -> list[str]:
     for names, said in ((conversion.left_out, "left out"), (conversion.made_up, "made up")):
         if names:
             lines.append(f"{len(names)} tensors {said} ({shortened(names)})")
-    if conversion.tokenizer is None:
+    if conversion.tokenizer is None and not conversion.left_out:
         lines.append("no tokenizer: give one with --tokenizer PATH")
     elif conversion.tokenizer_folder not in (".", None):
         lines.append(

@@ -66,7 +66,10 @@ texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
 
 
 def training_facts(source: Path) -> dict[str, Any]:
-    """What the run around a checkpoint says of the training; empty for any other source."""
+    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty."""
+    record = source / "conversion.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8")).get("training", {})
     run = next((p for p in (source, *source.parents[:3]) if (p / "config.yaml").is_file()), None)
     if run is None:
         return {}
@@ -83,11 +86,9 @@ def training_facts(source: Path) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
 
-def write_card(
-    folder: Path, name: str, config: SiglipConfig, conversion: dict[str, Any], facts: dict[str, Any]
-) -> None:
+def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[str, Any]) -> None:
     """Write `README.md`: front matter that hubs read, then the same in words."""
-    target = conversion["target"]
+    target, facts = conversion["target"], conversion["training"]
     kind = "vision" if conversion["left_out"] else target
     front = {**_FRONT.get(target, {}), "tags": _TAGS}
     if kind == "vision":
@@ -131,21 +132,32 @@ def _last_evaluation(path: Path, step: int | None) -> dict[str, Any]:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if step is None or record.get("step", 0) <= step:
-            found.update({key: f"{value:.4g}" for key, value in record.items() if key.startswith("val/")})
+            found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
     return found
+
+
+def _is_headline(key: str) -> bool:
+    """val/TASK/METRIC of all languages together; ranks and counts are for the report of the run."""
+    parts = key.split("/")
+    return (
+        parts[0] == "val"
+        and len(parts) == 3
+        and not parts[2].endswith(("_rank", "_loss"))
+        and parts[2] != "n"
+    )
 
 
 def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
     vision, text = config.vision, config.text
     sizes = {
-        "vision": f"width {vision.width}, {vision.depth} blocks, {vision.heads} heads, MLP {vision.mlp_dim}",
+        "vision": f"width {vision.width}, depth {vision.depth}, {vision.heads} heads, MLP {vision.mlp_dim}",
         "pictures": f"{vision.image_size} x {vision.image_size}, patches of {vision.patch_size}",
         "GELU": f"{vision.gelu} (vision), {text.gelu} (text)",
     }
     if conversion["left_out"]:
         return sizes
     return sizes | {
-        "text": f"width {text.width}, {text.depth} blocks, {text.heads} heads, MLP {text.mlp_dim}",
+        "text": f"width {text.width}, depth {text.depth}, {text.heads} heads, MLP {text.mlp_dim}",
         "tokens": f"{text.context_length} of a vocabulary of {text.vocab_size}",
         "parameters": f"{conversion['parameters'] / 1e6:.1f} M",
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -61,7 +61,7 @@ class Conversion:
     left_out: tensors that the target has no place for. made_up: those of the target that the source lacks.
     peer: the library that was asked; None = it is not installed, and what was written was read back instead.
     largest_difference: in any number of a unit-norm embedding. tokenizer_folder: where it stands in the
-    target, None = without one; its tokens have been compared too.
+    target, None = without one; its tokens have been compared too. training: what is known of it.
     """
 
     source: str
@@ -77,6 +77,7 @@ class Conversion:
     texts: int = 0
     largest_difference: dict[str, float] = field(default_factory=dict)
     tokenizer_folder: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 class _Form(NamedTuple):
@@ -115,9 +116,10 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         if tokenizer and request.target != "native":
             write_fast_tokenizer(tokenizer, folder)
         conversion.made_up = form.write(folder, state, description)
+        conversion.training = training_facts(source)
         _compare(folder, files, form, tokenizer, conversion, pictures=request.pictures)
         (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
-        write_card(folder, destination.name, description.config, asdict(conversion), training_facts(source))
+        write_card(folder, destination.name, description.config, asdict(conversion))
         if request.target == "open_clip":
             to_open_clip.relocate(folder, destination)
     return conversion
@@ -139,7 +141,7 @@ def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFil
 
 def _tokenizer(description: Description, request: Request) -> Tokenizer | None:
     path = request.tokenizer or description.tokenizer
-    if path is None or request.tokenizer == "none":
+    if path is None or request.tokenizer == "none" or request.vision_only:
         description.tokenizer = None
         return None
     description.tokenizer = Path(path).expanduser()
