@@ -1,14 +1,20 @@
 """The two kinds of files every weight format is made of: JSON and safetensors. Damage is a `UserError`."""
 
 import json
+import os
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from siglip_train.errors import UserError
+
+# names under which torch weights are found in place of safetensors
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,10 +38,43 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
             tensors.update(_read_one(path.with_name(name)))
         return tensors
+    pickles = [file for pattern in _PICKLES for file in path.parent.glob(pattern)]
+    if pickles:
+        refuse_pickle(pickles[0])
     raise UserError(f"{path} does not exist; weights are read from safetensors files only")
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, readable for whom the user's other new files are readable."""
+    save_file(dict(tensors), path, metadata=metadata)
+    # safetensors makes its files private
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise a `UserError` if `path` is a pickle, of torch or any other: reading one runs what it says."""
+    if _is_pickle(path):
+        raise UserError(
+            f"{path} is a pickle, which can run any program when it is read; "
+            "save the weights as safetensors where they come from"
+        )
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    # protocols 2 to 5, which is what torch and numpy have ever written
+    return start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
 def _read_one(path: Path) -> dict[str, Tensor]:
+    if path.is_file():
+        refuse_pickle(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

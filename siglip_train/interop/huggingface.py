@@ -9,7 +9,7 @@ from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.interop.files import read_json, read_tensors
 from siglip_train.interop.names import translate
-from siglip_train.interop.native import Description, ModelFiles, tokenizer_in
+from siglip_train.interop.native import Description, ModelFiles, stored_rules, tokenizer_in
 from siglip_train.models.layers import LAYER_NORM_EPS, Gelu
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -34,7 +34,11 @@ def read_huggingface(folder: Path) -> ModelFiles:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     config = _config(content, "text_model.head.weight" in tensors, where=folder / "config.json")
     description = Description(
-        config, tokenizer=tokenizer_in(folder), rules=_rules(folder, config), resize=_resize(folder, content)
+        config,
+        tokenizer=tokenizer_in(folder),
+        rules=stored_rules(folder) or _rules(folder, config),
+        resize=_resize(folder, content),
+        origin="huggingface",
     )
     return ModelFiles(description, translate(tensors, config, "huggingface", where=folder))
 

@@ -1,7 +1,7 @@
 """Open a model whatever its format: `load_model` to use it, `load_weights` to start a training from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +12,13 @@ from siglip_train.batch import Images
 from siglip_train.data.images import ImageTransform, to_rgb
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, shortened
+from siglip_train.interop.big_vision import is_big_vision, read_big_vision
+from siglip_train.interop.files import read_json, refuse_pickle
+from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
 from siglip_train.interop.native import ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
-from siglip_train.models.positions import resize_position_table
-from siglip_train.models.siglip import Siglip, SiglipConfig
-
-_RESAMPLED = "vision.position_table"
+from siglip_train.models.siglip import Siglip
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class LoadedModel:
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", *, tokenizer: str | Path | None = None
 ) -> LoadedModel:
-    """Open a run (its newest checkpoint), a checkpoint, an export, or a HuggingFace or open_clip folder.
+    """Open a run (its newest checkpoint), a checkpoint, an export, a HuggingFace or open_clip folder, or an npz.
 
     tokenizer: a tokenizer file or folder, instead of the model's own. The model is in evaluation mode, fp32.
     Raises `UserError` for anything else, and for damaged or unfitting files.
@@ -84,6 +83,10 @@ def read_model(path: Path) -> ModelFiles:
     """Description and weights of a model in any format that `load_model` knows."""
     if not path.exists():
         raise UserError(f"there is no model at {path}: the path does not exist")
+    if is_big_vision(path):
+        return read_big_vision(path)
+    if path.is_file():
+        refuse_pickle(path)
     if path.is_file() and path.name == WEIGHTS_FILE:
         path = path.parent
     folder = _weights_folder(path)
@@ -98,7 +101,7 @@ def read_model(path: Path) -> ModelFiles:
         raise UserError(f"{folder}: model_type {model_type} is not supported, only {', '.join(MODEL_TYPES)}")
     raise UserError(
         f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
-        f"(config.json) nor an open_clip folder ({CONFIG_FILE})"
+        f"(config.json), an open_clip folder ({CONFIG_FILE}) nor an .npz of big_vision"
     )
 
 
@@ -114,67 +117,17 @@ def _weights_folder(path: Path) -> Path:
     return path / "weights" if (path / "weights" / "config.json").is_file() else path
 
 
-@dataclass
-class LoadReport:
-    """What `load_weights` did with each tensor.
-
-    fresh: in the model only, left at its initial value. unused: in the file only.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    resampled: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for name in ("resampled", "fresh", "unused"):
-            tensors = getattr(self, name)
-            if tensors:
-                parts.append(f"{len(tensors)} {name} ({shortened(tensors)})")
-        return ", ".join(parts)
-
-
 def load_weights(
     model: Siglip, path: str | Path, *, resample: bool = True, fresh: Sequence[str] = ()
 ) -> LoadReport:
     """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
 
-    resample: resize the vision position table, corner-aligned, where the image size differs (SigLIP 2,
-    section 2.4.1). fresh: beginnings of names that may keep their initial values where no tensor fits.
+    resample: resize position table and stem where image or patch size differ, as `fit_weights` says. fresh:
+    beginnings of names that may keep their initial values where no tensor fits.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """
     path = Path(path).expanduser()
-    description, source = read_model(path)
-    _check_same_meaning(description.config, model.config, path)
-    state, report = {}, LoadReport(unused=sorted(source.keys() - model.state_dict().keys()))
-    problems = []
-    for name, target in model.state_dict().items():
-        tensor = source.get(name)
-        if tensor is not None and tensor.shape == target.shape:
-            state[name] = tensor
-            report.loaded.append(name)
-        elif tensor is not None and name == _RESAMPLED and resample and tensor.shape[1] == target.shape[1]:
-            state[name] = resize_position_table(tensor, model.config.vision.table_side)
-            report.resampled.append(name)
-        elif name.startswith(tuple(fresh)):
-            report.fresh.append(name)
-        else:
-            found = "missing" if tensor is None else f"{list(tensor.shape)} instead of {list(target.shape)}"
-            problems.append(f"{name} ({found})")
-    if problems:
-        raise UserError(f"the weights in {path} do not fit the model: {shortened(problems)}")
+    state, report = fit_weights(read_model(path), model.config, where=path, resample=resample, fresh=fresh)
     model.load_state_dict(state, strict=False)
     return report
-
-
-def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path) -> None:
-    for tower in ("vision", "text"):
-        for key in ("heads", "gelu"):
-            there, here = getattr(getattr(theirs, tower), key), getattr(getattr(ours, tower), key)
-            if there != here:
-                raise UserError(
-                    f"the model in {path} has {tower}.{key} {there}, this one {here}: "
-                    f"set model.{tower}.{key}={there}"
-                )

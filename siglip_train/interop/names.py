@@ -1,10 +1,11 @@
-"""One table of parameter names: ours beside those of HuggingFace and of open_clip (for vision, timm's).
+"""One table of parameter names: ours beside those of HuggingFace, of open_clip (for vision, timm's) and of big_vision.
 
 In a name, `*` stands for weight and bias, `{}` for the number of the block, and a trailing `#i/n` for part i
-of n equal parts along the first dimension, where a format fuses projections.
+of n equal parts along the first dimension, where a format fuses projections. big_vision's weights are called
+`kernel`, those of a LayerNorm `scale`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from siglip_train.interop.native import complain, parameter_shapes
 from siglip_train.models.siglip import SiglipConfig
 
-Convention = Literal["huggingface", "open_clip"]
+Convention = Literal["huggingface", "open_clip", "big_vision"]
 
 
 class Row(NamedTuple):
@@ -23,6 +24,7 @@ class Row(NamedTuple):
     ours: str
     huggingface: str
     open_clip: str
+    big_vision: str
 
 
 class Place(NamedTuple):
@@ -38,69 +40,108 @@ _MODEL = (
         "vision.patch_embedding.*",
         "vision_model.embeddings.patch_embedding.*",
         "visual.trunk.patch_embed.proj.*",
+        "img/embedding/*",
     ),
     Row(
-        "vision.position_table", "vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"
+        "vision.position_table",
+        "vision_model.embeddings.position_embedding.weight",
+        "visual.trunk.pos_embed",
+        "img/pos_embedding",
     ),
-    Row("vision.encoder.norm.*", "vision_model.post_layernorm.*", "visual.trunk.norm.*"),
+    Row(
+        "vision.encoder.norm.*",
+        "vision_model.post_layernorm.*",
+        "visual.trunk.norm.*",
+        "img/Transformer/encoder_norm/*",
+    ),
     Row(
         "text.token_embedding.weight",
         "text_model.embeddings.token_embedding.weight",
         "text.token_embedding.weight",
+        "txt/Embed_0/embedding",
     ),
     Row(
-        "text.position_table", "text_model.embeddings.position_embedding.weight", "text.positional_embedding"
+        "text.position_table",
+        "text_model.embeddings.position_embedding.weight",
+        "text.positional_embedding",
+        "txt/pos_embedding",
     ),
-    Row("text.encoder.norm.*", "text_model.final_layer_norm.*", "text.ln_final.*"),
-    Row("text.head.*", "text_model.head.*", "text.text_projection.*"),
-    Row("logit_scale", "logit_scale", "logit_scale"),
-    Row("logit_bias", "logit_bias", "logit_bias"),
+    Row(
+        "text.encoder.norm.*",
+        "text_model.final_layer_norm.*",
+        "text.ln_final.*",
+        "txt/Encoder_0/encoder_norm/*",
+    ),
+    Row("text.head.*", "text_model.head.*", "text.text_projection.*", "txt/head/*"),
+    Row("logit_scale", "logit_scale", "logit_scale", "t"),
+    Row("logit_bias", "logit_bias", "logit_bias", "b"),
 )
 
-_MAP_HEAD_PREFIX = Row("vision.pool.", "vision_model.head.", "visual.trunk.attn_pool.")
+_MAP_HEAD_PREFIX = Row("vision.pool.", "vision_model.head.", "visual.trunk.attn_pool.", "img/MAPHead_0/")
 _MAP_HEAD = (
-    Row("probe", "probe", "latent"),
-    Row("attention.query.*", "attention.in_proj_*#0/3", "q.*"),
-    Row("attention.key.*", "attention.in_proj_*#1/3", "kv.*#0/2"),
-    Row("attention.value.*", "attention.in_proj_*#2/3", "kv.*#1/2"),
-    Row("attention.out.*", "attention.out_proj.*", "proj.*"),
-    Row("norm.*", "layernorm.*", "norm.*"),
-    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*"),
-    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*"),
+    Row("probe", "probe", "latent", "probe"),
+    Row("attention.query.*", "attention.in_proj_*#0/3", "q.*", "MultiHeadDotProductAttention_0/query/*"),
+    Row("attention.key.*", "attention.in_proj_*#1/3", "kv.*#0/2", "MultiHeadDotProductAttention_0/key/*"),
+    Row("attention.value.*", "attention.in_proj_*#2/3", "kv.*#1/2", "MultiHeadDotProductAttention_0/value/*"),
+    Row("attention.out.*", "attention.out_proj.*", "proj.*", "MultiHeadDotProductAttention_0/out/*"),
+    Row("norm.*", "layernorm.*", "norm.*", "LayerNorm_0/*"),
+    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*", "MlpBlock_0/Dense_0/*"),
+    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*", "MlpBlock_0/Dense_1/*"),
 )
 
 _VISION_BLOCK_PREFIX = Row(
-    "vision.encoder.blocks.{}.", "vision_model.encoder.layers.{}.", "visual.trunk.blocks.{}."
+    "vision.encoder.blocks.{}.",
+    "vision_model.encoder.layers.{}.",
+    "visual.trunk.blocks.{}.",
+    "img/Transformer/encoderblock_{}/",
 )
 _VISION_BLOCK = (
-    Row("norm1.*", "layer_norm1.*", "norm1.*"),
-    Row("attention.query.*", "self_attn.q_proj.*", "attn.qkv.*#0/3"),
-    Row("attention.key.*", "self_attn.k_proj.*", "attn.qkv.*#1/3"),
-    Row("attention.value.*", "self_attn.v_proj.*", "attn.qkv.*#2/3"),
-    Row("attention.out.*", "self_attn.out_proj.*", "attn.proj.*"),
-    Row("norm2.*", "layer_norm2.*", "norm2.*"),
-    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*"),
-    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*"),
+    Row("norm1.*", "layer_norm1.*", "norm1.*", "LayerNorm_0/*"),
+    Row(
+        "attention.query.*", "self_attn.q_proj.*", "attn.qkv.*#0/3", "MultiHeadDotProductAttention_0/query/*"
+    ),
+    Row("attention.key.*", "self_attn.k_proj.*", "attn.qkv.*#1/3", "MultiHeadDotProductAttention_0/key/*"),
+    Row(
+        "attention.value.*", "self_attn.v_proj.*", "attn.qkv.*#2/3", "MultiHeadDotProductAttention_0/value/*"
+    ),
+    Row("attention.out.*", "self_attn.out_proj.*", "attn.proj.*", "MultiHeadDotProductAttention_0/out/*"),
+    Row("norm2.*", "layer_norm2.*", "norm2.*", "LayerNorm_1/*"),
+    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*", "MlpBlock_0/Dense_0/*"),
+    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*", "MlpBlock_0/Dense_1/*"),
 )
 
 _TEXT_BLOCK_PREFIX = Row(
-    "text.encoder.blocks.{}.", "text_model.encoder.layers.{}.", "text.transformer.resblocks.{}."
+    "text.encoder.blocks.{}.",
+    "text_model.encoder.layers.{}.",
+    "text.transformer.resblocks.{}.",
+    "txt/Encoder_0/encoderblock_{}/",
 )
-_TEXT_BLOCK = (
-    Row("norm1.*", "layer_norm1.*", "ln_1.*"),
-    Row("attention.query.*", "self_attn.q_proj.*", "attn.in_proj_*#0/3"),
-    Row("attention.key.*", "self_attn.k_proj.*", "attn.in_proj_*#1/3"),
-    Row("attention.value.*", "self_attn.v_proj.*", "attn.in_proj_*#2/3"),
-    Row("attention.out.*", "self_attn.out_proj.*", "attn.out_proj.*"),
-    Row("norm2.*", "layer_norm2.*", "ln_2.*"),
-    Row("mlp.fc1.*", "mlp.fc1.*", "mlp.c_fc.*"),
-    Row("mlp.fc2.*", "mlp.fc2.*", "mlp.c_proj.*"),
+# beside the vision tower's, only open_clip has other names here
+_TEXT_BLOCK = tuple(
+    row._replace(open_clip=theirs)
+    for row, theirs in zip(
+        _VISION_BLOCK,
+        (
+            "ln_1.*",
+            "attn.in_proj_*#0/3",
+            "attn.in_proj_*#1/3",
+            "attn.in_proj_*#2/3",
+            "attn.out_proj.*",
+            "ln_2.*",
+            "mlp.c_fc.*",
+            "mlp.c_proj.*",
+        ),
+        strict=True,
+    )
 )
 
 
 def places(config: SiglipConfig, convention: Convention) -> dict[str, Place]:
     """Our name -> place in the other convention, for every parameter of this model that it knows."""
-    ours = parameter_shapes(config).keys()
+    return _places_of(parameter_shapes(config), config, convention)
+
+
+def _places_of(ours: Container[str], config: SiglipConfig, convention: Convention) -> dict[str, Place]:
     found = {row.ours: _place(getattr(row, convention)) for row in _rows(config)}
     return {name: place for name, place in found.items() if name in ours}
 
@@ -112,10 +153,10 @@ def translate(
 
     Raises `UserError` with the names that are missing, left over, or not of the shape which the config says.
     """
-    wanted = places(config, convention)
+    shapes = parameter_shapes(config)
+    wanted = _places_of(shapes, config, convention)
     needed = {place.name for place in wanted.values()}
     complain(where, missing=needed - tensors.keys(), unexpected=tensors.keys() - needed)
-    shapes = parameter_shapes(config)
     state, misshapen = {}, set()
     for ours, place in wanted.items():
         tensor = _as_linear(tensors[place.name])
@@ -129,10 +170,34 @@ def translate(
     return state
 
 
+def translate_back(
+    state: Mapping[str, Tensor], config: SiglipConfig, convention: Literal["huggingface", "open_clip"]
+) -> dict[str, Tensor]:
+    """A state dict of ours in another convention: fused where it fuses, with its leading dimensions of one.
+
+    The stem is a convolution there, except in HuggingFace's NaFlex model.
+    """
+    parts: dict[str, dict[int, Tensor]] = {}
+    where = _places_of(state, config, convention)
+    for ours, place in where.items():
+        parts.setdefault(place.name, {})[place.part] = state[ours]
+    tensors = {name: torch.cat([found[i] for i in sorted(found)]) for name, found in parts.items()}
+    stem = where["vision.patch_embedding.weight"].name
+    if convention == "open_clip" or config.vision.position_grid is None:
+        size = config.vision.patch_size
+        tensors[stem] = tensors[stem].reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
+    if convention == "open_clip":
+        table = where["vision.position_table"].name
+        tensors[table] = tensors[table][None]
+        for name in ("logit_scale", "logit_bias"):
+            tensors[name] = tensors[name].reshape(())
+    return tensors
+
+
 def _rows(config: SiglipConfig) -> Iterator[Row]:
     """Every row for a model of this depth, written out."""
     families = [
-        (Row("", "", ""), _MODEL, 1),
+        (Row("", "", "", ""), _MODEL, 1),
         (_MAP_HEAD_PREFIX, _MAP_HEAD, 1),
         (_VISION_BLOCK_PREFIX, _VISION_BLOCK, config.vision.depth),
         (_TEXT_BLOCK_PREFIX, _TEXT_BLOCK, config.text.depth),
@@ -144,7 +209,14 @@ def _rows(config: SiglipConfig) -> Iterator[Row]:
                     (start + end).replace("{}", str(number)) for start, end in zip(prefix, row, strict=True)
                 ]
                 leaves = ("weight", "bias") if "*" in row.ours else ("",)
-                yield from (Row(*(name.replace("*", leaf) for name in full)) for leaf in leaves)
+                yield from (Row(*(_with_leaf(name, leaf) for name in full)) for leaf in leaves)
+
+
+def _with_leaf(name: str, leaf: str) -> str:
+    is_flax = "/" in name.partition("#")[0]
+    if is_flax and leaf == "weight":
+        leaf = "scale" if "norm" in name.lower() else "kernel"
+    return name.replace("*", leaf)
 
 
 def _place(text: str) -> Place:

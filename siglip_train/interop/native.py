@@ -12,22 +12,27 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, read_tensors, shortened
+from siglip_train.interop.files import read_json, read_tensors, shortened, write_tensors
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
 
 FORMAT = "siglip_train"
 VERSION = 1
+# the key of tokenizer_config.json under which text rules travel through formats that know none
+RULES_KEY = "text_rules"
+# where a tokenizer stands in a folder whose config would change it
+TOKENIZER_FOLDER = "tokenizer"
 
 _TOKENIZERS = ("tokenizer.json", "*.model")
 # they name the special tokens of a tokenizer.json
 _TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+
+Origin = Literal["native", "huggingface", "open_clip", "big_vision"]
 
 _Section = TypeVar("_Section", VisionConfig, TextConfig, TextRules)
 
@@ -37,12 +42,14 @@ class Description:
     """Everything but the weights that a model needs to be used.
 
     tokenizer: a tokenizer file or a folder with one, None = unknown. resize: the filter that squashes images.
+    origin: the library whose files these are.
     """
 
     config: SiglipConfig
     tokenizer: Path | None = None
     rules: TextRules = field(default_factory=TextRules)
     resize: Literal["bilinear", "bicubic"] = "bilinear"
+    origin: Origin = "native"
 
 
 class ModelFiles(NamedTuple):
@@ -74,7 +81,9 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / "model.safetensors")
+    write_tensors(
+        {name: tensor.contiguous() for name, tensor in state.items()}, partial / "model.safetensors"
+    )
     tokenizer = _copy_tokenizer(description.tokenizer, partial)
     content = {
         "format": FORMAT,
@@ -139,8 +148,18 @@ def complain(where: Path, **problems: set[str]) -> None:
 
 
 def tokenizer_in(folder: Path) -> Path | None:
-    """`folder` itself if it holds a tokenizer."""
-    return folder if any(any(folder.glob(pattern)) for pattern in _TOKENIZERS) else None
+    """`folder`, or `tokenizer` in it, whichever holds a tokenizer."""
+    found = (f for f in (folder, folder / TOKENIZER_FOLDER) if any(any(f.glob(p)) for p in _TOKENIZERS))
+    return next(found, None)
+
+
+def stored_rules(folder: Path) -> TextRules | None:
+    """The text rules that a conversion of ours wrote beside its tokenizer; None in anyone else's folder."""
+    for path in (folder / "tokenizer_config.json", folder / TOKENIZER_FOLDER / "tokenizer_config.json"):
+        values = read_json(path).get(RULES_KEY) if path.is_file() else None
+        if values is not None:
+            return _section(TextRules, values, path)
+    return None
 
 
 def _copy_tokenizer(source: Path | None, target: Path) -> str | None:

@@ -10,8 +10,8 @@ from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.interop.files import read_json, read_tensors
 from siglip_train.interop.names import translate
-from siglip_train.interop.native import Description, ModelFiles, tokenizer_in
-from siglip_train.models.layers import LAYER_NORM_EPS
+from siglip_train.interop.native import Description, ModelFiles, stored_rules, tokenizer_in
+from siglip_train.models.layers import LAYER_NORM_EPS, Gelu
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
@@ -26,8 +26,21 @@ _TIMM_SIZES = {
     "so400m": (1152, 27, 4304, 16),
     "giantopt": (1536, 40, 6144, 16),
 }
+# size, patch, pixels of those that open_clip's own configs name
+_TIMM_TOWERS = {
+    *(("base", 16, pixels) for pixels in (224, 256, 384, 512)),
+    ("base", 32, 256),
+    *(("large", 16, pixels) for pixels in (256, 384, 512)),
+    *(("so400m", 14, pixels) for pixels in (224, 378, 384)),
+    *(("so400m", 16, pixels) for pixels in (256, 384, 512)),
+    *(("giantopt", 16, pixels) for pixels in (256, 384)),
+}
 _TIMM_NAME = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)_siglip_(?P<image>\d+)")
 _SIGLIP_2_VOCABULARY = 256000
+# what timm calls the activations, and where a tower without a name of timm's is described
+_TIMM_ACTIVATIONS: dict[str, Gelu] = {"gelu_tanh": "tanh", "gelu": "erf"}
+_LOCAL = "local-dir:"
+TRUNK = "trunk"
 
 
 def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFiles:
@@ -53,8 +66,9 @@ def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFi
     description = Description(
         config,
         tokenizer=tokenizer_in(folder),
-        rules=_rules(model["text_cfg"]),
+        rules=stored_rules(folder) or _rules(model["text_cfg"]),
         resize=_resize(content.get("preprocess_cfg", {}), config_path),
+        origin="open_clip",
     )
     state = translate(read_tensors(folder / WEIGHTS_FILE), config, "open_clip", where=folder / WEIGHTS_FILE)
     return ModelFiles(description, state)
@@ -62,6 +76,8 @@ def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFi
 
 def _vision_config(values: Mapping[str, Any], where: Path) -> VisionConfig:
     name = values.get("timm_model_name", "")
+    if name.startswith(_LOCAL):
+        return _described_trunk(name.removeprefix(_LOCAL), where)
     match = _TIMM_NAME.fullmatch(name)
     if match is None or match["size"] not in _TIMM_SIZES or values.get("timm_pool") != "map":
         raise UserError(f"{where}: vision tower {name!r} is not one of timm's SigLIP towers with pool map")
@@ -76,6 +92,42 @@ def _vision_config(values: Mapping[str, Any], where: Path) -> VisionConfig:
         gelu=_timm_gelu(match["size"], int(match["patch"]), int(match["image"])),
     )
     return replace(config, image_size=values.get("image_size") or config.image_size)
+
+
+def _described_trunk(path: str, where: Path) -> VisionConfig:
+    """The tower that the folder `trunk` beside the config describes, wherever that folder once was."""
+    described = where.parent / TRUNK / "config.json"
+    arguments = read_json(described if described.is_file() else Path(path) / "config.json").get(
+        "model_args", {}
+    )
+    try:
+        return VisionConfig(
+            image_size=arguments["img_size"],
+            patch_size=arguments["patch_size"],
+            width=arguments["embed_dim"],
+            depth=arguments["depth"],
+            mlp_dim=int(arguments["embed_dim"] * arguments["mlp_ratio"]),
+            heads=arguments["num_heads"],
+            gelu=_TIMM_ACTIVATIONS[arguments["act_layer"]],
+        )
+    except KeyError as error:
+        raise UserError(f"{described}: model_args do not say {error}; convert the model again") from error
+
+
+def trunk_path(folder: Path) -> str:
+    """The name by which timm finds the description of a tower in `folder`."""
+    return f"{_LOCAL}{folder.resolve() / TRUNK}"
+
+
+def timm_name(config: VisionConfig) -> str | None:
+    """timm's name for exactly this tower, its GELU included; None where timm has none."""
+    sizes = (config.width, config.depth, config.mlp_dim, config.heads)
+    size = next((size for size, known in _TIMM_SIZES.items() if known == sizes), None)
+    if size is None or (size, config.patch_size, config.image_size) not in _TIMM_TOWERS:
+        return None
+    if _timm_gelu(size, config.patch_size, config.image_size) != config.gelu:
+        return None
+    return f"vit_{size}_patch{config.patch_size}_siglip_{config.image_size}"
 
 
 def _timm_gelu(size: str, patch: int, image: int) -> Literal["tanh", "erf"]:

@@ -135,14 +135,18 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[B, L, D]` -> `[B, L, D]`; mask as in `Attention`."""
+        return self.norm(self.run_blocks(x, len(self.blocks), mask))
+
+    def run_blocks(self, x: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+        """The first `count` blocks alone, without the final LayerNorm: `[B, L, D]` -> `[B, L, D]`."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in self.blocks[:count]:
             if recompute:
                 # nothing in a block is random, so no random state needs keeping
                 x = cast(Tensor, checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False))
             else:
                 x = block(x, mask)
-        return self.norm(x)
+        return x
 
 
 class AttentionPool(nn.Module):
@@ -167,5 +171,6 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[B, L, D]` -> `[B, D]`; mask as in `Attention`."""
-        pooled = self.attention(self.probe.expand(len(tokens), -1, -1), tokens, mask)  # [B, 1, D]
+        # not len(tokens), which would fix the number of images in an exported graph
+        pooled = self.attention(self.probe.expand(tokens.shape[0], -1, -1), tokens, mask)  # [B, 1, D]
         return (pooled + self.mlp(self.norm(pooled))).squeeze(1)

@@ -5,10 +5,21 @@ column wide, and it would need each image's grid size on the host.
 """
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# How a table is resized at load time. corner_aligned: bilinear, big_vision for fixed resolutions (SigLIP 2, section
+# 2.4.1). half_pixel: bilinear, antialiased, NaFlex. bicubic: HuggingFace. bicubic_antialiased: timm, so open_clip.
+Resampling = Literal["corner_aligned", "half_pixel", "bicubic", "bicubic_antialiased"]
+
+_INTERPOLATIONS: dict[str, dict[str, Any]] = {
+    "corner_aligned": {"mode": "bilinear", "align_corners": True},
+    "bicubic": {"mode": "bicubic", "align_corners": False},
+    "bicubic_antialiased": {"mode": "bicubic", "align_corners": False, "antialias": True},
+}
 
 
 def axis_weights(index: Tensor, length: Tensor, size: int) -> Tensor:
@@ -47,13 +58,15 @@ def resample_positions(table: Tensor, grid: Tensor, mask: Tensor | None = None) 
         return weights @ table.to(dtype)
 
 
-def resize_position_table(table: Tensor, side: int) -> Tensor:
-    """Table `[n * n, D]` -> `[side * side, D]`: bilinear with the corners aligned, no antialiasing.
+def resize_position_table(table: Tensor, side: int, convention: Resampling = "corner_aligned") -> Tensor:
+    """Table `[n * n, D]` -> `[side * side, D]` in fp32: once, when weights of another resolution are a start.
 
-    Used once, when a fixed-resolution model starts from weights of another resolution: big_vision's
-    convention for that, and not the one of `resample_positions`.
+    Conventions differ by O(1) on random tables; see `Resampling`.
     """
+    if convention == "half_pixel":
+        places = torch.arange(side, device=table.device)
+        return resample_positions(table, torch.cartesian_prod(places, places)[None])
     old = math.isqrt(len(table))
-    image = table.T.reshape(1, -1, old, old)
-    resized = functional.interpolate(image, (side, side), mode="bilinear", align_corners=True)
+    image = table.float().T.reshape(1, -1, old, old)
+    resized = functional.interpolate(image, (side, side), **_INTERPOLATIONS[convention])
     return resized.flatten(2)[0].T.contiguous()

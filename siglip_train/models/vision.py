@@ -114,16 +114,34 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor, grid: Tensor, mask: Tensor | None = None) -> VisionFeatures:
         """patches `[B, L, P]` (uint8 or -1..1), grid `[B, L, 2]`, mask `[B, L]` or None; see `Images`."""
-        assert patches.shape[-1] == self.config.patch_values, (patches.shape, self.config.patch_values)
-        if not patches.is_floating_point():
-            # on the device, so that a quarter of the bytes travel there
-            patches = patches.to(self.position_table.dtype) / 127.5 - 1
-        tokens = self.patch_embedding(patches) + resample_positions(self.position_table, grid, mask)
+        tokens = self._embed(patches, grid, mask)
         if self.config.pool == "cls":
             return self._encode_with_class_token(tokens, mask)
         tokens = self.encoder(tokens, mask)  # [B, L, D]
         pooled = self.pool(tokens, mask) if self.config.pool == "map" else _mean_of_real(tokens, mask)
         return VisionFeatures(tokens, pooled, mask)
+
+    def layer_tokens(self, images: Images, layer: int) -> Tensor:
+        """Tokens `[B, L, D]` of the patches after block `layer`, as language models take them, without pooling.
+
+        layer: 0 = the embedded patches, `depth` = after the last block, negative = from the end: -1 the last block, -2
+        the one before, which LLaVA takes. The final LayerNorm is not applied; `forward(...).tokens` is with it.
+        Raises `UserError` for a layer that is not there, and for a tower with a class token.
+        """
+        depth = self.config.depth
+        if not -depth - 1 <= layer <= depth or self.config.pool == "cls":
+            raise UserError(
+                f"layer {layer} cannot be taken of a tower of {depth} blocks, pool {self.config.pool}"
+            )
+        count = layer if layer >= 0 else depth + 1 + layer
+        return self.encoder.run_blocks(self._embed(*images), count, images.mask)
+
+    def _embed(self, patches: Tensor, grid: Tensor, mask: Tensor | None) -> Tensor:
+        assert patches.shape[-1] == self.config.patch_values, (patches.shape, self.config.patch_values)
+        if not patches.is_floating_point():
+            # on the device, so that a quarter of the bytes travel there
+            patches = patches.to(self.position_table.dtype) / 127.5 - 1
+        return self.patch_embedding(patches) + resample_positions(self.position_table, grid, mask)
 
     def _encode_with_class_token(self, tokens: Tensor, mask: Tensor | None) -> VisionFeatures:
         class_token = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)

@@ -1,4 +1,4 @@
-"""The table of names covers every parameter, once, in both conventions."""
+"""The table of names covers every parameter, once, in all conventions."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from siglip_train.interop.names import Place, places, translate
 from siglip_train.interop.native import parameter_shapes
 from tests.models.small import small_config
 
-CONVENTIONS = ["huggingface", "open_clip"]
+CONVENTIONS = ["huggingface", "open_clip", "big_vision"]
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -30,10 +30,12 @@ def test_every_parameter_has_a_place_of_its_own(convention: str) -> None:
 
 
 def test_some_places_by_hand() -> None:
-    hf, open_clip = (places(small_config(), convention) for convention in CONVENTIONS)
+    hf, open_clip, big_vision = (places(small_config(), convention) for convention in CONVENTIONS)
     key = "vision.encoder.blocks.1.attention.key.bias"
     assert hf[key] == Place("vision_model.encoder.layers.1.self_attn.k_proj.bias")
     assert open_clip[key] == Place("visual.trunk.blocks.1.attn.qkv.bias", 1, 3)
+    assert big_vision[key].name == ("img/Transformer/encoderblock_1/MultiHeadDotProductAttention_0/key/bias")
+    assert big_vision["text.encoder.norm.weight"] == Place("txt/Encoder_0/encoder_norm/scale")
     value = "vision.pool.attention.value.weight"
     assert hf[value] == Place("vision_model.head.attention.in_proj_weight", 2, 3)
     assert open_clip[value] == Place("visual.trunk.attn_pool.kv.weight", 1, 2)

@@ -149,3 +149,32 @@ def test_gradients_reach_the_table(has_mask: bool) -> None:
     grid = grid_of(2, 5)[None]
     mask = torch.ones(1, 10, dtype=torch.bool) if has_mask else None
     assert torch.autograd.gradcheck(lambda x: resample_positions(x, grid, mask), table)
+
+
+def test_load_time_conventions_equal_their_origins() -> None:
+    """timm's function for open_clip, big_vision's stored results for NaFlex, HuggingFace's for its own models."""
+    timm_layers = pytest.importorskip("timm.layers")
+    torch.manual_seed(0)
+    table = torch.randn(49, 6)
+    for side in (4, 16):
+        theirs = timm_layers.resample_abs_pos_embed(table[None], (side, side), num_prefix_tokens=0)[0]
+        ours = resize_position_table(table, side, "bicubic_antialiased")
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    expected = arrays("bv_posemb_resize", "expected.npz")
+    for source, tensor in arrays("bv_posemb_resize", "inputs.npz").items():
+        for side in (4, 7, 16, 24):
+            ours = resize_position_table(torch.from_numpy(tensor).flatten(0, 1), side, "half_pixel")
+            theirs = torch.from_numpy(expected[f"jax_resize/{source}/{side}x{side}/aa"]).flatten(0, 1)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_bicubic_is_what_transformers_interpolates_with() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipVisionConfig(
+        hidden_size=6, image_size=28, patch_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    embeddings = transformers.SiglipVisionModel(config).embeddings
+    table = torch.randn(49, 6)
+    embeddings.position_embedding.weight.data.copy_(table)
+    theirs = embeddings.interpolate_pos_encoding(torch.zeros(1, 81, 6), 36, 36)[0]
+    torch.testing.assert_close(resize_position_table(table, 9, "bicubic"), theirs, rtol=0, atol=1e-6)

@@ -1,0 +1,192 @@
+"""The README.md of a written model: its sizes, how it was trained as far as the source says, and how to use it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from siglip_train.models.siglip import SiglipConfig
+
+_FRONT = {
+    "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
+    "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
+}
+_TAGS = ["siglip", "image-text", "vision"]
+
+_USE = {
+    "hf": """
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+inputs = processor(
+    text=["a photo of a cat"], images=picture, padding="max_length", max_length={length}, truncation=True,
+    return_tensors="pt",{naflex}
+)
+output = model(**inputs)  # image_embeds, text_embeds, logits_per_image; sigmoid(logits) of each pair by itself
+""",
+    "hf_apart": """
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}/tokenizer")  # beside config.json, transformers would change it
+texts = tokenizer(["a photo of a cat"], padding="max_length", max_length={length}, truncation=True, return_tensors="pt")
+output = model(**processor(images=picture, return_tensors="pt"), **texts)
+""",
+    "vision": """
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+output = model(**processor(images=picture, return_tensors="pt"), output_hidden_states=True)
+tokens = output.hidden_states[-2]  # [B, L, D] of any layer; last_hidden_state is after the final LayerNorm
+""",
+    "open_clip": """
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
+tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+""",
+    "onnx": """
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}/vision.onnx")
+image = session.run(None, {{"pixels": pixels}})[0]  # float32 [B, 3, S, S] in -1..1 -> [B, E]; see onnx_config.json
+""",
+    "native": """
+from siglip_train import load_model
+
+loaded = load_model("{name}")
+image = loaded.model.encode_image(loaded.preprocess(picture))
+texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
+""",
+}
+
+
+def training_facts(source: Path) -> dict[str, Any]:
+    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty."""
+    record = source / "conversion.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8")).get("training", {})
+    run = next((p for p in (source, *source.parents[:3]) if (p / "config.yaml").is_file()), None)
+    if run is None:
+        return {}
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    facts = {
+        "objectives": ", ".join(config.get("objectives") or {}),
+        "data sources": ", ".join((config.get("data") or {}).get("sources") or {}),
+        "pairs of a global batch": config.get("global_batch_size"),
+        "learning rate": (config.get("optim") or {}).get("lr"),
+        "weight decay": (config.get("optim") or {}).get("weight_decay"),
+        "started from": config.get("init_from"),
+        **_progress(source, run),
+    }
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[str, Any]) -> None:
+    """Write `README.md`: front matter that hubs read, then the same in words."""
+    target, facts = conversion["target"], conversion["training"]
+    kind = "vision" if conversion["left_out"] else target
+    front = {**_FRONT.get(target, {}), "tags": _TAGS}
+    if kind == "vision":
+        front["pipeline_tag"] = "image-feature-extraction"
+    use = (
+        _USE["hf_apart" if conversion["tokenizer_folder"] not in (".", None) else kind]
+        .strip()
+        .format(name=name, length=config.text.context_length, naflex=_naflex(config))
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        "A sigmoid image-text model (SigLIP).\n"
+        if kind != "vision"
+        else "The vision tower of a SigLIP model.\n",
+        _table(_sizes(config, conversion)),
+        *(("## Training\n", _table(facts)) if facts else ()),
+        f"## Use\n\n```python\n{use}\n```\n",
+        f"## Conversion\n\n{_comparison(conversion)}\n",
+    ]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _progress(source: Path, run: Path) -> dict[str, Any]:
+    """How far the checkpoint is, and the last evaluation of the run up to there."""
+    pointer = run / "checkpoints" / "LAST"
+    newest = [run / "checkpoints" / pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else []
+    states = [folder / "state.json" for folder in (source, source.parent, *newest)]
+    state = next((path for path in states if path.is_file()), None)
+    if state is None:
+        return {}
+    progress = json.loads(state.read_text(encoding="utf-8"))
+    facts = {"steps": progress.get("step"), "pairs seen": progress.get("samples_seen")}
+    return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.get("step"))}
+
+
+def _last_evaluation(path: Path, step: int | None) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if step is None or record.get("step", 0) <= step:
+            found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
+    return found
+
+
+def _is_headline(key: str) -> bool:
+    """val/TASK/METRIC of all languages together; ranks and counts are for the report of the run."""
+    parts = key.split("/")
+    return (
+        parts[0] == "val"
+        and len(parts) == 3
+        and not parts[2].endswith(("_rank", "_loss"))
+        and parts[2] != "n"
+    )
+
+
+def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
+    vision, text = config.vision, config.text
+    sizes = {
+        "vision": f"width {vision.width}, depth {vision.depth}, {vision.heads} heads, MLP {vision.mlp_dim}",
+        "pictures": f"{vision.image_size} x {vision.image_size}, patches of {vision.patch_size}",
+        "GELU": f"{vision.gelu} (vision), {text.gelu} (text)",
+    }
+    if conversion["left_out"]:
+        return sizes
+    return sizes | {
+        "text": f"width {text.width}, depth {text.depth}, {text.heads} heads, MLP {text.mlp_dim}",
+        "tokens": f"{text.context_length} of a vocabulary of {text.vocab_size}",
+        "parameters": f"{conversion['parameters'] / 1e6:.1f} M",
+    }
+
+
+def _naflex(config: SiglipConfig) -> str:
+    # the processor's own defaults would win over its file
+    vision = config.vision
+    if vision.position_grid is None:
+        return ""
+    return f"\n    patch_size={vision.patch_size}, max_num_patches={vision.position_grid**2},"
+
+
+def _comparison(conversion: dict[str, Any]) -> str:
+    whose = (
+        conversion["peer"] or "the same program, which read the files back (the library itself was not there)"
+    )
+    found = [
+        f"{name.replace('_', ' ')} {value:.1e}" for name, value in conversion["largest_difference"].items()
+    ]
+    asked = f"{conversion['pictures']} pictures and {conversion['texts']} texts"
+    if not found:
+        return "The outputs of both sides were not compared: the library was not there."
+    return (
+        f"Compared with {whose} on {asked} before it was given its name: largest difference in a unit-norm "
+        f"embedding {', '.join(found)}. What became of each tensor stands in conversion.json."
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])

@@ -1,0 +1,262 @@
+"""From a model in any format to a folder in another: read, fit, write aside, compare both sides, only then rename."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
+from siglip_train.errors import UserError
+from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
+from siglip_train.interop.card import training_facts, write_card
+from siglip_train.interop.fast_tokenizer import FAST_TOKENIZER_FILES, write_fast_tokenizer
+from siglip_train.interop.fit import LoadReport, fit_weights
+from siglip_train.interop.load import read_model
+from siglip_train.interop.native import TOKENIZER_FOLDER, Description, ModelFiles, write_export
+from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
+from siglip_train.models.siglip import Siglip, SiglipConfig
+
+Target = Literal["native", "hf", "open_clip", "onnx"]
+TARGETS: tuple[str, ...] = get_args(Target)
+RECORD = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted beside source and destination.
+
+    vision_only: the vision tower alone (hf). tokenizer: a file or folder, instead of the model's own; "none" leaves
+    it out. image_size, patch_size: resample to these. pictures: a folder to compare both sides on, instead of drawn
+    pictures.
+    """
+
+    target: Target
+    vision_only: bool = False
+    tokenizer: str | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    pictures: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(f"unknown target {self.target}; choose one of {', '.join(TARGETS)}")
+        if self.vision_only and self.target != "hf":
+            raise UserError(f"the vision tower alone has a form in hf only, not in {self.target}")
+
+
+@dataclass
+class Conversion:
+    """What was done, as it is printed and stored.
+
+    left_out: tensors that the target has no place for. made_up: those of the target that the source lacks.
+    peer: the library that was asked; None = it is not installed, and what was written was read back instead.
+    largest_difference: in any number of a unit-norm embedding. tokenizer_folder: where it stands in the
+    target, None = without one; its tokens have been compared too. training: what is known of it.
+    """
+
+    source: str
+    source_format: str
+    target: str
+    parameters: int
+    weights: LoadReport
+    tokenizer: str | None
+    left_out: list[str] = field(default_factory=list)
+    made_up: list[str] = field(default_factory=list)
+    peer: str | None = None
+    pictures: int = 0
+    texts: int = 0
+    largest_difference: dict[str, float] = field(default_factory=dict)
+    tokenizer_folder: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class _Form(NamedTuple):
+    """How a target is written, and how the library that opens it is asked."""
+
+    write: Callable[[Path, Mapping[str, Tensor], Description], list[str]]
+    answers: Callable[[Path, Probe, SiglipConfig], Answers | None]
+    tokens: Callable[[Path, Probe], Tensor | None]
+    package: str | None
+    is_readable: bool = True  # by ourselves
+
+
+def convert(source: Path, destination: Path, request: Request) -> Conversion:
+    """Write the model at `source` to the folder `destination`, which must not exist.
+
+    Raises `UserError`, and leaves nothing behind, for what cannot be read or has no form in the target, and where
+    the two sides do not agree.
+    """
+    if destination.exists():
+        raise UserError(f"{destination} exists; choose another folder or remove it")
+    files, report = _fitted(read_model(source), source, request)
+    description, state = files
+    tokenizer = _tokenizer(description, request)
+    conversion = Conversion(
+        source=source.name,
+        source_format=description.origin,
+        target=request.target,
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        weights=report,
+        tokenizer=Path(tokenizer.name).name if tokenizer else None,
+    )
+    if request.vision_only:
+        conversion.left_out = [name for name in state if not name.startswith("vision.")]
+    with _aside(destination) as folder:
+        form = _form(request)
+        if tokenizer and request.target != "native":
+            write_fast_tokenizer(tokenizer, folder)
+        conversion.made_up = form.write(folder, state, description)
+        conversion.training = training_facts(source)
+        _compare(folder, files, form, tokenizer, conversion, pictures=request.pictures)
+        (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
+        write_card(folder, destination.name, description.config, asdict(conversion))
+        if request.target == "open_clip":
+            to_open_clip.relocate(folder, destination)
+    return conversion
+
+
+def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFiles, LoadReport]:
+    """The weights at the size that is wanted."""
+    vision = files.description.config.vision
+    wanted = replace(
+        vision,
+        patch_size=request.patch_size or vision.patch_size,
+        image_size=request.image_size or vision.image_size,
+    )
+    config = replace(files.description.config, vision=wanted)
+    state, report = fit_weights(files, config, where=source)
+    description = replace(files.description, config=config)
+    return ModelFiles(description, state), report
+
+
+def _tokenizer(description: Description, request: Request) -> Tokenizer | None:
+    path = request.tokenizer or description.tokenizer
+    if path is None or request.tokenizer == "none" or request.vision_only:
+        description.tokenizer = None
+        return None
+    description.tokenizer = Path(path).expanduser()
+    text = description.config.text
+    tokenizer = load_tokenizer(path, description.rules, text.context_length)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {text.vocab_size}: they do not belong "
+            "together; give the model's own with --tokenizer PATH, or --tokenizer none"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _aside(destination: Path) -> Iterator[Path]:
+    """A folder that gets the name `destination` at the end, or is removed."""
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, destination)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {destination}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _form(request: Request) -> _Form:
+    if request.target == "native":
+        return _Form(_write_native, lambda *_: None, lambda *_: None, None)
+    if request.target == "open_clip":
+        return _Form(
+            to_open_clip.write_open_clip,
+            lambda folder, probe, _: to_open_clip.open_clip_answers(folder, probe),
+            to_open_clip.open_clip_tokens,
+            "open_clip_torch",
+        )
+    if request.target == "onnx":
+        return _Form(
+            to_onnx.write_onnx, to_onnx.onnxruntime_answers, lambda *_: None, "onnxruntime", is_readable=False
+        )
+    return _Form(
+        to_huggingface.write_vision_tower if request.vision_only else to_huggingface.write_huggingface,
+        to_huggingface.transformers_answers,
+        to_huggingface.transformers_tokens,
+        "transformers",
+        is_readable=not request.vision_only,
+    )
+
+
+def _write_native(folder: Path, state: Mapping[str, Tensor], description: Description) -> list[str]:
+    # an export replaces nothing but an export
+    folder.rmdir()
+    write_export(folder, state, description)
+    return []
+
+
+def _compare(
+    folder: Path,
+    files: ModelFiles,
+    form: _Form,
+    tokenizer: Tokenizer | None,
+    conversion: Conversion,
+    *,
+    pictures: Path | None,
+) -> None:
+    """Ask both sides; a `UserError` where they differ by more than rounding."""
+    config, vision = files.description.config, files.description.config.vision
+    transform = ImageTransform(vision.image_size, vision.patch_size, files.description.resize)
+    probe = make_probe(config, transform, tokenizer, pictures)
+    conversion.pictures, conversion.texts = len(probe.pictures), len(probe.tokens)
+    ours = our_answers(_model(files), probe)
+    theirs = form.answers(folder, probe, config)
+    if theirs is not None:
+        conversion.peer = f"{form.package} {importlib.metadata.version(str(form.package))}"
+    elif form.is_readable:
+        theirs = our_answers(_model(read_model(folder)), probe)
+    if theirs is not None:
+        conversion.largest_difference = differences(ours, theirs)
+        check(conversion.largest_difference, conversion.peer or "the written model")
+    if tokenizer:
+        conversion.tokenizer_folder = _tokenizer_folder(folder, form, tokenizer, probe)
+
+
+def _model(files: ModelFiles) -> Siglip:
+    with torch.device("meta"):
+        model = Siglip(files.description.config)
+    model.load_state_dict(files.state, assign=True)
+    return model.eval()
+
+
+def _tokenizer_folder(folder: Path, form: _Form, tokenizer: Tokenizer, probe: Probe) -> str:
+    """Where in `folder` the tokenizer gives the tokens of training; it is moved there if need be."""
+    wrong = _first_wrong(folder, form, tokenizer, probe)
+    if wrong and form.package == "transformers":
+        # beside a config of siglip2, transformers puts a normalizer of its own in place of the file's
+        aside = folder / TOKENIZER_FOLDER
+        aside.mkdir()
+        for name in FAST_TOKENIZER_FILES:
+            os.replace(folder / name, aside / name)
+        wrong = _first_wrong(aside, form, tokenizer, probe)
+        if not wrong:
+            return TOKENIZER_FOLDER
+    if wrong:
+        raise UserError(
+            f"{wrong!r} becomes other tokens in the tokenizer that was written; --tokenizer none leaves it out"
+        )
+    return "."
+
+
+def _first_wrong(folder: Path, form: _Form, tokenizer: Tokenizer, probe: Probe) -> str | None:
+    """The first text whose tokens differ."""
+    theirs = form.tokens(folder, probe)
+    if theirs is None:
+        theirs = load_tokenizer(folder, tokenizer.rules, tokenizer.context_length)(probe.texts)
+    rows = zip(probe.texts, probe.tokens, theirs, strict=True)
+    return next((text for text, mine, other in rows if not torch.equal(mine, other)), None)

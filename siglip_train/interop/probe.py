@@ -1,0 +1,132 @@
+"""What both sides of a conversion are asked, a few pictures and captions, and how far their answers may differ."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from siglip_train.batch import Images
+from siglip_train.data.faults import SampleError
+from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.errors import UserError
+from siglip_train.models.siglip import Siglip, SiglipConfig
+
+# between faithful fp32 implementations 3e-7; another GELU moves embeddings by 5e-5
+EMBEDDING_LIMIT = 2e-5
+_MOST_PICTURES = 16
+_SIZES = ((320, 240), (97, 131), (224, 224), (500, 90))
+_TEXTS = (
+    "a photo of a cat",
+    "Two dogs, one ball: a QUIET morning!",
+    "ein roter Kreis über einem blauen Quadrat",
+    "красный круг слева от синего квадрата",
+    "青い四角の上の赤い丸",
+    "दो हरे तारे",
+    "دائرة حمراء فوق مربع أزرق",
+    "a very long caption that goes on and on about the sky and the sea and the sand " * 4,
+)
+
+
+class Probe(NamedTuple):
+    """Pictures as both sides take them, and texts as tokens.
+
+    pictures: RGB. images: uint8 patches of the squared pictures. pixels: `[n, 3, S, S]` in -1..1, the same.
+    tokens: `[m, context_length]`, of `texts`, or random where the model has no tokenizer and `texts` is empty.
+    """
+
+    pictures: list[Image.Image]
+    images: Images
+    pixels: Tensor
+    texts: list[str]
+    tokens: Tensor
+
+
+class Answers(NamedTuple):
+    """Unit-norm embeddings `[n, E]` and `[m, E]` of a probe; text None where there is only a vision tower."""
+
+    image: Tensor
+    text: Tensor | None
+
+
+def make_probe(
+    config: SiglipConfig, transform: ImageTransform, tokenizer: Tokenizer | None, folder: Path | None
+) -> Probe:
+    """Pictures of `folder`, or drawn ones, and captions in several languages."""
+    pictures = _read_pictures(folder) if folder else [_drawn(*size) for size in _SIZES]
+    squares = [
+        torch.frombuffer(bytearray(transform.resized(p).tobytes()), dtype=torch.uint8) for p in pictures
+    ]
+    side = transform.image_size
+    pixels = torch.stack(squares).reshape(-1, side, side, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(_TEXTS), config.text.context_length)
+        tokens, texts = torch.randint(config.text.vocab_size, shape, generator=generator), []
+    else:
+        tokens, texts = tokenizer(_TEXTS), list(_TEXTS)
+    images = transform.batch([transform(picture) for picture in pictures])
+    return Probe(pictures, images, pixels.contiguous(), texts, tokens)
+
+
+@torch.inference_mode()
+def our_answers(model: Siglip, probe: Probe) -> Answers:
+    """The probe's embeddings by our own model."""
+    return Answers(model.encode_image(probe.images), model.encode_text(probe.tokens))
+
+
+def differences(ours: Answers, theirs: Answers) -> dict[str, float]:
+    """Largest absolute difference in any number of an embedding, by kind of embedding."""
+    found = {"image_embedding": _largest(ours.image, theirs.image)}
+    if ours.text is not None and theirs.text is not None:
+        found["text_embedding"] = _largest(ours.text, theirs.text)
+    return found
+
+
+def check(found: dict[str, float], whose: str) -> None:
+    """Raise a `UserError` where embeddings differ by more than rounding can explain."""
+    for name, difference in found.items():
+        # NaN too is too much
+        if not difference <= EMBEDDING_LIMIT:
+            raise UserError(
+                f"{name} of {whose} differs from ours by {difference:.1e}, more than {EMBEDDING_LIMIT:.0e}; "
+                "nothing was written"
+            )
+
+
+def _largest(ours: Tensor, theirs: Tensor) -> float:
+    return (ours.float().cpu() - theirs.float().cpu()).abs().max().item()
+
+
+def _read_pictures(folder: Path) -> list[Image.Image]:
+    pictures = []
+    for path in sorted(folder.iterdir() if folder.is_dir() else [folder]):
+        try:
+            pictures.append(decode(path.read_bytes()))
+        except (SampleError, OSError):
+            continue
+        if len(pictures) == _MOST_PICTURES:
+            break
+    if not pictures:
+        raise UserError(f"--pictures: no picture can be read from {folder}")
+    return pictures
+
+
+def _drawn(width: int, height: int) -> Image.Image:
+    """A gradient with shapes on it: smooth parts, edges and every colour channel."""
+    ramp = Image.linear_gradient("L").resize((width, height))
+    picture = Image.merge(
+        "RGB", (ramp, ramp.rotate(90).resize(ramp.size), ramp.transpose(Image.Transpose.ROTATE_180))
+    )
+    draw = ImageDraw.Draw(picture)
+    for number in range(12):
+        x, y = (0.5 + 0.4 * math.sin(number)) * width, (0.5 + 0.4 * math.cos(number * 1.7)) * height
+        size = 0.08 * (1 + number % 3) * min(width, height)
+        draw_shape = draw.ellipse if number % 2 else draw.rectangle
+        draw_shape(
+            (x - size, y - size, x + size, y + size), fill=(number * 20, 255 - number * 15, number * 37 % 256)
+        )
+    return picture
