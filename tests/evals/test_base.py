@@ -91,7 +91,7 @@ def test_images_are_embedded_in_data_order_without_bad_ones(shards):
     with torch.no_grad():
         expected = tiny_model().encode_image(transform.batch([transform(picture(i)) for i in USABLE]))
     torch.testing.assert_close(images.embeddings, expected, atol=1e-6, rtol=0)
-    assert images.labels.tolist() == [index % 3 for index in USABLE]
+    assert images.labels == [(index % 3,) for index in USABLE]
     assert [captions[0].text for captions in images.captions] == [f"text {index}" for index in USABLE]
     assert [key.rsplit("/", 1)[1] for key in images.keys] == [f"{index:04d}" for index in USABLE]
     assert np.array_equal(np.asarray(images.picture(7)), np.asarray(picture(USABLE[7])))
@@ -121,7 +121,7 @@ def results_on_rank(rank: int, world_size: int, shards: str) -> list:
     }
     evaluations = run_all(tasks, encoder)
     with_details = sorted(task for task, evaluation in evaluations.items() if evaluation.details)
-    labels = images.labels.tolist()
+    labels = [label for (label,) in images.labels]
     return [
         images.embeddings,
         texts,
