@@ -97,13 +97,12 @@ class ZeroShotClassification:
                 select=as_selection(self.select),
             )
         )
-        device = encoder.world.device
         if label == "npy":
-            return _multilabel(images, classes, device)
+            return _multilabel(images, classes, encoder)
         truth = self._truth(images, names)
         candidates = classes[truth.candidates]
         parts = (images.embeddings[truth.rows], candidates, truth.targets)
-        ranks = best_ranks_in_sets(*(part.to(device) for part in parts)).cpu()
+        ranks = best_ranks_in_sets(*(part.to(encoder.world.device) for part in parts)).cpu()
         metrics, by_group = self._metrics(ranks, truth, images)
         if not encoder.world.is_main:
             return Evaluation(metrics, {})
@@ -189,13 +188,14 @@ class ZeroShotClassification:
         return details
 
 
-def _multilabel(images: ImageSet, classes: Tensor, device: torch.device) -> Evaluation:
+def _multilabel(images: ImageSet, classes: Tensor, encoder: Encoder) -> Evaluation:
     """Rank the images for each class; one without a label is wrong for all, as in CLIP_benchmark."""
     assert images.labels is not None
+    device = encoder.world.device
     is_right = is_target(target_tensor(images.labels), len(classes)).to(device)
     scores = images.embeddings.to(device) @ classes.T.to(device)
     metrics = {"mean_average_precision": mean_average_precision(scores, is_right), "n": float(len(scores))}
-    return Evaluation(metrics, {"counts": images.counts})
+    return Evaluation(metrics, {"counts": images.counts} if encoder.world.is_main else {})
 
 
 def _meant(truth: Truth, rows: Tensor, names: list[str]) -> list[str]:
