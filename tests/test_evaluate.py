@@ -121,6 +121,25 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
         (["checkpoint={export}", "evaluation=coco_retrieval"], ["tasks.coco.shards=…"]),
+        (["checkpoint={export}", "evaluation=probes", "tasks.probes.train=x"], ["tasks.probes.test=…"]),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.test=x",
+                "tasks.probes.train={{shards: x, part: y}}",
+            ],
+            ["tasks.probes", "part"],
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=quickstart",
+                "tasks.seen.class_map=a",
+                "tasks.seen.label_sets=b",
+            ],
+            ["tasks.seen", "class_map", "label_sets"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],
