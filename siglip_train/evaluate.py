@@ -14,10 +14,11 @@ from siglip_train.composition import build, instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
-from siglip_train.report import write_report
+from siglip_train.report import write_evaluation_report, write_report
 
 
 @dataclass
@@ -26,7 +27,8 @@ class EvaluateConfig:
 
     checkpoint: a run, a checkpoint, an export, or a model of another library. tasks: `_target_` nodes by name,
     usually from `evaluation=NAME`; left empty, a run's own tasks. batch_size, workers: of each rank.
-    output: where the JSON goes; None = `evaluation.json` in the checkpoint's folder.
+    output: where the JSON goes, with a report in HTML beside it (a run has its own); None = `evaluation.json` in the
+    checkpoint's folder. benchmark_dir: a folder for a file each task and language, in CLIP_benchmark's form.
     """
 
     checkpoint: str
@@ -37,6 +39,7 @@ class EvaluateConfig:
     batch_size: int = 64
     workers: int = 2
     output: str | None = None
+    benchmark_dir: str | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -74,10 +77,10 @@ def run(values: dict[str, Any]) -> None:
     )
     evaluations = run_all(tasks, encoder)
     if world.is_main:
-        _write(output, config, evaluations)
+        report = _write(output, config, tasks, evaluations)
         console = Console()
         console.print(result_tables(evaluations), soft_wrap=True)
-        console.print(f"written to {output}", soft_wrap=True)
+        console.print(f"written to {output}, report: {report}", soft_wrap=True)
     barrier()
     leave_world()
 
@@ -114,15 +117,25 @@ def _precision(wanted: str, device: torch.device) -> Literal["bf16", "fp32"]:
     return "bf16" if wanted == "bf16" else "fp32"
 
 
-def _write(output: Path, config: EvaluateConfig, evaluations: dict[str, Evaluation]) -> None:
-    content = {"checkpoint": config.checkpoint, "metrics": flat_metrics(evaluations)}
+def _write(
+    output: Path, config: EvaluateConfig, tasks: dict[str, Evaluator], evaluations: dict[str, Evaluation]
+) -> Path:
+    """Write everything, and give the path of the report."""
+    checkpoint = Path(config.checkpoint)
+    results = benchmark_results(
+        tasks, evaluations, model=checkpoint.resolve().name, pretrained=config.checkpoint
+    )
+    content = {"checkpoint": config.checkpoint, "metrics": flat_metrics(evaluations), "results": results}
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, output)
-    run_dir = Path(config.checkpoint)
-    if (run_dir / "checkpoints").is_dir():
-        write_evaluations(run_dir / "evaluations", evaluations)
-        write_report(run_dir)
+    if config.benchmark_dir is not None:
+        write_benchmark_results(Path(config.benchmark_dir), results)
+    if (checkpoint / "checkpoints").is_dir():
+        write_evaluations(checkpoint / "evaluations", evaluations)
+        return write_report(checkpoint)
+    sections = {task: evaluation._asdict() for task, evaluation in evaluations.items()}
+    return write_evaluation_report(output.with_suffix(".html"), checkpoint.resolve().name, sections)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def metrics_in(path: Path) -> dict[str, float]:
 def test_table_and_json_agree_and_ranks_do_not_matter(
     export: Path, places: list[str], tmp_path: Path
 ) -> None:
-    result = evaluate(f"checkpoint={export}", *places)
+    benchmark = f"benchmark_dir={tmp_path}/benchmark"
+    result = evaluate(f"checkpoint={export}", *places, "tasks.seen.bootstrap=50", benchmark)
     assert result.returncode == 0, result.stderr
     alone = metrics_in(export / "evaluation.json")
     assert {"seen/acc1", "unseen/acc1", "retrieval/image_retrieval_recall@1", "loss/loss"} <= alone.keys()
@@ -66,7 +67,29 @@ def test_table_and_json_agree_and_ranks_do_not_matter(
     # a model that knows nothing: the loss is near the 10 of its bias
     assert alone["loss/loss"] == pytest.approx(10.0, abs=1.5)
     assert f"{alone['seen/acc1']:.4f}" in result.stdout
-    result = evaluate(f"checkpoint={export}", *places, f"output={tmp_path}/two.json", launcher=TORCHRUN)
+    assert alone["seen/acc1_low"] <= alone["seen/acc1"] <= alone["seen/acc1_high"]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "benchmark").iterdir()]
+    results = json.loads((export / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    assert sorted(files, key=str) == sorted(results, key=str)
+    unseen = next(each for each in results if each["dataset"] == "unseen")
+    assert (unseen["task"], unseen["model"]) == ("zeroshot_classification", "export")
+    assert unseen["metrics"]["acc1"] == alone["unseen/acc1"]
+    report = (export / "evaluation.html").read_text(encoding="utf-8")
+    for shown in (
+        "most frequent confusions",
+        "Mistakes",
+        "data:image/jpeg;base64,",
+        "Images found for a caption",
+    ):
+        assert shown in report
+    assert "http" not in report.replace("http-equiv", "")
+    result = evaluate(
+        f"checkpoint={export}",
+        *places,
+        "tasks.seen.bootstrap=50",
+        f"output={tmp_path}/two.json",
+        launcher=TORCHRUN,
+    )
     assert result.returncode == 0, result.stderr
     assert metrics_in(tmp_path / "two.json") == pytest.approx(alone, abs=1e-5)
 
@@ -98,6 +121,25 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
         (["checkpoint={export}", "evaluation=coco_retrieval"], ["tasks.coco.shards=…"]),
+        (["checkpoint={export}", "evaluation=probes", "tasks.probes.train=x"], ["tasks.probes.test=…"]),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.test=x",
+                "tasks.probes.train={{shards: x, part: y}}",
+            ],
+            ["tasks.probes", "part"],
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=quickstart",
+                "tasks.seen.class_map=a",
+                "tasks.seen.label_sets=b",
+            ],
+            ["tasks.seen", "class_map", "label_sets"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data_tools.facts import are_corners, boxes, read_facts
-from siglip_train.data.evaluation import label_of
+from siglip_train.data.evaluation import labels_of
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.samples import Field
@@ -143,7 +143,7 @@ class SampleChecks:
         try:
             if self.label.first(sample) is None:
                 yield SampleError("no label", f"nothing in {self.label.text}")
-            elif label_of(self.label, sample) < 0:
+            elif min(labels_of(self.label, sample), default=0) < 0:
                 yield SampleError("bad label", f"{self.label.text} is negative")
         except SampleError as error:
             yield error

@@ -5,11 +5,12 @@ It is the one place that fills batches up.
 
 import contextlib
 import functools
+import io
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from siglip_train.batch import Images
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
+from siglip_train.data.folders import benchmark_folder, class_folder
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.locations import short_name
 from siglip_train.data.pipeline import extensions
@@ -45,49 +47,85 @@ class Caption(NamedTuple):
 class EvaluationSource:
     """An evaluation set.
 
-    shards, image: as in training. text: member or `json:field`; a text, a list of texts, or a mapping of languages
-    to them; None = no captions wanted. label: `cls` or `json:field`, an integer; None = no labels wanted.
-    max_samples: only the first so many. select: which samples, by key, as in training.
+    shards: as in training, a folder in CLIP_benchmark's layout (its test split, or one named), or a folder of classes.
+    image: as in training. text: member or `json:field`; a text, a list of texts, or a mapping of languages
+    to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
+    `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
+    max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
+    side of a picture (ObjectNet frames its pictures).
     """
 
     shards: str | list[str]
     image: str = "jpg;jpeg;png;webp;bmp"
     text: str | None = None
     label: str | None = None
+    group: str | None = None
     max_samples: int | None = None
     select: Selection = EVERYTHING
+    border: int = 0
 
 
 class EvaluationBatch(NamedTuple):
     """B rows, the same number in every batch of every rank; some may be fillers: a black image and nothing else.
 
     index: `[B]` int64 place in data order, -1 = filler. captions: of each row, [] at fillers and where none are
-    wanted. labels: `[B]` int64, -1 at fillers, None where none are wanted. keys: `shard/key`, "" at fillers.
+    wanted. labels: of each row those that are right, none at fillers; None where none are wanted. keys: `shard/key`,
+    groups: "" at fillers.
     """
 
     images: Images
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which no one needs here
     captions: list[list[Caption]]
-    labels: Tensor | None
+    labels: list[tuple[int, ...]] | None
     keys: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 class _Row(NamedTuple):
     patches: np.ndarray  # uint8 [L, P]
     place: int = -1
     captions: tuple[Caption, ...] = ()
-    label: int = -1
+    labels: tuple[int, ...] = ()
     key: str = ""
+    group: str = ""
+
+
+class _Samples(Protocol):
+    """The samples of a set by place, wherever they lie; `name` is (shard, key), for those that cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, place: int) -> RawSample: ...
+
+    def name(self, place: int) -> tuple[str, str]: ...
+
+
+class _InShards:
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader.shards)
+
+    def read(self, place: int) -> RawSample:
+        return self.reader.read(*self.reader.shards.locate(place))
+
+    def name(self, place: int) -> tuple[str, str]:
+        shard, _ = self.reader.shards.locate(place)
+        return short_name(self.reader.shards.urls[shard]), "?"
 
 
 class _Batches(Dataset):
     """Number of a batch -> that batch of this rank's share, and its bad samples."""
 
-    def __init__(self, reader: ShardReader, source: EvaluationSource, transform: ImageTransform,
+    def __init__(self, samples: _Samples, source: EvaluationSource, transform: ImageTransform,
                  share: range, batch_size: int) -> None:  # fmt: skip
-        self.reader, self.transform, self.share, self.batch_size = reader, transform, share, batch_size
-        self.text = Field.parse(source.text) if source.text is not None else None
-        self.label = Field.parse(source.label) if source.label is not None else None
+        self.samples, self.transform, self.share, self.batch_size = samples, transform, share, batch_size
+        self.text, self.label, self.group = (
+            Field.parse(name) if name is not None else None
+            for name in (source.text, source.label, source.group)
+        )
+        self.border = source.border
 
     def places(self, number: int) -> range:
         return self.share[number * self.batch_size : (number + 1) * self.batch_size]
@@ -100,8 +138,9 @@ class _Batches(Dataset):
             self.transform.batch([row.patches for row in rows]),
             torch.tensor([row.place for row in rows]),
             [list(row.captions) for row in rows],
-            torch.tensor([row.label for row in rows]) if self.label is not None else None,
+            [row.labels for row in rows] if self.label is not None else None,
             tuple(row.key for row in rows),
+            tuple(row.group for row in rows),
         )
         return batch, bad
 
@@ -111,20 +150,28 @@ class _Batches(Dataset):
 
     def _row(self, place: int, bad: list[BadSample]) -> _Row:
         sample = None
-        shard, number = self.reader.shards.locate(place)
         try:
-            sample = self.reader.read(shard, number)
+            sample = self.samples.read(place)
             return _Row(
-                self.transform(decode(sample.members["image"])),
+                self.transform(self.picture(sample)),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
-                label_of(self.label, sample) if self.label is not None else -1,
+                labels_of(self.label, sample) if self.label is not None else (),
                 sample.name,
+                _group(self.group, sample) if self.group is not None else "",
             )
         except Exception as error:  # as in training, one sample must not end the run
-            name = short_name(self.reader.shards.urls[shard])
-            bad.append(BadSample.of(name, sample.key if sample else "?", error))
+            shard, key = self.samples.name(place)
+            bad.append(BadSample.of(shard, sample.key if sample else key, error))
             return self._filler
+
+    def picture(self, sample: RawSample) -> Image.Image:
+        picture, cut = decode(sample.members["image"]), self.border
+        if not cut:
+            return picture
+        if min(picture.size) <= 2 * cut:
+            raise SampleError("picture too small", f"{picture.size} pixels and a border of {cut}")
+        return picture.crop((cut, cut, picture.width - cut, picture.height - cut))
 
 
 def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
@@ -138,14 +185,36 @@ def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
     return tuple(Caption(key or language, value) for key, value in found)
 
 
-def label_of(label: Field, sample: RawSample) -> int:
-    """The class a sample belongs to. Raises `SampleError`."""
-    value = label.first(sample)
+def labels_of(label: Field, sample: RawSample) -> tuple[int, ...]:
+    """The classes a sample belongs to; none where its list is empty. Raises `SampleError`."""
+    if label.member == "npy":
+        return _set_bits(sample.members.get("npy", b""))
+    values = [value for _, value in label.values(sample)]
+    if not values and label.empty_list(sample):
+        return ()  # as in ReaL, where no label was agreed upon
     try:
         # a fraction or a truth value is no class
-        return int(value if isinstance(value, str) or type(value) is int else "")
+        return tuple(
+            int(value if isinstance(value, str) or type(value) is int else "") for value in values or [None]
+        )
     except ValueError:
-        raise SampleError("bad label", f"{label.text} is {value!r}, not an integer") from None
+        shown = values if len(values) > 1 else next(iter(values), None)
+        raise SampleError("bad label", f"{label.text} is {shown!r}, not an integer") from None
+
+
+def _set_bits(data: bytes) -> tuple[int, ...]:
+    try:
+        vector = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise SampleError("bad label", f"npy: {error}") from None
+    return tuple(np.flatnonzero(vector).tolist())
+
+
+def _group(group: Field, sample: RawSample) -> str:
+    value = group.first(sample)
+    if value is None:
+        raise SampleError("no group", f"{group.text} is missing")
+    return str(value)
 
 
 class EvaluationLoader:
@@ -196,8 +265,7 @@ class EvaluationLoader:
 
     def picture(self, index: int) -> Image.Image:
         """The RGB original of any sample of the whole set, on any rank."""
-        reader = self._batches.reader
-        return decode(reader.read(*reader.shards.locate(index)).members["image"])
+        return self._batches.picture(self._batches.samples.read(index))
 
 
 def build_evaluation_loader(
@@ -213,22 +281,37 @@ def build_evaluation_loader(
 
     Raises `UserError` for shards that are missing, unreadable or without a complete sample.
     """
+    samples, excluded = _find(source)
+    count = min(len(samples), source.max_samples or len(samples))
+    rows = math.ceil(count / world_size)
+    share = range(rank * rows, min((rank + 1) * rows, count))
+    batches = _Batches(samples, source, transform, share, batch_size)
+    loader = EvaluationLoader(batches, count, rows, workers)
+    if rank == 0:
+        loader.report_excluded(excluded)
+    return loader
+
+
+def _find(source: EvaluationSource) -> tuple[_Samples, list[BadSample]]:
+    """Find the samples of a set, and those left out.  # all ranks"""
+    benchmark = benchmark_folder(source.shards)
+    if benchmark is None:
+        folder = class_folder(source.shards, extensions(source.image), source.select)
+        if folder is not None:
+            if source.text is not None or source.group is not None:
+                raise UserError(f"{source.shards} is a folder of classes: it has neither captions nor groups")
+            return folder, []
     text = Field.parse(source.text) if source.text is not None else None
-    extra = tuple(Field.parse(name).member for name in (source.label, *_LANGUAGE_FIELDS) if name is not None)
+    fields = (source.label, source.group, *_LANGUAGE_FIELDS)
+    extra = tuple(Field.parse(name).member for name in fields if name is not None)
     wanted = Wanted(
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select
     )
-    (shards,) = survey([source.shards], [wanted], ShardCache.at(None))
+    places = source.shards if benchmark is None else benchmark.shards()
+    (shards,) = survey([places], [wanted], ShardCache.at(None))
     if len(shards) == 0:
         raise UserError(
             f"no complete sample in the evaluation set {source.shards}"
             f" ({causes(shards.excluded) or 'its shards are empty'})"
         )
-    samples = min(len(shards), source.max_samples or len(shards))
-    rows = math.ceil(samples / world_size)
-    share = range(rank * rows, min((rank + 1) * rows, samples))
-    batches = _Batches(ShardReader(shards), source, transform, share, batch_size)
-    loader = EvaluationLoader(batches, samples, rows, workers)
-    if rank == 0:
-        loader.report_excluded(shards.excluded)
-    return loader
+    return _InShards(ShardReader(shards)), shards.excluded

@@ -60,6 +60,13 @@ class Field(NamedTuple):
             if isinstance(value, str) and value.strip()
         ]
 
+    def empty_list(self, sample: RawSample) -> bool:
+        """Whether a list without values stands here, which `values` cannot tell from nothing."""
+        node: Any = _json(sample.members["json"]) if self.path and "json" in sample.members else None
+        for name in self.path:
+            node = node.get(name) if isinstance(node, dict) else None
+        return node == []
+
     def first(self, sample: RawSample) -> Any:
         """The first value here, None where it is absent. Raises `SampleError`."""
         return next((value for _, value in self.values(sample)), None)
@@ -68,7 +75,7 @@ class Field(NamedTuple):
 def _leaves(node: Any, path: tuple[str, ...], key: str) -> Iterator[tuple[str, Any]]:
     if path and path[0] != "*":
         if isinstance(node, dict) and path[0] in node:
-            yield from _leaves(node[path[0]], path[1:], "")
+            yield from _leaves(node[path[0]], path[1:], key)
     elif isinstance(node, dict):
         for name, value in node.items():
             yield from _leaves(value, path[1:], name)

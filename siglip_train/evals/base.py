@@ -39,16 +39,27 @@ class Evaluation(NamedTuple):
 class ImageSet(NamedTuple):
     """A whole evaluation set, in data order, the same on every rank; bad samples are left out.
 
-    embeddings: `[n, E]` fp32 on the CPU, unit norm. labels: `[n]` int64 or None. keys: `shard/key` of each.
-    picture: the RGB original of image i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
+    embeddings: `[n, E]` fp32 on the CPU, unit norm unless pooled outputs were asked for. labels: those that are right
+    for each image, or None. keys: `shard/key` of each. groups: "" where none are wanted. picture: the RGB original of
+    image i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
     """
 
     embeddings: Tensor
     captions: list[list[Caption]]
-    labels: Tensor | None
+    labels: list[tuple[int, ...]] | None
     keys: list[str]
+    groups: list[str]
     picture: Callable[[int], Image.Image]
     counts: dict[str, int]
+
+
+class _Row(NamedTuple):
+    """What comes with an image."""
+
+    key: str
+    captions: list[Caption]
+    labels: tuple[int, ...]
+    group: str
 
 
 class Evaluator(Protocol):
@@ -101,8 +112,11 @@ class Encoder:
                 rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
         return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
 
-    def encode_images(self, source: EvaluationSource) -> ImageSet:
-        """Embed the images of shards and collect what came with them."""
+    def encode_images(self, source: EvaluationSource, *, pooled: bool = False) -> ImageSet:
+        """Embed the images of a set and collect what came with them.
+
+        pooled: give the vision tower's pooled output as it is, not unit-norm embeddings; probes are trained on it.
+        """
         loader = build_evaluation_loader(
             source,
             self.transform,
@@ -111,29 +125,30 @@ class Encoder:
             world_size=self.world.world_size,
             workers=self.workers,
         )
-        rows, labels, index, names = [], [], [], []
+        embeddings, index = [], []
+        mine: list[_Row] = []
         with self._inference():
             # all ranks: the loader gives each the same number of equally large batches; index -1 = filler
             for batch in loader:
                 self.on_batch()
                 is_real = batch.index >= 0  # [B]
                 images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
-                rows.append(self.model.encode_image(images).float()[is_real.to(self.world.device)])
-                labels.append(batch.labels[is_real] if batch.labels is not None else batch.index[is_real])
+                output = self.model.vision(*images).pooled if pooled else self.model.encode_image(images)
+                embeddings.append(output.float()[is_real.to(self.world.device)])
                 index.append(batch.index[is_real])
-                kept = is_real.nonzero().flatten().tolist()
-                names += [(batch.keys[row], batch.captions[row]) for row in kept]
-        everyone = [name for part in gather_objects(names) for name in part]
+                labels = batch.labels or [()] * len(batch.index)
+                rows = zip(batch.keys, batch.captions, labels, batch.groups, strict=True)
+                mine += [_Row(*row) for row, real in zip(rows, is_real.tolist(), strict=True) if real]
+        everyone = [row for part in gather_objects(mine) for row in part]
         if not everyone:
             raise UserError(f"no usable image in {source.shards}; bad samples, if any, are named in the log")
-        embeddings = gather_rows(torch.cat(rows)).cpu()
         places = gather_rows(torch.cat(index)).tolist()
-        all_labels = gather_rows(torch.cat(labels)).cpu()
         return ImageSet(
-            embeddings=_finite(embeddings, "images"),
-            captions=[captions for _, captions in everyone],
-            labels=all_labels if source.label is not None else None,
-            keys=[key for key, _ in everyone],
+            embeddings=_finite(gather_rows(torch.cat(embeddings)).cpu(), "images"),
+            captions=[row.captions for row in everyone],
+            labels=[row.labels for row in everyone] if source.label is not None else None,
+            keys=[row.key for row in everyone],
+            groups=[row.group for row in everyone],
             picture=lambda image: loader.picture(places[image]),
             counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
         )

@@ -18,19 +18,36 @@ def best_ranks(queries: Tensor, candidates: Tensor, query_groups: Tensor, candid
     """
     rows = max(1, SCORES_AT_A_TIME // max(1, len(candidates)))
     pieces = [
-        _ranks_of_block(block @ candidates.T, groups, candidate_groups)
+        ranks_of_scores(block @ candidates.T, groups[:, None] == candidate_groups[None, :])
         for block, groups in zip(queries.split(rows), query_groups.split(rows), strict=True)
     ]
     return torch.cat(pieces)
 
 
-def _ranks_of_block(scores: Tensor, query_groups: Tensor, candidate_groups: Tensor) -> Tensor:
-    is_right = query_groups[:, None] == candidate_groups[None, :]  # [q, M]
+def best_ranks_in_sets(queries: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+    """Give the same for queries that name their right candidates: targets `[Q, S]` int64, filled up with -1."""
+    rows = max(1, SCORES_AT_A_TIME // max(1, len(candidates)))
+    pieces = [
+        ranks_of_scores(block @ candidates.T, is_target(right, len(candidates)))
+        for block, right in zip(queries.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def is_target(targets: Tensor, candidates: int) -> Tensor:
+    """`[Q, S]` numbers of candidates, filled up with -1 -> `[Q, candidates]` bool."""
+    marks = torch.zeros(len(targets), candidates + 1, dtype=torch.bool, device=targets.device)
+    # -1 marks the last column, which is no candidate
+    return marks.scatter_(1, targets % (candidates + 1), value=True)[:, :candidates]
+
+
+def ranks_of_scores(scores: Tensor, is_right: Tensor) -> Tensor:
+    """Give the rank of the best right candidate: scores `[Q, M]`, is_right `[Q, M]` bool -> `[Q]` int64."""
     # max returns the first of equal maxima
     best, place = scores.masked_fill(~is_right, -torch.inf).max(dim=1, keepdim=True)  # [q, 1]
     index = torch.arange(scores.shape[1], device=scores.device)
     is_before = (scores > best) | ((scores == best) & (index < place))
-    return is_before.sum(dim=1)
+    return is_before.sum(dim=1).where(is_right.any(dim=1), scores.shape[1])
 
 
 def top(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:

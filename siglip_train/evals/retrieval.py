@@ -1,33 +1,42 @@
 """Image-text retrieval in both directions, with several captions an image, language by language."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import Caption, EvaluationSource
+from siglip_train.data.folders import benchmark_folder
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
-from siglip_train.evals.gallery import spread, thumbnail
-from siglip_train.evals.ranking import best_ranks, recall_at, top
+from siglip_train.evals.bootstrap import Share, confidence_intervals
+from siglip_train.evals.gallery import spread
+from siglip_train.evals.ranking import best_ranks, recall_at
+from siglip_train.evals.retrieval_details import Texts, found_images, found_texts, similarity
 
 _CUT_OFFS = (1, 5, 10)
 
 
-def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
-    """Give recall@1/5/10, mean and median rank of both directions, under CLIP_benchmark's names.
+def retrieval_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    """Give the 0-based rank of what each query looks for, in both directions.
 
-    image_retrieval: a text finds its image. text_retrieval: an image finds any of its texts.
-    Ranks count from 1.
+    image_retrieval: `[m]`, a text finds its image. text_retrieval: `[n]`, an image finds any of its texts.
     images `[n, E]`, texts `[m, E]`, owners `[m]`: the image of each text.
     """
     every_image = torch.arange(len(images), device=owners.device)
-    directions = {
+    return {
         "image_retrieval": best_ranks(texts, images, owners, every_image),
         "text_retrieval": best_ranks(images, texts, every_image, owners),
     }
+
+
+def retrieval_metrics(directions: dict[str, Tensor]) -> dict[str, float]:
+    """Give recall@1/5/10, mean and median rank of both directions, under CLIP_benchmark's names.
+
+    directions: as `retrieval_ranks` gives them. The ranks given count from 1.
+    """
     metrics: dict[str, float] = {}
     for direction, ranks in directions.items():
         metrics |= {f"{direction}_recall@{count}": recall_at(ranks, count) for count in _CUT_OFFS}
@@ -37,23 +46,20 @@ def retrieval_metrics(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str
     return metrics
 
 
-class _Texts(NamedTuple):
-    """Captions of one language. images: `[n]` those that have one; owners: `[m]` positions in `images`."""
-
-    words: list[str]
-    embeddings: Tensor
-    owners: Tensor
-    images: Tensor
-
-
 @dataclass(kw_only=True)
 class Retrieval:
     """Retrieval recall on captioned shards; each language on its own, then averaged, as XM3600 is.
 
-    text: member or `json:field` holding one caption, a list, or a mapping of language to captions.
-    languages: those to measure; None = all there are. gallery: queries kept for the report.
+    shards: shards, or a folder in CLIP_benchmark's layout, whose `txt` holds a caption a line.
+    text: member or `json:field` holding one caption, a list, or a mapping of language to captions
+    (`json:*.caption` for the annotations of XM3600 as they come).
+    languages: those to measure; None = all there are. language: of captions that do not say, for the results.
+    bootstrap: resamples for confidence intervals, 0 = none: images are drawn, together with all their captions.
+    gallery: queries kept for the report.
     Metrics carry the average over languages and, where there are several, `<language>/<metric>`.
     """
+
+    task: ClassVar[str] = "zeroshot_retrieval"
 
     shards: str | list[str]
     text: str = "txt"
@@ -61,6 +67,8 @@ class Retrieval:
     languages: list[str] | None = None
     max_samples: int | None = None
     select: Selection | dict[str, Any] = field(default_factory=Selection)
+    language: str = "en"
+    bootstrap: int = 0
     gallery: int = 12
 
     def __post_init__(self) -> None:
@@ -81,22 +89,28 @@ class Retrieval:
         languages = self._embed_captions(images, encoder)
         # on every rank alike: 5k x 25k scores take a GPU milliseconds, less than sharing them out would
         device = encoder.world.device
-        by_language = {
-            language: retrieval_metrics(
+        ranks = {
+            language: retrieval_ranks(
                 images.embeddings[texts.images].to(device),
                 texts.embeddings.to(device),
                 texts.owners.to(device),
             )
             for language, texts in languages.items()
         }
+        by_language = {language: retrieval_metrics(directions) for language, directions in ranks.items()}
+        metrics = _averaged(by_language)
+        if self.bootstrap:
+            metrics |= _intervals(len(images.keys), languages, ranks, self.bootstrap)
         details = self._details(images, languages, by_language) if encoder.world.is_main else {}
-        return Evaluation(_averaged(by_language), details)
+        return Evaluation(metrics, details)
 
-    def _embed_captions(self, images: ImageSet, encoder: Encoder) -> dict[str, _Texts]:
+    def _embed_captions(self, images: ImageSet, encoder: Encoder) -> dict[str, Texts]:
+        folder = benchmark_folder(self.shards)
+        is_by_line = folder is not None and folder.type == "retrieval" and self.text == "txt"
         entries = [
             (caption.language, caption.text, image)
             for image, captions in enumerate(images.captions)
-            for caption in captions
+            for caption in (_by_line(captions) if is_by_line else captions)
         ]
         found = sorted({language for language, _, _ in entries})
         missing = [language for language in self.languages or [] if language not in found]
@@ -111,12 +125,12 @@ class Retrieval:
         return {language: _texts_of(language, entries, embeddings) for language in wanted}
 
     def _details(
-        self, images: ImageSet, languages: dict[str, _Texts], by_language: dict[str, dict[str, float]]
+        self, images: ImageSet, languages: dict[str, Texts], by_language: dict[str, dict[str, float]]
     ) -> dict[str, Any]:
         details: dict[str, Any] = {
             "counts": images.counts,
             "languages": by_language,
-            "similarity": _similarity(images, list(languages.values())),
+            "similarity": similarity(images, list(languages.values())),
             "image_retrieval": [],
             "text_retrieval": [],
         }
@@ -126,9 +140,42 @@ class Retrieval:
                 spread(length, self.gallery)[place :: len(languages)]
                 for length in (len(texts.words), len(texts.images))
             )
-            details["image_retrieval"] += _found_images(images, language, texts, captions)
-            details["text_retrieval"] += _found_texts(images, language, texts, pictures)
+            details["image_retrieval"] += found_images(images, language, texts, captions)
+            details["text_retrieval"] += found_texts(images, language, texts, pictures)
         return details
+
+
+def _by_line(captions: list[Caption]) -> list[Caption]:
+    return [
+        Caption(caption.language, line)
+        for caption in captions
+        for line in caption.text.splitlines()
+        if line.strip()
+    ]
+
+
+def _intervals(
+    images: int, languages: dict[str, Texts], ranks: dict[str, dict[str, Tensor]], resamples: int
+) -> dict[str, float]:
+    """Resample images; each takes its captions of every language along, so that languages go up and down together."""
+    shares = {}
+    for direction in next(iter(ranks.values())):
+        owners = {
+            language: texts.images[texts.owners] if direction == "image_retrieval" else texts.images
+            for language, texts in languages.items()
+        }
+        trials = torch.stack([rows.bincount(minlength=images) for rows in owners.values()], dim=1)  # [n, K]
+        used = trials.any(dim=1)
+        for count in _CUT_OFFS:
+            hits = torch.stack(
+                [
+                    rows[(ranks[language][direction] < count).cpu()].bincount(minlength=images)
+                    for language, rows in owners.items()
+                ],
+                dim=1,
+            )
+            shares[f"{direction}_recall@{count}"] = Share(hits[used], trials[used])
+    return confidence_intervals(shares, resamples)
 
 
 def _averaged(by_language: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -146,66 +193,7 @@ def _averaged(by_language: dict[str, dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def _texts_of(language: str, entries: list[tuple[str, str, int]], embeddings: Tensor) -> _Texts:
+def _texts_of(language: str, entries: list[tuple[str, str, int]], embeddings: Tensor) -> Texts:
     rows = [row for row, entry in enumerate(entries) if entry[0] == language]
     images, owners = torch.tensor([entries[row][2] for row in rows]).unique(return_inverse=True)
-    return _Texts([entries[row][1] for row in rows], embeddings[rows], owners, images)
-
-
-def _similarity(images: ImageSet, languages: list[_Texts], count: int = 24) -> dict[str, Any]:
-    """Cosines of the first images (columns) and a caption of each (rows), languages in turn."""
-    columns = sorted({image for texts in languages for image in texts.images[:count].tolist()})[:count]
-    words, rows = [], []
-    for turn, column in enumerate(columns):
-        own = [
-            (texts, row)
-            for texts in languages
-            for row in (texts.images[texts.owners] == column).nonzero().flatten()
-        ]
-        texts, row = own[turn % len(own)]
-        words.append(texts.words[row])
-        rows.append(texts.embeddings[row])
-    values = torch.stack(rows) @ images.embeddings[columns].T  # [texts, images]
-    return {
-        "pictures": [thumbnail(images.picture(image), 48) for image in columns],
-        "captions": words,
-        "values": [[round(value, 3) for value in row] for row in values.tolist()],
-    }
-
-
-def _found_images(images: ImageSet, language: str, texts: _Texts, rows: list[int]) -> list[dict[str, Any]]:
-    scores, places = top(texts.embeddings[rows], images.embeddings[texts.images], 5)
-    return [
-        {
-            "query": texts.words[row],
-            "language": language,
-            "results": [
-                {
-                    "picture": thumbnail(images.picture(int(texts.images[place]))),
-                    "score": round(score, 3),
-                    "correct": place == int(texts.owners[row]),
-                }
-                for score, place in zip(found_scores, found, strict=True)
-            ],
-        }
-        for row, found_scores, found in zip(rows, scores.tolist(), places.tolist(), strict=True)
-    ]
-
-
-def _found_texts(images: ImageSet, language: str, texts: _Texts, rows: list[int]) -> list[dict[str, Any]]:
-    scores, places = top(images.embeddings[texts.images[rows]], texts.embeddings, 5)
-    return [
-        {
-            "picture": thumbnail(images.picture(int(texts.images[row]))),
-            "language": language,
-            "results": [
-                {
-                    "text": texts.words[place],
-                    "score": round(score, 3),
-                    "correct": int(texts.owners[place]) == row,
-                }
-                for score, place in zip(found_scores, found, strict=True)
-            ],
-        }
-        for row, found_scores, found in zip(rows, scores.tolist(), places.tolist(), strict=True)
-    ]
+    return Texts([entries[row][1] for row in rows], embeddings[rows], owners, images)

@@ -1,4 +1,4 @@
-"""Evaluation results as plain text tables: a row a metric, and a row a language."""
+"""Evaluation results as plain text tables: a row a metric, and a row a language or group."""
 
 import io
 from collections.abc import Mapping
@@ -15,26 +15,35 @@ def result_tables(evaluations: Mapping[str, Evaluation]) -> str:
     console = Console(file=io.StringIO(), width=100)
     table = Table("task", "metric")
     table.add_column("value", justify="right")
+    has_intervals = any(name.endswith("_low") for each in evaluations.values() for name in each.metrics)
+    if has_intervals:
+        table.add_column("95 % interval")
     for task, evaluation in evaluations.items():
-        for metric, value in evaluation.metrics.items():
+        metrics = evaluation.metrics
+        for metric, value in metrics.items():
             # languages would fill pages: they get a table of their own
-            if "/" not in metric:
-                table.add_row(task, metric, f"{value:.0f}" if metric == "n" else f"{value:.4f}")
+            if "/" in metric or metric.endswith(("_low", "_high")):
+                continue
+            row = [task, metric, f"{value:.0f}" if metric == "n" else f"{value:.4f}"]
+            if f"{metric}_low" in metrics:
+                row.append(f"{metrics[f'{metric}_low']:.4f} – {metrics[f'{metric}_high']:.4f}")
+            table.add_row(*row)
         table.add_section()
     console.print(table)
     for task, evaluation in evaluations.items():
-        _print_languages(console, task, evaluation.metrics)
+        _print_parts(console, task, evaluation.metrics)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
-def _print_languages(console: Console, task: str, metrics: Mapping[str, float]) -> None:
-    """Print a row a language, from metrics named `language/metric`."""
+def _print_parts(console: Console, task: str, metrics: Mapping[str, float]) -> None:
+    """Print a row a language or group, from metrics named `part/metric`."""
     names = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
     if not names:
         return
     # short headings and no vertical rules, because six columns must fit 80 characters
     headings = (name.replace("_retrieval_", "\n") for name in names)
-    table = Table("language", *headings, title=task, box=box.SIMPLE_HEAD, pad_edge=False)
+    kind = "language" if "retrieval" in names[0] else "group"
+    table = Table(kind, *headings, title=task, box=box.SIMPLE_HEAD, pad_edge=False)
     for language in dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name):
         table.add_row(language, *(f"{metrics[f'{language}/{name}']:.4f}" for name in names))
     console.print(table)

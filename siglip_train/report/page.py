@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,17 @@ def write_report(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"no run directory {run_dir}: give the run_dir of a training")
-    page = _page(run_dir)
-    target = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}"
+    return _write(run_dir / "report.html", _page(run_dir))
+
+
+def write_evaluation_report(target: Path, name: str, evaluations: Mapping[str, dict[str, Any]]) -> Path:
+    """Write the same page about evaluations alone: name of the model, `metrics` and `details` of each task."""
+    sections = "".join(task_section(task, evaluation) for task, evaluation in evaluations.items())
+    return _write(target, _document(name, f"{_header(name, [], dict(evaluations))}{sections}"))
+
+
+def _write(target: Path, page: str) -> Path:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, target)
     return target
@@ -33,10 +42,10 @@ def write_report(run_dir: Path | str) -> Path:
 def _page(run_dir: Path) -> str:
     rows = _read_lines(run_dir / "metrics.jsonl")
     evaluations = _read_evaluations(run_dir / "evaluations")
-    name = escape(run_dir.resolve().name)
+    name = run_dir.resolve().name
     body = "".join(
         (
-            f"<header><h1>{name}</h1>{_headline(rows, evaluations)}</header>",
+            _header(name, rows, evaluations),
             _charts("Training", training_charts(rows)),
             _charts("Evaluations over training", validation_charts(rows)),
             "".join(task_section(task, evaluation) for task, evaluation in evaluations.items()),
@@ -45,10 +54,18 @@ def _page(run_dir: Path) -> str:
             _file("Environment", run_dir / "environment.json"),
         )
     )
+    return _document(name, body)
+
+
+def _header(name: str, rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> str:
+    return f"<header><h1>{escape(name)}</h1>{_headline(rows, evaluations)}</header>"
+
+
+def _document(name: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>"
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 

@@ -41,7 +41,7 @@ def tiles(values: dict[str, str]) -> str:
 
 def shown(name: str, value: float) -> str:
     """Give recalls and accuracies in per cent, other numbers as they are."""
-    is_share = "recall" in name or name.startswith("acc")
+    is_share = "recall" in name or "acc" in name
     return f"{100 * value:.1f} %" if is_share and math.isfinite(value) else short(value)
 
 
@@ -50,12 +50,10 @@ def task_section(name: str, evaluation: dict[str, Any]) -> str:
     details = evaluation.get("details") or {}
     step = evaluation.get("step")
     when = "" if step is None else f" <small>at step {step:,}</small>"
-    metrics = {
-        key: shown(key, value) for key, value in (evaluation.get("metrics") or {}).items() if "/" not in key
-    }
     parts = [
-        tiles(metrics),
+        tiles(_numbers(evaluation.get("metrics") or {})),
         _by_language(details.get("languages") or {}),
+        _groups(details.get("groups") or []),
         _similarity(details.get("similarity") or {}),
         _image_retrieval(details.get("image_retrieval") or []),
         _text_retrieval(details.get("text_retrieval") or []),
@@ -65,6 +63,20 @@ def task_section(name: str, evaluation: dict[str, Any]) -> str:
         _counts(details.get("counts") or {}),
     ]
     return f"<section><h3>{escape(name)}{when}</h3>{''.join(parts)}</section>"
+
+
+def _numbers(metrics: dict[str, float]) -> dict[str, str]:
+    """Overall metrics, with their confidence intervals where there are some."""
+    numbers = {}
+    for name, value in metrics.items():
+        if "/" in name or name.removesuffix("_low").removesuffix("_high") != name:
+            continue
+        numbers[name] = shown(name, value)
+        if f"{name}_low" in metrics:
+            numbers[name] += " ({} – {})".format(
+                *(shown(name, metrics[f"{name}_{end}"]) for end in ("low", "high"))
+            )
+    return numbers
 
 
 def _by_language(languages: dict[str, dict[str, float]]) -> str:
@@ -170,6 +182,13 @@ def _confusions(entries: list[Details]) -> str:
         return ""
     rows = ((entry["label"], entry["predicted"], entry["images"]) for entry in entries)
     return table(("label", "taken for", "images"), rows, label="most frequent confusions")
+
+
+def _groups(entries: list[Details]) -> str:
+    if not entries:
+        return ""
+    rows = ((entry["name"], shown("acc1", entry["acc1"]), entry["images"]) for entry in entries)
+    return table(("group", "acc1", "images"), rows, label="by group")
 
 
 def _classes(entries: list[Details]) -> str:

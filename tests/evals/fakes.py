@@ -9,13 +9,19 @@ from siglip_train.distributed.setup import World
 from siglip_train.evals.base import ImageSet
 
 
-def image_set(embeddings: Tensor, captions: list[list[Caption]], labels: list[int] | None = None) -> ImageSet:
-    """Give a set with flat pictures, the embeddings as they are."""
+def image_set(
+    embeddings: Tensor,
+    captions: list[list[Caption]],
+    labels: list[int] | list[tuple[int, ...]] | None = None,
+    groups: list[str] | None = None,
+) -> ImageSet:
+    """Give a set with flat pictures, the embeddings as they are; a label may be one or several."""
     return ImageSet(
         embeddings=embeddings,
         captions=captions,
-        labels=None if labels is None else torch.tensor(labels),
+        labels=None if labels is None else [(each,) if isinstance(each, int) else each for each in labels],
         keys=[f"00000.tar/{row}" for row in range(len(embeddings))],
+        groups=groups or [""] * len(embeddings),
         picture=lambda row: Image.new("RGB", (20, 30), (row, 0, 0)),
         counts={"seen": len(embeddings)},
     )
@@ -34,7 +40,7 @@ class FakeEncoder:
         self.asked = texts
         return torch.stack([self.texts[text] for text in texts])
 
-    def encode_images(self, source: EvaluationSource) -> ImageSet:
+    def encode_images(self, source: EvaluationSource, *, pooled: bool = False) -> ImageSet:
         self.source = source
         return self.images
 

@@ -14,6 +14,8 @@ from siglip_train.data.images import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.linear_probe import LinearProbe
+from siglip_train.evals.probes import Probes
 from siglip_train.evals.retrieval import Retrieval
 from siglip_train.evals.validation_loss import ValidationLoss
 from siglip_train.evals.zero_shot import ZeroShotClassification
@@ -91,11 +93,18 @@ def test_images_are_embedded_in_data_order_without_bad_ones(shards):
     with torch.no_grad():
         expected = tiny_model().encode_image(transform.batch([transform(picture(i)) for i in USABLE]))
     torch.testing.assert_close(images.embeddings, expected, atol=1e-6, rtol=0)
-    assert images.labels.tolist() == [index % 3 for index in USABLE]
+    assert images.labels == [(index % 3,) for index in USABLE]
     assert [captions[0].text for captions in images.captions] == [f"text {index}" for index in USABLE]
     assert [key.rsplit("/", 1)[1] for key in images.keys] == [f"{index:04d}" for index in USABLE]
     assert np.array_equal(np.asarray(images.picture(7)), np.asarray(picture(USABLE[7])))
     assert sum(count for cause, count in images.counts.items() if cause.startswith("bad/")) == 1
+
+
+def test_pooled_outputs_are_what_the_embeddings_are_made_of(shards):
+    pooled = encoder_on().encode_images(source(shards), pooled=True).embeddings
+    unit = encoder_on().encode_images(source(shards)).embeddings
+    assert not pooled.norm(dim=1).allclose(torch.ones(len(pooled)), atol=0.01)
+    torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=1), unit, atol=1e-6, rtol=0)
 
 
 def test_labels_and_captions_are_there_only_where_asked_for(shards):
@@ -115,13 +124,21 @@ def results_on_rank(rank: int, world_size: int, shards: str) -> list:
     texts, two = encoder.encode_texts(TEXTS), encoder.encode_texts(TEXTS[:2])
     names = ["red", "green", "blue"]
     tasks = {
-        "classes": ZeroShotClassification(shards=shards, classnames=names, templates=["a {}"]),
-        "retrieval": Retrieval(shards=shards, text="json:captions"),
+        "classes": ZeroShotClassification(
+            shards=shards, classnames=names, templates=["a {}"], group="json:captions.en", bootstrap=20
+        ),
+        "retrieval": Retrieval(shards=shards, text="json:captions", bootstrap=20),
         "loss": ValidationLoss(shards=shards, reference_batch=3),
+        "probes": Probes(
+            train={"shards": shards, "select": {"keys": "[0-6]$"}},
+            test={"shards": shards, "select": {"keys": "[789]$"}},
+            methods={"linear": LinearProbe(l2=[1.0, 0.1])},
+            bootstrap=20,
+        ),
     }
     evaluations = run_all(tasks, encoder)
     with_details = sorted(task for task, evaluation in evaluations.items() if evaluation.details)
-    labels = images.labels.tolist()
+    labels = [label for (label,) in images.labels]
     return [
         images.embeddings,
         texts,
@@ -149,7 +166,7 @@ def test_any_number_of_ranks_gives_every_rank_the_same(shards, world_size):
         assert together[3:5] == alone[3:5]
         assert together[5] == ranks[0][5], "ZeRO-3 hangs where ranks differ in their number of forward calls"
         assert together[6] == pytest.approx(alone[6], abs=1e-6)
-        assert together[7] == (["classes", "loss", "retrieval"] if rank == 0 else [])
+        assert together[7] == (["classes", "loss", "probes", "retrieval"] if rank == 0 else [])
     assert ranks[0][5]["vision"] < alone[5]["vision"], "the work is shared out"
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from siglip_train.evals import ranking
-from siglip_train.evals.ranking import best_ranks, recall_at, top
+from siglip_train.evals.ranking import best_ranks, best_ranks_in_sets, recall_at, top
 
 
 def plain_ranks(queries, candidates, query_groups, candidate_groups):
@@ -43,3 +43,17 @@ def test_of_equal_scores_the_lower_index_comes_first():
 
 def test_recall_counts_ranks_below_the_cut():
     assert recall_at(torch.tensor([0, 1, 4, 5]), 5) == 0.75
+
+
+def test_sets_of_right_candidates_equal_groups_and_an_empty_set_ranks_last():
+    random = np.random.default_rng(2)
+    queries, candidates = (torch.from_numpy(random.integers(-2, 3, (count, 3))).double() for count in (30, 9))
+    groups = torch.from_numpy(random.integers(0, 3, 30))
+    candidate_groups = torch.arange(9) // 3
+    targets = groups[:, None] * 3 + torch.arange(3)
+    expected = best_ranks(queries, candidates, groups, candidate_groups)
+    assert best_ranks_in_sets(queries, candidates, targets).equal(expected)
+    targets[:, 1:] = -1
+    targets[0, 0] = -1
+    single = best_ranks(queries, candidates, groups * 3, torch.arange(9))
+    assert best_ranks_in_sets(queries, candidates, targets).tolist() == [9, *single[1:].tolist()]

@@ -5,7 +5,7 @@ import torch
 
 from siglip_train.data.evaluation import Caption
 from siglip_train.errors import UserError
-from siglip_train.evals.retrieval import Retrieval, retrieval_metrics
+from siglip_train.evals.retrieval import Retrieval, retrieval_metrics, retrieval_ranks
 from tests.evals.fakes import FakeEncoder, image_set
 from tests.evals.goldens import load_goldens
 
@@ -14,7 +14,7 @@ from tests.evals.goldens import load_goldens
 def test_equals_big_vision_open_clip_and_clip_benchmark(name):
     inputs, expected = load_goldens()
     images, texts, owners = (torch.from_numpy(inputs[f"{name}/{part}"]) for part in ("img", "txt", "txt2img"))
-    metrics = retrieval_metrics(images, texts, owners)
+    metrics = retrieval_metrics(retrieval_ranks(images, texts, owners))
     compared = 0
     for ours, bv, open_clip in (("text", "img2txt", "image_to_text"), ("image", "txt2img", "text_to_image")):
         pairs = {f"{name}/bv/{bv}/Recall@{k}": f"{ours}_retrieval_recall@{k}" for k in (1, 5, 10)}
@@ -108,3 +108,35 @@ def test_other_ranks_get_the_metrics_without_pictures():
     metrics, details = Retrieval(shards="x.tar").run(other)
     assert metrics == Retrieval(shards="x.tar").run(encoder).metrics
     assert details == {}
+
+
+def test_a_benchmark_folder_of_retrieval_has_a_caption_a_line(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    eye = torch.eye(3)
+    images = image_set(eye, [[Caption("", f"good {row}\n\nbad {row}")] for row in range(3)])
+    texts = {f"good {row}": eye[row] for row in range(3)} | {f"bad {row}": -eye[row] for row in range(3)}
+    encoder = FakeEncoder(images, texts)
+    metrics, _ = Retrieval(shards=str(tmp_path)).run(encoder)
+    assert encoder.asked[:3] == ["good 0", "bad 0", "good 1"]
+    assert (metrics["text_retrieval_recall@1"], metrics["image_retrieval_recall@1"]) == (1.0, 0.5)
+    # anywhere else a line break is part of the caption
+    encoder.texts = {caption.text: eye[0] for (caption,) in images.captions}
+    Retrieval(shards="x.tar").run(encoder)
+    assert encoder.asked == list(encoder.texts)
+
+
+def test_intervals_draw_images_with_their_captions():
+    # every image finds and is found in German; in English none
+    metrics, _ = Retrieval(shards="x.tar", bootstrap=50).run(captioned())
+    for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
+        assert (metrics[f"{name}_low"], metrics[f"{name}_high"]) == (0.5, 0.5)
+    encoder = captioned(languages=("en",))
+    # half the images are found
+    encoder.texts |= {f"en {row}": torch.eye(12)[row] for row in (0, 1, 4, 5, 8, 9)}
+    metrics, _ = Retrieval(shards="x.tar", bootstrap=500).run(encoder)
+    assert metrics["image_retrieval_recall@1"] == 0.5
+    # 12 images: the standard error is 0.144
+    assert metrics["image_retrieval_recall@1_low"] == pytest.approx(0.5 - 1.96 * 0.144, abs=0.06)
+    assert metrics["image_retrieval_recall@1_high"] == pytest.approx(0.5 + 1.96 * 0.144, abs=0.06)

@@ -1,0 +1,307 @@
+"""The same model on the same pictures through the peers' evaluation code: equal to the last sample, on 1 and 2 ranks.
+
+open_clip's is always at hand. CLIP_benchmark's own code runs where it is installed; elsewhere its formulas, restated.
+Peers are imported in the tests, because the ranks import this module too, and they take seconds.
+"""
+
+import io
+import json
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from siglip_train.distributed.setup import World
+from siglip_train.evals.base import Encoder, flat_metrics, run_all
+from siglip_train.evals.retrieval import Retrieval
+from siglip_train.evals.zero_shot import ZeroShotClassification
+from siglip_train.interop.clip_benchmark import load_clip
+from siglip_train.interop.load import load_model
+from siglip_train.interop.native import Description, write_export
+from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.text import TextConfig
+from siglip_train.models.vision import VisionConfig
+from tests.data.shard_files import write_tar
+from tests.ranks import run_ranks
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+TEMPLATES = ["a photo of a {c}.", "the {c}", "{c}"]
+# of each set, to keep the test short
+SAMPLES = 60
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the sets of ../shared/data are not here")
+
+
+def members(path: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> extension -> content, of the first samples."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, extension = member.name.split(".", 1)
+            if key not in found and len(found) == SAMPLES:
+                break
+            file = tar.extractfile(member)
+            assert file is not None
+            found.setdefault(key, {})[extension] = file.read()
+    return found
+
+
+def benchmark_set(root: Path, samples: dict[str, dict[str, bytes]], texts: dict[str, str]) -> str:
+    """Write a set in CLIP_benchmark's layout, in three shards of unlike size."""
+    rows = [[(f"{key}.{name}", data) for name, data in parts.items()] for key, parts in samples.items()]
+    for shard, part in enumerate((rows[:10], rows[10:45], rows[45:])):
+        write_tar(root / "test" / f"{shard}.tar", [member for row in part for member in row])
+    (root / "test" / "nshards.txt").write_text("3")
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Clothing and CIFAR to classify, COCO photographs to retrieve by five captions."""
+    folder = tmp_path_factory.mktemp("sets")
+    written = {}
+    for name, shard in (("clothing", "train-00001.tar"), ("cifar_train", "shard-00000.tar.gz")):
+        texts = {
+            "classnames.txt": (DATA / name / "classnames.txt").read_text(),
+            "zeroshot_classification_templates.txt": "\n".join(TEMPLATES),
+        }
+        samples = {
+            key: {e: parts[e] for e in ("jpg", "cls")} for key, parts in members(DATA / name / shard).items()
+        }
+        written[name] = benchmark_set(folder / name, samples, texts)
+    captions = members(DATA / "captions_coco" / "open-00000.tar")
+    samples = {
+        key: {"jpg": parts["jpg"], "txt": "\n".join(json.loads(parts["json"])["captions"]).encode()}
+        for key, parts in captions.items()
+    }
+    written["coco"] = benchmark_set(folder / "coco", samples, {"dataset_type.txt": "retrieval"})
+    return written
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained model whose weights are large enough to tell pictures and words apart."""
+    folder = tmp_path_factory.mktemp("model")
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over a lazy dog.", "vexing wizards"] * 20),
+        model_writer=out, model_type="char", vocab_size=48, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    torch.manual_seed(0)
+    size = {"width": 32, "depth": 1, "mlp_dim": 64, "heads": 2}
+    vision = VisionConfig(image_size=32, patch_size=8, **size)
+    model = Siglip(SiglipConfig(vision, TextConfig(context_length=24, vocab_size=48, **size)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.4)
+    write_export(
+        folder / "export", model.state_dict(), Description(model.config, tokenizer=folder / "tokenizer.model")
+    )
+    return str(folder / "export")
+
+
+def ours_on_rank(rank: int, world_size: int, export: str, sets: dict[str, str]) -> dict[str, float]:
+    """Give every metric of our evaluation, of the sets' folders alone."""
+    loaded = load_model(export)
+    encoder = Encoder(
+        model=loaded.model,
+        tokenizer=loaded.tokenize,
+        transform=loaded.transform,
+        world=World(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu")),
+        batch_size=32,
+    )
+    tasks = {name: ZeroShotClassification(shards=sets[name]) for name in ("clothing", "cifar_train")}
+    return flat_metrics(run_all({**tasks, "coco": Retrieval(shards=sets["coco"])}, encoder))
+
+
+def one_of_several(world_size: int, export: str, sets: dict[str, str]) -> dict[str, float]:
+    return ours_on_rank(torch.distributed.get_rank(), world_size, export, sets)
+
+
+@pytest.fixture(scope="module")
+def ours(export: str, sets: dict[str, str]) -> dict[str, float]:
+    return ours_on_rank(0, 1, export, sets)
+
+
+@pytest.mark.dist
+def test_two_ranks_measure_what_one_does(export: str, sets: dict[str, str], ours: dict[str, float]) -> None:
+    for rank in run_ranks(2, one_of_several, 2, export, sets):
+        assert rank == ours
+
+
+def batches(folder: str, transform, second: str, size: int = 32):
+    """Read a set with webdataset as CLIP_benchmark does: (pictures `[B, 3, H, W]`, list of the second member)."""
+    import webdataset
+
+    pattern = f"{folder}/test/{{0..2}}.tar"
+    samples = list(webdataset.WebDataset(pattern, shardshuffle=False).decode("pil").to_tuple("jpg", second))
+    for first in range(0, len(samples), size):
+        part = samples[first : first + size]
+        yield torch.stack([transform(picture) for picture, _ in part]), [other for _, other in part]
+
+
+@pytest.fixture(autouse=True)
+def _one_number_from_an_array_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the peers what they were written for: since NumPy 2.4, float() takes no array of one number."""
+    original = torch.Tensor.numpy
+    monkeypatch.setattr(
+        torch.Tensor,
+        "numpy",
+        lambda tensor, **_: original(tensor.squeeze() if tensor.numel() == 1 else tensor),
+    )
+
+
+def class_names(folder: str) -> list[str]:
+    return (Path(folder) / "classnames.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", ["clothing", "cifar_train"])
+def test_accuracy_equals_open_clips(
+    export: str, sets: dict[str, str], ours: dict[str, float], name: str
+) -> None:
+    from open_clip import build_zero_shot_classifier
+    from open_clip_train import zero_shot as open_clip_zero_shot
+
+    model, transform, tokenizer = load_clip(pretrained=export)
+    classifier = build_zero_shot_classifier(
+        model,
+        tokenizer=tokenizer,
+        classnames=class_names(sets[name]),
+        templates=[lambda c, template=template: template.format(c=c) for template in TEMPLATES],
+        device="cpu",
+    )
+    loader = ((images, torch.tensor(labels)) for images, labels in batches(sets[name], transform, "cls"))
+    arguments = types.SimpleNamespace(device="cpu", precision="fp32", batch_size=32)
+    top1, top5 = open_clip_zero_shot.run(model, classifier, loader, arguments)
+    assert (ours[f"{name}/acc1"], ours[f"{name}/acc5"]) == (top1, top5)
+    assert ours[f"{name}/n"] == SAMPLES
+    assert 0.01 < top1 < top5 < 1, "a model that says the same of everything would prove nothing"
+
+
+def test_retrieval_equals_open_clips(export: str, sets: dict[str, str]) -> None:
+    """open_clip has one text an image: the first caption."""
+    from open_clip_train.train import get_clip_metrics
+
+    model, transform, tokenizer = load_clip(pretrained=export)
+    images, texts = [], []
+    for pictures, captions in batches(sets["coco"], transform, "txt"):
+        features = model(image=pictures, text=tokenizer([each.splitlines()[0] for each in captions]))
+        images.append(features["image_features"])
+        texts.append(features["text_features"])
+    with torch.no_grad():
+        expected = get_clip_metrics(torch.cat(images), torch.cat(texts), features["logit_scale"])
+    loaded = load_model(export)
+    encoder = Encoder(
+        model=loaded.model, tokenizer=loaded.tokenize, transform=loaded.transform,
+        world=World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")), batch_size=32,
+    )  # fmt: skip
+    metrics, _ = Retrieval(shards=str(DATA / "captions_coco" / "*.tar"), max_samples=SAMPLES).run(encoder)
+    for theirs, direction in (("image_to_text", "text_retrieval"), ("text_to_image", "image_retrieval")):
+        for k in (1, 5, 10):
+            assert metrics[f"{direction}_recall@{k}"] == expected[f"{theirs}_R@{k}"]
+        for rank in ("mean_rank", "median_rank"):
+            assert metrics[f"{direction}_{rank}"] == pytest.approx(expected[f"{theirs}_{rank}"], abs=1e-9)
+
+
+def restated_classification(model, loader, tokenizer, names: list[str]) -> dict[str, float]:
+    """CLIP_benchmark's zeroshot_classification in other words."""
+    rows = []
+    for name in names:
+        prompts = torch.nn.functional.normalize(
+            model.encode_text(tokenizer([t.format(c=name) for t in TEMPLATES]))
+        )
+        rows.append(prompts.mean(dim=0) / prompts.mean(dim=0).norm())
+    scores, labels = [], []
+    for images, target in loader:
+        scores.append(torch.nn.functional.normalize(model.encode_image(images)) @ torch.stack(rows).T)
+        labels += target
+    order = torch.cat(scores).argsort(dim=1, descending=True).numpy()
+    labels = np.array(labels)
+    recalls = [(order[labels == each, 0] == each).mean() for each in np.unique(labels)]
+    return {
+        "acc1": (order[:, 0] == labels).mean(),
+        "acc5": (order[:, :5] == labels[:, None]).any(axis=1).mean(),
+        "mean_per_class_recall": np.mean(recalls),
+    }
+
+
+def restated_retrieval(model, loader, tokenizer) -> dict[str, float]:
+    """CLIP_benchmark's zeroshot_retrieval in other words."""
+    images, texts, owners = [], [], []
+    for pictures, captions in loader:
+        owners += [sum(map(len, images)) + row for row, lines in enumerate(captions) for _ in lines]
+        images.append(torch.nn.functional.normalize(model.encode_image(pictures)))
+        texts.append(
+            torch.nn.functional.normalize(
+                model.encode_text(tokenizer([line for lines in captions for line in lines]))
+            )
+        )
+    scores = (torch.cat(texts) @ torch.cat(images).T).numpy()
+    owners = np.array(owners)
+    found = {}
+    for k in (1, 5, 10):
+        nearest_images, nearest_texts = (-scores).argsort(axis=1)[:, :k], (-scores.T).argsort(axis=1)[:, :k]
+        found[f"image_retrieval_recall@{k}"] = (nearest_images == owners[:, None]).any(axis=1).mean()
+        own = np.arange(len(nearest_texts))[:, None]
+        found[f"text_retrieval_recall@{k}"] = (owners[nearest_texts] == own).any(axis=1).mean()
+    return found
+
+
+@pytest.fixture(params=["restated", "installed"])
+def clip_benchmark(request: pytest.FixtureRequest):
+    """Give both evaluations as (classification, retrieval), called with (model, loader, tokenizer, …)."""
+    if request.param == "restated":
+        return restated_classification, restated_retrieval
+    pytest.importorskip(
+        "clip_benchmark.metrics.zeroshot_classification", reason="CLIP_benchmark is not installed"
+    )
+    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+
+    class Loader(list):
+        """What CLIP_benchmark asks of a DataLoader."""
+
+    def classification(model, loader, tokenizer, names):
+        batches = Loader((images, torch.tensor(labels)) for images, labels in loader)
+        batches.dataset = types.SimpleNamespace(classes=names)
+        return zeroshot_classification.evaluate(model, batches, tokenizer, names, TEMPLATES, "cpu", amp=False)
+
+    def retrieval(model, loader, tokenizer):
+        return zeroshot_retrieval.evaluate(
+            model, list(loader), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
+        )
+
+    return classification, retrieval
+
+
+def test_metrics_equal_clip_benchmarks(
+    export: str, sets: dict[str, str], ours: dict[str, float], clip_benchmark
+):
+    classification, retrieval = clip_benchmark
+    model, transform, tokenizer = load_clip(pretrained=export)
+    compared = 0
+    with torch.no_grad():
+        for name in ("clothing", "cifar_train"):
+            found = classification(
+                model, batches(sets[name], transform, "cls"), tokenizer, class_names(sets[name])
+            )
+            for metric, value in found.items():
+                assert ours[f"{name}/{metric}"] == pytest.approx(value, abs=1e-9), (name, metric)
+                compared += 1
+        loader = (
+            (images, [text.splitlines() for text in texts])
+            for images, texts in batches(sets["coco"], transform, "txt")
+        )
+        for metric, value in retrieval(model, loader, tokenizer).items():
+            # averaged in fp32 there, where one of 300 captions is 3e-3
+            assert ours[f"coco/{metric}"] == pytest.approx(value, abs=1e-6), metric
+            compared += 1
+    assert compared == 12
