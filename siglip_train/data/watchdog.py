@@ -77,7 +77,8 @@ class _Crew:
     def dismiss(self) -> None:
         """Let the workers finish and leave; those that do not are killed."""
         self._asked.put("leave")
-        self._thread.join(_LEAVE_SECONDS)
+        if self._processes:
+            self._thread.join(_LEAVE_SECONDS)
         self.kill()
 
     def kill(self) -> None:
@@ -85,6 +86,7 @@ class _Crew:
         self._asked.put("leave")
         for process in self._processes:
             process.kill()
+        self._processes = []
 
 
 def _take(iterator: Iterator[Any], asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:

@@ -67,15 +67,25 @@ def test_windows_hold_whole_shards_mixed_and_are_never_short():
     assert sizes.tolist() == [200, 200, 200, 200, 250]
 
 
-def test_resampled_draws_each_sample_about_equally_often():
-    order = _order("resampled", window=20)
-    rounds = 2000
-    drawn = Counter(order.locate(slot) for slot in range(TOTAL * rounds))
+def test_resampled_draws_each_sample_equally_often_as_chi_square_says():
+    window, draws = 20, 200 * TOTAL
+    order = _order("resampled", window=window)
+    # one slot of each window, as those of one window are not independent of each other
+    drawn = Counter(order.locate(number * window + number % window) for number in range(draws))
     assert set(drawn) == EVERY
-    assert min(drawn.values()) > 0.85 * rounds
-    assert max(drawn.values()) < 1.15 * rounds
-    window = [order.locate(slot) for slot in range(20)]
-    assert len(set(window)) > 10
+    statistic = sum((drawn[sample] - 200) ** 2 / 200 for sample in EVERY)
+    # that of 34 degrees of freedom lies between 14 and 65 in 998 of 1,000 cases (Wilson and Hilferty)
+    freedom = TOTAL - 1
+    low, high = (freedom * (1 - 2 / (9 * freedom) + z * (2 / (9 * freedom)) ** 0.5) ** 3 for z in (-3.1, 3.1))
+    assert low < statistic < high
+
+
+def test_resampled_knows_no_passes():
+    order = _order("resampled", window=20)
+    drawn = [order.locate(slot) for slot in range(10 * TOTAL)]
+    assert len(set(drawn[:20])) > 10
+    for begin in range(0, 10 * TOTAL, TOTAL):
+        assert len(set(drawn[begin : begin + TOTAL])) < TOTAL
 
 
 def test_substitutes_are_of_the_same_epoch_and_far_away():

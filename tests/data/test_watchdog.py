@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
 from siglip_train.data.images import ImageTransform
@@ -20,24 +18,10 @@ from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
+from tests.data.trap import ODD, Trap
 
 # long enough for a worker to start on a busy machine
 STALL = 5.0
-ODD = (33, 33)
-
-
-class Trap(ImageTransform):
-    """Never comes back from the one picture of odd size: the first time only where there is a file to leave word in."""
-
-    caught: Path | None = None
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
-        if image.size == ODD and not (self.caught is not None and self.caught.exists()):
-            if self.caught is not None:
-                self.caught.touch()
-            while True:
-                time.sleep(1)
-        return super().__call__(image, rng)
 
 
 @pytest.fixture
@@ -118,11 +102,11 @@ def test_a_worker_stuck_in_a_sample_is_replaced_once(
 
 
 def test_a_sample_that_no_worker_gets_through_is_named_and_ends_the_run(build: Build):
-    loader = build(Trap(16, 8), workers=1, stall_seconds=2)
+    loader = build(Trap(16, 8), workers=1, stall_seconds=2.5)
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
     assert len(_keys(iterator, 5)) == 20
-    message = r"replaced 3 times .* through sample 21 of the run, 1\.tar/21 .*nothing came for 2 seconds"
+    message = r"replaced 3 times .* through sample 21 of the run, 1\.tar/21 .*nothing came for 2\.5 seconds"
     with pytest.raises(UserError, match=message):
         next(iterator)
     assert loader.samples_seen == 20
