@@ -155,7 +155,8 @@ def run_hydra(
     composed: list[omegaconf.DictConfig] = []
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(composed.append)()
-    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+    except (HydraException, omegaconf.errors.OmegaConfBaseException, ValueError) as error:
+        # a ValueError where a group is set to null
         raise UserError(_first_cause(error, config_class)) from None
     # outside Hydra, which would print a line of its own for every exception of a job; several with --multirun
     for config in composed:

@@ -50,6 +50,15 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["train/loss"] for record in records(run_dir) if "train/loss" in record}
 
 
+def data_counts(run_dir: Path) -> list[dict[str, float]]:
+    """What each logged step says of samples, sources and languages."""
+    found = [
+        {name: value for name, value in record.items() if name.startswith("data/")}
+        for record in records(run_dir)
+    ]
+    return [counts for counts in found if counts]
+
+
 @pytest.fixture(scope="module")
 def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of ten steps on one rank."""
@@ -80,6 +89,11 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
     assert {"val/seen/acc1", "val/unseen/acc1", "val/loss/loss"} <= last.keys()
     log = (finished / "log.txt").read_text()
     assert "sigmoid loss near" in log
+    assert "source tiny: 600 samples in 2 shards, 100 % of the mix, 0.4 passes in this run" in log
+    counts = data_counts(finished)[-1]
+    assert counts["data/passes/tiny"] == pytest.approx(240 / 600)
+    assert counts["data/source/tiny"] == counts["data/seen"] == 240
+    assert sum(count for name, count in counts.items() if name.startswith("data/language/")) == 240
 
 
 def test_the_first_loss_is_the_expected_one(finished: Path) -> None:
@@ -127,6 +141,7 @@ def test_killed_at_a_random_step_it_resumes_with_the_same_losses(
     )
     for step, loss in resumed.items():
         assert loss == pytest.approx(single[step], rel=1e-4), f"killed at {kill_at}, step {step}"
+    assert data_counts(tmp_path) == data_counts(finished)
 
 
 def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_path: Path) -> None:

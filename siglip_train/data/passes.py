@@ -16,7 +16,7 @@ def outlook(sources: Sequence[Source], mixture: Mixture, total_samples: int) -> 
     """What a run of so many samples takes of its sources: a line for each source and each later stage."""
     total = -(-total_samples // mixture.global_batch_size) * mixture.global_batch_size
     lines = [
-        f"source {source.name}: {len(source.shards):,} samples in {len(source.shards.urls):,} shards,"
+        f"source {source.name}: {len(source.shards):,} samples in {_shards(len(source.shards.urls))},"
         f" {_percent(slots, total)} of the mix, {_number(slots / len(source.shards))} passes in this run"
         for source, slots in zip(sources, mixture.taken(total), strict=True)
     ]
@@ -27,6 +27,10 @@ def _stage(sources: Sequence[Source], stage: Stage) -> str:
     weights = zip(sources, stage.weights, strict=True)
     shares = [f"{source.name} {_percent(weight, sum(stage.weights))}" for source, weight in weights]
     return f"from sample {stage.from_sample:,} on: {', '.join(shares)}"
+
+
+def _shards(number: int) -> str:
+    return f"{number:,} shard{'' if number == 1 else 's'}"
 
 
 def _percent(part: float, whole: float) -> str:

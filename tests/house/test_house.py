@@ -10,14 +10,16 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 
-from siglip_train.composition import defaults_of, plain
+from siglip_train.composition import build, defaults_of, plain
 from siglip_train.config import Config
+from siglip_train.data.pipeline import DataConfig
 from siglip_train.errors import UserError
 from siglip_train.runtime import check_kernels_package
 from tests.conftest import ROOT
 
 PACKAGES = ("siglip_train", "kernels", "data_tools")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml") if path.stem != "none")
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
@@ -55,6 +57,15 @@ def test_every_experiment_composes_and_its_values_win(name: str) -> None:
     assert re.search(rf"^#.*experiment={name}\b", text, re.MULTILINE), (
         "an experiment is headed by its command"
     )
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_every_data_config_composes_in_place_of_an_experiments(name: str) -> None:
+    alone = composed(f"data={name}")["data"]
+    data = composed("experiment=quickstart", f"data={name}")["data"]
+    assert data["sources"] == alone["sources"] != {}
+    assert build(DataConfig, data).sources.keys() == data["sources"].keys()
+    assert composed("experiment=quickstart", "data=none")["data"]["sources"] == {}
 
 
 @pytest.mark.parametrize("name", MODELS)
