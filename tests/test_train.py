@@ -89,7 +89,7 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
     assert {"val/seen/acc1", "val/unseen/acc1", "val/loss/loss"} <= last.keys()
     log = (finished / "log.txt").read_text()
     assert "sigmoid loss near" in log
-    assert "source tiny: 600 samples in 2 shards, 100 % of the mix, 0.4 passes in this run" in log
+    assert "source tiny: 600 samples in 4 shards, 100 % of the mix, 0.4 passes in this run" in log
     counts = data_counts(finished)[-1]
     assert counts["data/passes/tiny"] == pytest.approx(240 / 600)
     assert counts["data/source/tiny"] == counts["data/seen"] == 240
