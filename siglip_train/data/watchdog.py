@@ -139,6 +139,8 @@ def watched(
             losses = 0
             number += 1
             yield item
+            # it may be large, and the next one takes a while
+            del item
     finally:
         crew.dismiss()
 
