@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.tar_members import AFTER_THE_END, BrokenTarError, Member, Members
+from siglip_train.data.faults import SampleError
+from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members
 
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
@@ -57,6 +58,14 @@ class TarIndex:
         """Extension -> member of a sample."""
         members = range(int(self.starts[sample]), int(self.starts[sample + 1]))
         return {str(self.extensions[self.kinds[member]]): member for member in members}
+
+    def read(self, descriptor: int, member: int) -> bytes:
+        """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
+        size = int(self.sizes[member])
+        data = os.pread(descriptor, size, int(self.offsets[member]))
+        if len(data) < size:
+            raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
+        return data
 
     def find(self, extensions: Sequence[str]) -> NDArray[np.int64]:
         """`[n]` the member that has the first of `extensions` each sample has, -1 = none."""
