@@ -177,10 +177,7 @@ class ShardReader:
             name for name in dict.fromkeys((image, *(wanted.text or ()), *wanted.extra)) if name in present
         ]
         with self._descriptor(shard, path) as descriptor:
-            members = {
-                name: os.pread(descriptor, int(index.sizes[present[name]]), int(index.offsets[present[name]]))
-                for name in names
-            }
+            members = {name: index.read(descriptor, present[name]) for name in names}
         return RawSample(
             short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
         )

@@ -199,7 +199,7 @@ def _counted(task: _Task, cache: ShardCache) -> _Shard:
         path = cache.local_tar(url, known)
         index = load_index(path, cache.folder)
     samples, excluded = _complete(index, task.wanted, short_name(url), path)
-    return _Shard(path, samples, index.bytes, known, tuple(excluded), index.repeated)
+    return _Shard(path, samples, index.file_size, known, tuple(excluded), index.repeated)
 
 
 def _complete(index: TarIndex, wanted: Wanted, name: str, path: Path) -> tuple[int, list[BadSample]]:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.tar_members import AFTER_THE_END, BrokenTarError, Member, Members
+from siglip_train.data.faults import SampleError
+from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members
 
 # the folder of the cache where copies of shards lie
 COPIES = "copies"
@@ -33,7 +34,7 @@ class TarIndex:
     extensions: the member kinds. offsets, sizes, kinds: `[M]`, bytes of each member and its place in `extensions`.
     starts: `[n + 1]` first member of each sample. keys, key_ends: the sample names joined, `[n]`.
     torn, torn_causes: `[t]` names of samples left out for damage, "?" = not known, and the short name of each cause.
-    repeated: samples whose key came before. bytes: of the whole file.
+    repeated: samples whose key came before. file_size: bytes of the whole tar.
     """
 
     extensions: NDArray[np.str_]
@@ -46,7 +47,7 @@ class TarIndex:
     torn: NDArray[np.str_]
     torn_causes: NDArray[np.str_]
     repeated: int
-    bytes: int
+    file_size: int
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -60,6 +61,14 @@ class TarIndex:
         """Extension -> member of a sample."""
         members = range(int(self.starts[sample]), int(self.starts[sample + 1]))
         return {str(self.extensions[self.kinds[member]]): member for member in members}
+
+    def read(self, descriptor: int, member: int) -> bytes:
+        """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
+        size = int(self.sizes[member])
+        data = os.pread(descriptor, size, int(self.offsets[member]))
+        if len(data) < size:
+            raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
+        return data
 
     def find(self, extensions: Sequence[str]) -> NDArray[np.int64]:
         """`[n]` the member that has the first of `extensions` each sample has, -1 = none."""
@@ -79,7 +88,7 @@ def load_index(path: Path, cache: Path) -> TarIndex:
         raise BrokenTarError(error.strerror) from error
     file = _kept_file(path, cache, f"{stat.st_size}\0{stat.st_mtime_ns}")
     kept = _read_kept(file)
-    if kept is not None and kept.bytes == stat.st_size:
+    if kept is not None and kept.file_size == stat.st_size:
         return kept
     index = scan(path)
     with contextlib.suppress(OSError):
@@ -186,7 +195,7 @@ class _Builder:
             torn=np.array([key.decode("utf-8", "replace") for key, _ in self.torn], dtype=np.str_),
             torn_causes=np.array([cause for _, cause in self.torn], dtype=np.str_),
             repeated=self.repeated,
-            bytes=size,
+            file_size=size,
         )
 
 

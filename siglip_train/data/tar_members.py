@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 BLOCK = 512
 _FILE_TYPES = (b"0", b"\0", b"7")
+# a GNU long name and pax records, of the member that follows
+_RECORDS = (b"L", b"x")
 _MAGIC, _MAGIC_AT = b"ustar", 257
 # why something was lost
 TRUNCATED, BROKEN_HEADER, AFTER_THE_END = "truncated", "broken header", "data after the end"
@@ -68,6 +70,8 @@ class Members:
             found = self._member(header) if is_header(header) else self._damage(header)
             if found is not None:
                 yield found
+        if self._given.is_broken:
+            yield Lost(b"", BROKEN_HEADER)
 
     def _go_on(self, position: int, given: _Given = _NOTHING) -> None:
         self._position, self._given = position, given
@@ -85,11 +89,12 @@ class Members:
         if is_file:
             self._go_on(behind)
             return Lost(name, BROKEN_HEADER) if given.is_broken else Member(name, data, size)
-        if kind in (b"L", b"x"):
-            given = _records(kind, os.pread(self._descriptor, min(size, _MAX_RECORDS), data), size)
-        elif kind not in (b"g", b"K"):
-            given = _NOTHING
-        self._go_on(behind, given)
+        if kind in _RECORDS:
+            records = os.pread(self._descriptor, min(size, _MAX_RECORDS), data)
+            self._go_on(behind, _records(kind, records, size))
+            # the member that the records before these belong to is gone as well
+            return Lost(b"", BROKEN_HEADER) if given.is_broken else None
+        self._go_on(behind, given if kind in (b"g", b"K") else _NOTHING)
         return None
 
     def _damage(self, header: bytes) -> Lost | None:
@@ -101,12 +106,13 @@ class Members:
         found = self._next_header(self._position + 1)
         if self._position == 0 and found == self._end:
             raise BrokenTarError("it is no tar file")
-        # without the long name or the records in front of it, a member would go by a wrong name
-        is_broken = header[156:157] in (b"L", b"x")
-        self._go_on(found, _Given(is_broken=is_broken))
-        if header[_MAGIC_AT:].startswith(_MAGIC):
-            return Lost(_name(header), BROKEN_HEADER)
-        return Lost(b"", TRUNCATED)
+        has_magic = header[_MAGIC_AT:].startswith(_MAGIC)
+        if has_magic and header[156:157] in _RECORDS:
+            # without its long name or records, the member that follows would go by a wrong name
+            self._go_on(found, _Given(is_broken=True))
+            return None
+        self._go_on(found)
+        return Lost(_name(header), BROKEN_HEADER) if has_magic else Lost(b"", TRUNCATED)
 
     def _is_end(self, header: bytes) -> bool:
         """Two blocks of zeros, or what the file has of them."""

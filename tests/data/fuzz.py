@@ -146,21 +146,38 @@ def flips(damaged: Damaged, shard: Shard, random: Random) -> Damaged:
     return damaged
 
 
-def run_of(fill: str) -> Mutation:
-    """A stretch of zeros, of noise, or of what stands elsewhere in the tar."""
+def flipped(damaged: Damaged, random: Random) -> NDArray[np.uint8]:
+    """The bytes with one bit flipped, anywhere."""
+    at = int(random.integers(len(damaged.content)))
+    return damaged.written(at, damaged.content[at : at + 1] ^ np.uint8(1 << random.integers(8))).content
 
-    def mutate(damaged: Damaged, shard: Shard, random: Random) -> Damaged:
-        at, length = _place(damaged, shard, random), int(2 ** random.uniform(0, 13))
-        if random.random() < 0.3:
-            at, length = at // BLOCK * BLOCK, -(-length // BLOCK) * BLOCK
-        data = {
-            "zeros": np.zeros(length, dtype=np.uint8),
-            "noise": random.integers(0, 256, length, dtype=np.uint8),
-            "copy": damaged.content[(start := _place(damaged, shard, random)) : start + length],
-        }[fill]
-        return damaged.written(at, data)
 
-    return mutate
+def _stretch(damaged: Damaged, shard: Shard, random: Random) -> slice:
+    at, length = _place(damaged, shard, random), int(2 ** random.uniform(0, 13))
+    if random.random() < 0.3:
+        at, length = at // BLOCK * BLOCK, -(-length // BLOCK) * BLOCK
+    return slice(at, min(at + length, len(damaged.content)))
+
+
+def zeros(damaged: Damaged, shard: Shard, random: Random) -> Damaged:
+    """A stretch was never written."""
+    stretch = _stretch(damaged, shard, random)
+    return damaged.written(stretch.start, np.zeros(stretch.stop - stretch.start, dtype=np.uint8))
+
+
+def noise(damaged: Damaged, shard: Shard, random: Random) -> Damaged:
+    """A stretch is something else."""
+    stretch = _stretch(damaged, shard, random)
+    return damaged.written(
+        stretch.start, random.integers(0, 256, stretch.stop - stretch.start, dtype=np.uint8)
+    )
+
+
+def copied(damaged: Damaged, shard: Shard, random: Random) -> Damaged:
+    """A part of the tar stands over another part."""
+    source = _stretch(damaged, shard, random)
+    to = _place(damaged, shard, random)
+    return damaged.joined(slice(to), source, slice(to + source.stop - source.start, None))
 
 
 def _cuts(damaged: Damaged, shard: Shard, random: Random, number: int) -> list[int]:
@@ -232,9 +249,9 @@ def name_of_a_neighbour(damaged: Damaged, shard: Shard, random: Random) -> Damag
 
 MUTATIONS: dict[str, Mutation] = {
     "flips": flips,
-    "zeros": run_of("zeros"),
-    "noise": run_of("noise"),
-    "copy": run_of("copy"),
+    "zeros": zeros,
+    "noise": noise,
+    "copied": copied,
     "truncated": truncated,
     "removed": removed,
     "duplicated": duplicated,
@@ -318,12 +335,16 @@ class Fuzz:
         ]
         self.outcomes: Counter[str] = Counter()
 
+    def whole(self, number: int) -> tuple[Shard, Damaged]:
+        """The shard of a case, and its bytes before the damage."""
+        shard = self.shards[number % len(self.shards)]
+        content = np.frombuffer(shard.content, dtype=np.uint8)
+        return shard, Damaged(content, np.arange(len(content)))
+
     def case(self, number: int) -> None:
         """Raises `Violation`, which names the case, or whatever the reader should not have raised."""
         random = np.random.default_rng([self.seed, number])
-        shard = self.shards[number % len(self.shards)]
-        whole = np.frombuffer(shard.content, dtype=np.uint8)
-        damaged = Damaged(whole, np.arange(len(whole)))
+        shard, damaged = self.whole(number)
         names = random.choice(list(MUTATIONS), random.choice([1, 1, 1, 2])).tolist()
         if "name" in names:
             # with a second damage that hides what it left behind, it could not be noticed

@@ -9,18 +9,19 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from siglip_train.data.cache import local_tar, was_damaged
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.pipeline import DataConfig, Share, SourceConfig, build_loader
 from siglip_train.data.tar import scan
-from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import encoded, picture
-from tests.data.fuzz import Fuzz
+from tests.data.fuzz import Fuzz, flipped
 from tests.data.shard_files import sample, write_tar
 
-CASES = 3000
+CASES = 5000
 GUARD_SECONDS = 300
 MEGABYTE = 1 << 20
 
@@ -55,6 +56,42 @@ def test_thousands_of_damaged_shards(tmp_path: Path):
                     "BrokenTarError", "broken image", "broken json", "not utf-8", "empty caption"):  # fmt: skip
         assert fuzz.outcomes[outcome] > 10
     assert fuzz.outcomes["samples"] > 6 * CASES
+
+
+def test_a_loader_trains_on_what_damage_has_left(
+    tmp_path: Path, sentencepiece_model: Path, transform: ImageTransform
+):
+    """One flip of a bit in each of many shards, read by the loader: the right caption, or another sample."""
+    fuzz, random = Fuzz(tmp_path), np.random.default_rng(0)
+    tokenizer = load_tokenizer(sentencepiece_model, context_length=48)
+    shards, patches, texts = [], {}, {}
+    for number in range(60):
+        shard, whole = fuzz.whole(number)
+        shards.append(tmp_path / f"{number:02d}.tar")
+        shards[-1].write_bytes(flipped(whole, random).tobytes())
+        for entry in shard.entries:
+            data = shard.content[entry.data : entry.data + entry.size]
+            if data.startswith(b"the picture"):
+                texts[tuple(tokenizer([data.decode()])[0].tolist())] = entry.sample
+            elif not data.startswith(b"{"):
+                patches[transform(decode(data)).tobytes()] = entry.sample
+    source = SourceConfig([str(shard) for shard in shards], text="txt")
+    config = DataConfig(
+        {"all": source}, workers=0, max_bad_share=1, order="sequential", cache_dir=str(tmp_path / "c")
+    )
+    share = Share(400)
+    loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
+    batch = next(iter(loader))
+    seen = [
+        (patches.get(image.numpy().tobytes()), texts.get(tuple(text.tolist())))
+        for image, text in zip(batch.images.patches, batch.texts, strict=True)
+    ]
+    assert len(set(texts.values())) == len(texts) == 8
+    # a flip in the picture, or in the text, is seen as neither
+    known = [pair for pair in seen if None not in pair]
+    assert all(image == text for image, text in known)
+    assert len(known) > 350
+    assert loader.unusable["excluded/broken header"] > 5
 
 
 def _png(width: int, height: int) -> bytes:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from siglip_train.data.cache import ShardCache
+from siglip_train.data.faults import SampleError
 from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples
 from siglip_train.data.survey import survey
 from siglip_train.errors import UserError
@@ -65,6 +66,17 @@ def test_a_torn_shard_counts_its_last_sample(tmp_path: Path, cache: str):
     shards = _survey(str(path), cache)
     assert len(shards) == 2
     assert [bad[:3] for bad in shards.excluded] == [("a.tar", "2", "truncated")]
+
+
+def test_of_a_tar_that_has_become_shorter_no_half_caption_is_read(tmp_path: Path, cache: str):
+    path = write_tar(tmp_path / "a.tar", without(sample("a", txt=b"a caption of some length"), "json"))
+    reader = ShardReader(_survey(str(path), cache))
+    assert reader.read(0, 0).members["txt"] == b"a caption of some length"
+    end = path.read_bytes().index(b" of some length")
+    with path.open("r+b") as file:
+        file.truncate(end)
+    with pytest.raises(SampleError, match="truncated: 9 of 24 bytes"):
+        reader.read(0, 0)
 
 
 def test_unreadable_shards_are_all_named(tmp_path: Path, cache: str):

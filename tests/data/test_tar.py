@@ -202,6 +202,23 @@ def test_damaged_pax_records_cost_one_sample(tmp_path: Path, records: bytes):
     assert index.torn.tolist() == ["b"]
 
 
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("member", range(9))
+def test_a_damaged_header_of_a_long_name_costs_one_sample(tmp_path: Path, format: int, member: int):
+    members = [m for i in range(3) for m in sample("k" * 120 + f"{i}", i)]
+    path = write_tar(tmp_path / "a.tar", members, format)
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        content[archive.getmembers()[member].offset + 140] ^= 1
+    path.write_bytes(content)
+    index = scan(path)
+    assert len(index.torn) == 1
+    assert index.torn_causes.tolist() == ["broken header"]
+    whole = [key[-1] for key, found in _contents(path, index) if len(found) == 3]
+    # a name cut off at 100 bytes does not tell whose the member was: that of the sample before, or of the next
+    assert set("012") - set(whole) <= {str(member // 3), str((member - 1) // 3)}
+
+
 def test_a_name_that_damage_has_made_that_of_the_next_sample(tmp_path: Path):
     long = "k" * 120
     members = [m for i in range(3) for m in sample(f"{long}{i}", i)]
