@@ -20,7 +20,7 @@ from siglip_train.batch import Images
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.pipeline import extensions
-from siglip_train.data.samples import Field
+from siglip_train.data.samples import Field, class_label
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted, short_name, survey
 from siglip_train.data.workers import unchanged, worker_options
@@ -111,7 +111,7 @@ class _Batches(Dataset):
                 self.transform(decode(sample.members["image"])),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
-                _label(self.label, sample) if self.label is not None else -1,
+                class_label(self.label, sample) if self.label is not None else -1,
                 sample.name,
             )
         except Exception as error:  # as in training, one sample must not end the run
@@ -129,15 +129,6 @@ def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
         fields = (Field.parse(name).first(sample) for name in _LANGUAGE_FIELDS)
         language = str(next((value for value in fields if value), ""))
     return tuple(Caption(key or language, value) for key, value in found)
-
-
-def _label(label: Field, sample: RawSample) -> int:
-    value = label.first(sample)
-    try:
-        # a fraction or a truth value is no class
-        return int(value if isinstance(value, str) or type(value) is int else "")
-    except ValueError:
-        raise SampleError("bad label", f"{label.text} is {value!r}, not an integer") from None
 
 
 class EvaluationLoader:

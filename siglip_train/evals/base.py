@@ -7,15 +7,15 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from siglip_train.batch import Images
 from siglip_train.data.evaluation import Caption, EvaluationSource, build_evaluation_loader
@@ -69,6 +69,7 @@ class Encoder:
     batch_size: rows a rank takes at once. workers: loader processes a rank.
     scalar_of: reads a one-element parameter; an engine that shards parameters (ZeRO-3) brings its own.
     on_batch: called before each batch on all ranks alike; may raise to end an evaluation early.
+    heads: the objectives of the run, by name, for tasks that ask what they learned.
     Each `encode_*` must be called by all ranks; every rank then makes the same number of forward calls, as
     ZeRO-3 needs, and gets the same result.
     """
@@ -82,6 +83,7 @@ class Encoder:
     workers: int = 0
     scalar_of: Callable[[Tensor], float] = Tensor.item
     on_batch: Callable[[], None] = lambda: None
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embed texts: `[n, E]` fp32 on the CPU, unit norm, in the order given."""
@@ -101,8 +103,14 @@ class Encoder:
                 rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
         return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
 
-    def encode_images(self, source: EvaluationSource) -> ImageSet:
-        """Embed the images of shards and collect what came with them."""
+    def encode_images(
+        self, source: EvaluationSource, encode: Callable[[Images], Tensor] | None = None
+    ) -> ImageSet:
+        """Embed the images of shards and collect what came with them.
+
+        encode: gives the rows in place of the model's unit embeddings, `[B, any width]`.
+        """
+        encode = encode or self.model.encode_image
         loader = build_evaluation_loader(
             source,
             self.transform,
@@ -118,7 +126,7 @@ class Encoder:
                 self.on_batch()
                 is_real = batch.index >= 0  # [B]
                 images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
-                rows.append(self.model.encode_image(images).float()[is_real.to(self.world.device)])
+                rows.append(encode(images).float()[is_real.to(self.world.device)])
                 labels.append(batch.labels[is_real] if batch.labels is not None else batch.index[is_real])
                 index.append(batch.index[is_real])
                 kept = is_real.nonzero().flatten().tolist()

@@ -136,23 +136,34 @@ class LoadReport:
 
 
 def load_weights(
-    model: Siglip, path: str | Path, *, resample: bool = True, fresh: Sequence[str] = ()
+    model: Siglip,
+    path: str | Path,
+    *,
+    resample: bool = True,
+    fresh: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> LoadReport:
     """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
 
     resample: resize the vision position table, corner-aligned, where the image size differs (SigLIP 2,
-    section 2.4.1). fresh: beginnings of names that may keep their initial values where no tensor fits.
+    section 2.4.1). fresh: beginnings of names that may keep their initial values where no tensor fits. skip: beginnings
+    of names that keep them whatever fits.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """
     path = Path(path).expanduser()
     description, source = read_model(path)
-    _check_same_meaning(description.config, model.config, path)
+    _check_same_meaning(description.config, model.config, path, skip)
+    for beginning in skip:
+        if not any(name.startswith(beginning) for name in model.state_dict()):
+            raise UserError(f"init_skip: no parameter of the model begins with {beginning!r}")
     state, report = {}, LoadReport(unused=sorted(source.keys() - model.state_dict().keys()))
     problems = []
     for name, target in model.state_dict().items():
         tensor = source.get(name)
-        if tensor is not None and tensor.shape == target.shape:
+        if name.startswith(tuple(skip)):
+            report.fresh.append(name)
+        elif tensor is not None and tensor.shape == target.shape:
             state[name] = tensor
             report.loaded.append(name)
         elif tensor is not None and name == _RESAMPLED and resample and tensor.shape[1] == target.shape[1]:
@@ -169,8 +180,10 @@ def load_weights(
     return report
 
 
-def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path) -> None:
+def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path, skip: Sequence[str]) -> None:
     for tower in ("vision", "text"):
+        if f"{tower}." in skip:
+            continue
         for key in ("heads", "gelu"):
             there, here = getattr(getattr(theirs, tower), key), getattr(getattr(ours, tower), key)
             if there != here:
