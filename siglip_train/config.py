@@ -69,6 +69,11 @@ class Config:
         """Optimizer steps of the whole schedule: ceil(total_samples / global_batch_size)."""
         return -(-self.total_samples // self.global_batch_size)
 
+    @property
+    def last_step(self) -> int:
+        """The step at which the program ends, earlier than the schedule where `stop_after_steps` says so."""
+        return min(self.total_steps, self.stop_after_steps or self.total_steps)
+
 
 def parse(values: dict[str, Any]) -> Config:
     """Typed and cross-checked config from a composed one. Raises `UserError` with the key and the remedy."""

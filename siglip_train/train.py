@@ -30,7 +30,7 @@ from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
-from siglip_train.models.siglip import Siglip, flops_per_pair
+from siglip_train.models.siglip import Siglip, flops_per_pair, passes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
@@ -59,8 +59,7 @@ def run(values: dict[str, Any]) -> None:
 
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
-    objectives = instantiate_all(config.objectives, "objectives")
-    model = TrainingModel(Siglip(config.model), objectives)
+    model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
     saved, progress = _load_weights(model, config, run_dir)
     engine.apply_speed_options(model, config.engine)
 
@@ -76,15 +75,12 @@ def run(values: dict[str, Any]) -> None:
         pin_memory=world.device.type == "cuda",
     )
     precision = _precision(config, world)
+    optimizer = build_optimizer(model, config.optim, progress.pretrained)
+    flops = _flops_per_pair(config, model.model)
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )
-    wrapped = engine.build_engine(
-        model,
-        build_optimizer(model, config.optim, progress.pretrained),
-        config=deepspeed_config,
-        world=world,
-    )
+    wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
@@ -107,9 +103,8 @@ def run(values: dict[str, Any]) -> None:
         workers=config.data.workers,
         scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
         on_batch=_leave_if_stopped(stop),
-        heads=objectives,
+        heads=dict(model.objectives.items()),
     )
-    last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
     trainer = loop.Trainer(
         engine=wrapped,
         take_step=loop.plain_step if micro_batch_size == share.size else cached_step,
@@ -119,10 +114,10 @@ def run(values: dict[str, Any]) -> None:
             global_batch_size=config.global_batch_size,
             micro_batch_size=micro_batch_size,
             total_samples=config.total_samples,
-            last_step=last_step,
+            last_step=config.last_step,
             log_every=config.log.every_steps,
             evaluate_every=config.evaluation.every_steps,
-            flops_per_pair=flops_per_pair(config.model),
+            flops_per_pair=flops,
             seed=config.seed,
         ),
         world=world,
@@ -131,7 +126,7 @@ def run(values: dict[str, Any]) -> None:
         if world.is_main
         else None,
         display=ProgressDisplay(
-            total_steps=last_step,
+            total_steps=config.last_step,
             start_step=progress.step,
             is_main=world.is_main,
             is_terminal=sys.stderr.isatty(),
@@ -309,6 +304,16 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
         write_evaluations(run_dir / "evaluations", evaluations, step=step)
         log.info("evaluation at step %d\n%s", step, result_tables(evaluations))
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
+
+
+def _flops_per_pair(config: Config, model: Siglip) -> float:
+    """What a step costs, once the optimizer's rules have frozen what they freeze; without captions no text is run."""
+    has_texts = any(source.text is not None for source in config.data.sources.values())
+    return flops_per_pair(
+        config.model,
+        vision_passes=passes(model.vision),
+        text_passes=passes(model.text) if has_texts else 0.0,
+    )
 
 
 def _announce(config: Config, world: World, model: TrainingModel, precision: str) -> None:
