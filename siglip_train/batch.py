@@ -23,8 +23,8 @@ class Images(NamedTuple):
 class Batch(NamedTuple):
     """One rank's share of a global batch.
 
-    images: B images. texts: `[B, context_length]` int64 tokens. keys: B sample names (`shard/key`), for messages.
-    labels: `[B]` int64 class indices, only where an evaluation needs them.
+    images: B images. texts: `[B, context_length]` int64 tokens, `[B, 0]` of sources without captions.
+    keys: B sample names (`shard/key`), for messages. labels: `[B]` int64 class indices, None of sources without.
     """
 
     images: Images

@@ -1,15 +1,15 @@
 """Checkpoints of a run: complete or absent, safetensors and JSON only, loadable at any ZeRO stage and number of ranks.
 
 `checkpoints/step-NNNNNNNN/` holds `weights/` (an export folder that `load_model` opens), `heads.safetensors` (what
-objectives own), `moments.safetensors` (AdamW's, by parameter name) and `state.json`; `checkpoints/LAST` names the
-newest.
+objectives own, and layers with adapters, which are merged in `weights/` and go on from here), `moments.safetensors`
+(AdamW's, by parameter name) and `state.json`; `checkpoints/LAST` names the newest.
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from siglip_train import engine as engines
 from siglip_train.distributed.collectives import broadcast_object
 from siglip_train.errors import UserError
+from siglip_train.models.adapters import is_unmerged, merged_name
 
 MODEL_PREFIX = "model."
 
@@ -43,11 +44,15 @@ class CheckpointConfig:
 
 
 class Progress(NamedTuple):
-    """How far a run is: optimizer steps done, pairs seen, and the loader's state."""
+    """How far a run is: optimizer steps done, pairs seen, and the loader's state.
+
+    pretrained: the parameters that `init_from` gave when the run began, which may be treated in another way.
+    """
 
     step: int = 0
     samples_seen: int = 0
     loader: dict[str, Any] | None = None
+    pretrained: Sequence[str] = ()
 
 
 class Checkpoints:
@@ -104,7 +109,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model = {k.removeprefix(MODEL_PREFIX): v for k, v in weights.items() if k.startswith(MODEL_PREFIX)}
-        heads = {k: v for k, v in weights.items() if not k.startswith(MODEL_PREFIX)}
+        heads = {k: v for k, v in weights.items() if not k.startswith(MODEL_PREFIX) or is_unmerged(k)}
         self._write_weights(partial / "weights", model)
         save_file(heads, partial / "heads.safetensors")
         save_file(moments, partial / "moments.safetensors")
@@ -147,10 +152,14 @@ class Saved(NamedTuple):
 def read(folder: Path) -> Saved:
     """Read a checkpoint. Raises `UserError` when a file is missing or damaged."""
     try:
-        progress = Progress(**json.loads((folder / "state.json").read_text()))
+        state = json.loads((folder / "state.json").read_text())
+        progress = Progress(**{**state, "pretrained": tuple(state.get("pretrained", ()))})
         model = load_file(folder / "weights" / "model.safetensors")
         weights = {MODEL_PREFIX + name: tensor for name, tensor in model.items()}
-        weights.update(load_file(folder / "heads.safetensors"))
+        heads = load_file(folder / "heads.safetensors")
+        for name in filter(is_unmerged, heads):
+            weights.pop(merged_name(name), None)
+        weights.update(heads)
         moments = load_file(folder / "moments.safetensors")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None

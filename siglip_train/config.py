@@ -11,6 +11,7 @@ from siglip_train.data.tokenizer import TextRules
 from siglip_train.engine import EngineConfig
 from siglip_train.errors import UserError
 from siglip_train.metrics import LogConfig
+from siglip_train.models.adapters import AdapterConfig
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.optim import OptimConfig
 
@@ -35,6 +36,9 @@ class Config:
 
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
+    init_from: a model to start from, in any format that `load_model` knows. init_skip: beginnings of the names of
+    parameters that it shall not give, `[text., logit_]` for a text tower of one's own. adapters: LoRA on that model,
+    null = none.
     """
 
     model: SiglipConfig
@@ -50,6 +54,8 @@ class Config:
     stop_after_steps: int | None = None
     resume: str | None = "auto"
     init_from: str | None = None
+    init_skip: list[str] = field(default_factory=list)
+    adapters: AdapterConfig | None = None
     text_rules: TextRules = field(default_factory=TextRules)
     objectives: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -62,6 +68,11 @@ class Config:
     def total_steps(self) -> int:
         """Optimizer steps of the whole schedule: ceil(total_samples / global_batch_size)."""
         return -(-self.total_samples // self.global_batch_size)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the program ends, earlier than the schedule where `stop_after_steps` says so."""
+        return min(self.total_steps, self.stop_after_steps or self.total_steps)
 
 
 def parse(values: dict[str, Any]) -> Config:
@@ -78,6 +89,8 @@ def parse(values: dict[str, Any]) -> Config:
         raise UserError(f"tokenizer: there is no {config.tokenizer}")
     if config.init_from is not None and not Path(config.init_from).exists():
         raise UserError(f"init_from: there is no {config.init_from}")
+    if config.adapters is not None and config.init_from is None:
+        raise UserError("adapters: they adapt a trained model, so init_from=PATH is needed")
     if config.resume not in (None, "auto") and not Path(config.resume).exists():
         raise UserError(f"resume: there is no {config.resume}; resume=auto continues run_dir where it can")
     return config

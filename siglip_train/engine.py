@@ -70,6 +70,12 @@ def build_engine(
     return engine
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Numbers in all parameters and in those that train, also where ZeRO-3 has sharded them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+
+
 def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
     """Switch on activation checkpointing and compile the blocks, from outside the model."""
     for module in model.modules():

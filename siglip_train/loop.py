@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,7 @@ class Schedule(NamedTuple):
 
     micro_batch_size: pairs that a rank takes through the towers at once. flops_per_pair: of forward and backward once,
     which is what throughput and MFU count: neither activation checkpointing nor the gradient cache makes them larger.
+    seed: of what modules draw in a step (dropout), so that a resumed run draws the same.
     """
 
     global_batch_size: int
@@ -52,6 +54,7 @@ class Schedule(NamedTuple):
     log_every: int
     evaluate_every: int
     flops_per_pair: float
+    seed: int = 0
 
 
 class StepReport(NamedTuple):
@@ -91,13 +94,20 @@ def train(run: Trainer, progress: Progress) -> Progress:
     Returns how far it came. All ranks. Raises `UserError` at a loss or gradient that is not finite.
     """
     timer = _Timer(run)
+    watch: optim.UnusedParameters | None = optim.UnusedParameters(run.engine.module)
     batches: Iterable[Batch] = iter(run.loader)
     while progress.step < run.schedule.last_step:
         with timer.waiting_for_data():
             batch = next(batches)  # type: ignore[call-overload]
         lr = _set_learning_rates(run, progress.samples_seen)
+        torch.manual_seed(_seed_of_step(run, progress.step))
         report, stop = run.take_step(run, batch, progress.step + 1)
-        progress = Progress(progress.step + 1, progress.samples_seen + run.schedule.global_batch_size)
+        progress = progress._replace(
+            step=progress.step + 1, samples_seen=progress.samples_seen + run.schedule.global_batch_size
+        )
+        if watch is not None:
+            _warn_of_unused(watch)
+            watch = None
         metrics = None
         if progress.step % run.schedule.log_every == 0 or progress.step == run.schedule.last_step:
             metrics = {**_loss_metrics(run, report), "train/lr": lr, **timer.metrics()}
@@ -121,6 +131,22 @@ def train(run: Trainer, progress: Progress) -> Progress:
         )
     _save(run, progress)
     return progress
+
+
+def _seed_of_step(run: Trainer, step: int) -> int:
+    return zlib.crc32(f"{run.schedule.seed} {step} {run.world.rank}".encode())
+
+
+def _warn_of_unused(watch: optim.UnusedParameters) -> None:
+    names = watch.stop()
+    if names:
+        log.warning(
+            "%d parameters got no gradient in the first step (%s%s): weight decay alone will change them; freeze what "
+            "no objective trains, optim.rules=[{pattern: …, frozen: true}]",
+            len(names),
+            ", ".join(names[:3]),
+            ", …" if len(names) > 3 else "",
+        )
 
 
 def _save(run: Trainer, progress: Progress) -> None:

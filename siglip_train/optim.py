@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,10 @@ from siglip_train.errors import UserError
 
 @dataclass
 class ParameterRule:
-    """What happens to the parameters whose name `pattern` finds (re.search); the first rule that matches decides."""
+    """What happens to the parameters whose name `pattern` finds (re.search); the first rule that matches decides.
+
+    frozen: no gradient and no optimizer state; nothing is computed backward below the lowest parameter that trains.
+    """
 
     pattern: str
     decay: bool = True
@@ -44,6 +48,9 @@ class OptimConfig:
     weight_decay has torch AdamW's meaning: the decay of a step is lr * weight_decay * weight. The papers' 1e-4 at
     lr 1e-3 is big_vision's decoupled form and equals 0.1 here.
     rules come before the built-in ones, which decay linear weights only; a parameter that none covers is an error.
+    layer_decay: of the learning rate, for each layer down from the top of either tower: the head and the last norm keep
+    it, the last block has it once, the first block `depth` times, embeddings once more. decay_pretrained: whether
+    weights that `init_from` gave are decayed; False keeps a pretrained tower what it is (SigLIP, section 4.5).
     """
 
     lr: float = 1e-3
@@ -53,12 +60,16 @@ class OptimConfig:
     warmup_samples: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip_norm: float = 1.0
+    layer_decay: float | None = None
+    decay_pretrained: bool = True
     rules: list[ParameterRule] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, or null, got {self.layer_decay}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in 0..1, got {list(self.betas)}")
         if self.warmup_samples < 0 or self.weight_decay < 0 or self.clip_norm <= 0:
@@ -67,13 +78,17 @@ class OptimConfig:
             )
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Sort the parameters into AdamW groups by the rules; frozen ones lose `requires_grad` and are in no group.
 
-    Each group carries `lr_multiplier` and the `names` of its parameters. Raises `UserError` for a parameter that no
-    rule covers, and for a rule of the user's that covers none.
+    pretrained: names of parameters that were loaded. A parameter without `requires_grad` is frozen whatever the rules
+    say. Each group carries `lr_multiplier` and the `names` of its parameters. Raises `UserError` for a parameter that
+    no rule covers, and for a rule of the user's that covers none.
     """
     rules = [*config.rules, *DEFAULT_RULES]
+    depths = _depths(model)
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     used = set()
     for name, parameter in model.named_parameters():
@@ -82,16 +97,18 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             raise UserError(f"optim.rules: no rule covers the parameter {name}; add one with its pattern")
         used.add(index)
         rule = rules[index]
-        if rule.frozen:
+        if rule.frozen or not parameter.requires_grad:
             parameter.requires_grad = False
             continue
+        is_decayed = rule.decay and (config.decay_pretrained or name not in pretrained)
+        lr_multiplier = rule.lr_multiplier * (config.layer_decay or 1.0) ** _layers_above(name, depths)
         group = groups.setdefault(
-            (rule.decay, rule.lr_multiplier),
+            (is_decayed, lr_multiplier),
             {
                 "params": [],
                 "names": [],
-                "lr_multiplier": rule.lr_multiplier,
-                "weight_decay": config.weight_decay if rule.decay else 0.0,
+                "lr_multiplier": lr_multiplier,
+                "weight_decay": config.weight_decay if is_decayed else 0.0,
             },
         )
         group["params"].append(parameter)
@@ -104,11 +121,55 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, config)`."""
+_BLOCK = re.compile(r"^(.*\.)?encoder\.blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"^(.*\.)?(?:patch_embedding|token_embedding|position_table|cls_token)\b")
+
+
+def _depths(model: nn.Module) -> dict[str | None, int]:
+    """The number of blocks of each tower, by what stands before `encoder` in the names of its parameters."""
+    depths: dict[str | None, int] = {}
+    for name, _ in model.named_parameters():
+        if found := _BLOCK.match(name):
+            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    return depths
+
+
+def _layers_above(name: str, depths: dict[str | None, int]) -> int:
+    """How far below the top of its tower a parameter stands: 0 = above all blocks, or in no tower."""
+    if found := _BLOCK.match(name):
+        return depths[found[1]] - int(found[2])
+    found = _EMBEDDING.match(name)
+    return depths[found[1]] + 1 if found and found[1] in depths else 0
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups(model, config, pretrained)`."""
     return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
+        parameter_groups(model, config, pretrained), lr=config.lr, betas=config.betas, eps=config.eps
     )
+
+
+class UnusedParameters:
+    """Watches a model through its first step for parameters that train but get no gradient.
+
+    Such parameters would be moved by weight decay alone, at ZeRO 1 to 3, where each has a gradient of zeros.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._waiting = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._hooks = [
+            parameter.register_hook(lambda _, name=name: self._waiting.discard(name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def stop(self) -> list[str]:
+        """Watch no longer; the names of those that got none."""
+        for hook in self._hooks:
+            hook.remove()
+        return sorted(self._waiting)
 
 
 def schedule(config: OptimConfig, *, samples_seen: int, batch: int, total_samples: int) -> float:

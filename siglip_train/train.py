@@ -29,7 +29,8 @@ from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter, ProgressDisplay
-from siglip_train.models.siglip import Siglip, flops_per_pair
+from siglip_train.models.adapters import add_adapters, merged
+from siglip_train.models.siglip import Siglip, flops_per_pair, passes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
@@ -38,7 +39,7 @@ from siglip_train.runtime import StopSignal, check_kernels_package, environment,
 
 log = logging.getLogger("siglip_train")
 
-OPEN_GROUPS = ("data.sources.", "evaluation.tasks.", "objectives.")
+OPEN_GROUPS = ("adapters.", "data.sources.", "evaluation.tasks.", "objectives.")
 
 
 @exit_on_user_error
@@ -59,9 +60,8 @@ def run(values: dict[str, Any]) -> None:
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
     model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
+    saved, progress = _load_weights(model, config, run_dir)
     engine.apply_speed_options(model, config.engine)
-    saved = _load_weights(model, config, run_dir)
-    progress = saved.progress if saved else checkpoint.Progress()
 
     share = Share(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
@@ -75,12 +75,12 @@ def run(values: dict[str, Any]) -> None:
         pin_memory=world.device.type == "cuda",
     )
     precision = _precision(config, world)
+    optimizer = build_optimizer(model, config.optim, progress.pretrained)
+    flops = _flops_per_pair(config, model.model)
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )
-    wrapped = engine.build_engine(
-        model, build_optimizer(model, config.optim), config=deepspeed_config, world=world
-    )
+    wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
@@ -88,7 +88,9 @@ def run(values: dict[str, Any]) -> None:
         config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
     )
     checkpoints = checkpoint.Checkpoints(
-        run_dir, config.checkpoint, lambda folder, state: write_export(folder, state, description)
+        run_dir,
+        config.checkpoint,
+        lambda folder, state: write_export(folder, merged(state, config.adapters), description),
     )
     checkpoints.last_step = progress.step if saved else None
     encoder = Encoder(
@@ -101,8 +103,8 @@ def run(values: dict[str, Any]) -> None:
         workers=config.data.workers,
         scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
         on_batch=_leave_if_stopped(stop),
+        heads=dict(model.objectives.items()),
     )
-    last_step = min(config.total_steps, config.stop_after_steps or config.total_steps)
     trainer = loop.Trainer(
         engine=wrapped,
         take_step=loop.plain_step if micro_batch_size == share.size else cached_step,
@@ -112,10 +114,11 @@ def run(values: dict[str, Any]) -> None:
             global_batch_size=config.global_batch_size,
             micro_batch_size=micro_batch_size,
             total_samples=config.total_samples,
-            last_step=last_step,
+            last_step=config.last_step,
             log_every=config.log.every_steps,
             evaluate_every=config.evaluation.every_steps,
-            flops_per_pair=flops_per_pair(config.model),
+            flops_per_pair=flops,
+            seed=config.seed,
         ),
         world=world,
         checkpoints=checkpoints,
@@ -123,7 +126,7 @@ def run(values: dict[str, Any]) -> None:
         if world.is_main
         else None,
         display=ProgressDisplay(
-            total_steps=last_step,
+            total_steps=config.last_step,
             start_step=progress.step,
             is_main=world.is_main,
             is_terminal=sys.stderr.isatty(),
@@ -165,17 +168,33 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
     return tokenizer, transform
 
 
-def _load_weights(model: TrainingModel, config: Config, run_dir: Path) -> checkpoint.Saved | None:
-    """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised."""
+def _load_weights(
+    model: TrainingModel, config: Config, run_dir: Path
+) -> tuple[checkpoint.Saved | None, checkpoint.Progress]:
+    """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised.
+
+    Adapters are put beside the layers on the way: a checkpoint has theirs, what `init_from` names has none.
+    """
     found = checkpoint.find(config.resume, run_dir)
     if found is not None:
         saved = checkpoint.read(found)
+        _add_adapters(model, config)
         checkpoint.restore_weights(model, saved, found)
         log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
-        return saved
+        return saved, saved.progress
+    progress = checkpoint.Progress()
     if config.init_from is not None:
-        log.info("init_from %s: %s", config.init_from, load_weights(model.model, config.init_from))
-    return None
+        report = load_weights(model.model, config.init_from, skip=config.init_skip)
+        log.info("init_from %s: %s", config.init_from, report)
+        names = tuple(checkpoint.MODEL_PREFIX + name for name in (*report.loaded, *report.resampled))
+        progress = progress._replace(pretrained=names)
+    _add_adapters(model, config)
+    return None, progress
+
+
+def _add_adapters(model: TrainingModel, config: Config) -> None:
+    if config.adapters is not None:
+        add_adapters(model.model, config.adapters)
 
 
 def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
@@ -288,11 +307,22 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 
+def _flops_per_pair(config: Config, model: Siglip) -> float:
+    """What a step costs, once the optimizer's rules have frozen what they freeze; without captions no text is run."""
+    has_texts = any(source.text is not None for source in config.data.sources.values())
+    return flops_per_pair(
+        config.model,
+        vision_passes=passes(model.vision),
+        text_passes=passes(model.text) if has_texts else 0.0,
+    )
+
+
 def _announce(config: Config, world: World, model: TrainingModel, precision: str, data: list[str]) -> None:
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count, trained = engine.parameter_counts(model)
     log.info(
-        "%.1f M parameters, %d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s",
-        count / 1e6,
+        "%s parameters%s, %d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s",
+        f"{count / 1e6:.1f} M",
+        "" if trained == count else f", {trained / 1e6:.3g} M of them trained",
         config.total_steps,
         config.global_batch_size,
         world.world_size,
@@ -303,7 +333,7 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
     )
     for line in data:
         log.info(line)
-    if "sigmoid" in config.objectives:
+    if config.objectives.get("sigmoid") is not None:
         log.info(
             "a sigmoid loss near %.2f is to be expected at the start",
             expected_initial_loss(config.global_batch_size),

@@ -5,12 +5,21 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
-from siglip_train.models.vision import VisionConfig
-from siglip_train.optim import OptimConfig, ParameterRule, build_optimizer, parameter_groups, schedule
+from siglip_train.models.vision import VisionConfig, patchify
+from siglip_train.optim import (
+    OptimConfig,
+    ParameterRule,
+    UnusedParameters,
+    build_optimizer,
+    parameter_groups,
+    schedule,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +101,96 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     linear = OptimConfig(schedule="linear")
     assert schedule(linear, samples_seen=25, batch=5, total_samples=100) == pytest.approx(0.75)
     assert schedule(OptimConfig(schedule="constant"), samples_seen=99, batch=1, total_samples=100) == 1.0
+
+
+def multipliers(model: nn.Module, config: OptimConfig) -> dict[str, float]:
+    groups = parameter_groups(model, config)
+    return {name: group["lr_multiplier"] for group in groups for name in group["names"]}
+
+
+def test_layer_decay_counts_from_the_top_of_each_tower() -> None:
+    tower = {"width": 16, "mlp_dim": 32, "heads": 2}
+    vision = VisionConfig(image_size=16, patch_size=8, depth=3, pool="cls", **tower)
+    model = nn.ModuleDict(
+        {
+            "model": Siglip(
+                SiglipConfig(vision, TextConfig(context_length=4, vocab_size=11, depth=1, **tower))
+            ),
+            "head": nn.Linear(16, 2),
+        }
+    )
+    rule = ParameterRule(r"^model\.text\.", lr_multiplier=0.1)
+    found = multipliers(model, OptimConfig(layer_decay=0.5, rules=[rule]))
+    expected = {
+        "head.weight": 1,
+        "model.logit_scale": 1,
+        "model.vision.encoder.norm.weight": 1,
+        "model.vision.encoder.blocks.2.mlp.fc1.weight": 1 / 2,
+        "model.vision.encoder.blocks.0.norm1.bias": 1 / 8,
+        "model.vision.patch_embedding.bias": 1 / 16,
+        "model.vision.position_table": 1 / 16,
+        "model.vision.cls_token": 1 / 16,
+        "model.text.head.weight": 0.1,
+        "model.text.encoder.blocks.0.attention.query.weight": 0.1 / 2,
+        "model.text.token_embedding.weight": 0.1 / 4,
+        "model.text.position_table": 0.1 / 4,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert set(multipliers(model, OptimConfig()).values()) == {1.0}
+
+
+def test_pretrained_weights_are_not_decayed_where_that_is_wanted(model: Siglip) -> None:
+    pretrained = {name for name, _ in model.named_parameters() if name.startswith("vision.")}
+    config = OptimConfig(decay_pretrained=False)
+    names = {
+        name
+        for group in parameter_groups(model, config, pretrained)
+        if group["weight_decay"] > 0
+        for name in group["names"]
+    }
+    assert names == decayed(model, OptimConfig()) - pretrained
+    assert decayed(model, config) == decayed(model, OptimConfig()), "nothing was loaded"
+
+
+def test_what_is_frozen_already_stays_so() -> None:
+    layers = nn.ModuleDict({"a": nn.Linear(2, 2).requires_grad_(requires_grad=False), "b": nn.Linear(2, 2)})
+    assert sorted(multipliers(layers, OptimConfig())) == ["b.bias", "b.weight"]
+
+
+def test_parameters_without_a_gradient_are_found() -> None:
+    layers = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abc"})
+    layers["c"].requires_grad_(requires_grad=False)
+    watch = UnusedParameters(layers)
+    layers["c"](layers["a"](torch.ones(1, 2))).sum().backward()
+    assert watch.stop() == ["b.bias", "b.weight"]
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=result) if count else 0
+        return result
+
+
+def test_nothing_is_computed_backward_below_the_lowest_parameter_that_trains() -> None:
+    sizes = {"width": 16, "mlp_dim": 32, "heads": 2}
+    vision = VisionConfig(image_size=16, patch_size=8, depth=4, **sizes)
+    model = Siglip(SiglipConfig(vision, TextConfig(context_length=4, vocab_size=11, depth=1, **sizes)))
+    images = patchify(torch.rand(2, 3, 16, 16), 8)
+    with torch.no_grad(), Products() as forward:
+        tokens = model.vision(*images).tokens
+    with torch.no_grad(), Products() as head:
+        model.vision.pool(tokens)
+    with Products() as whole:
+        model.vision(*images).pooled.sum().backward()
+    parameter_groups(model, OptimConfig(rules=[ParameterRule(r"^vision\.(?!pool)", frozen=True)]))
+    with Products() as head_only:
+        model.vision(*images).pooled.sum().backward()
+    assert whole.total > 2.5 * forward.total
+    # twice the forward of what trains, less the gradient of the tokens, which nothing asks for
+    assert forward.total + head.total < head_only.total < forward.total + 2 * head.total

@@ -17,7 +17,7 @@ from siglip_train.data.images import ImageTransform
 from siglip_train.data.locations import short_name
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
-from siglip_train.data.samples import CaptionChoice, Field
+from siglip_train.data.samples import CaptionChoice, Field, class_label
 from siglip_train.data.shards import RawSample, ShardReader, ShardSet
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
@@ -51,12 +51,13 @@ class Share(NamedTuple):
 
 @dataclass
 class Source:
-    """One source, ready to read."""
+    """One source, ready to read. All sources have captions or none has, and so with labels."""
 
     name: str
     shards: ShardSet
     order: SourceOrder
-    captions: CaptionChoice
+    captions: CaptionChoice | None
+    label: Field | None
     language: Field | None
     language_name: str | None
     reader: ShardReader
@@ -110,17 +111,19 @@ class Piece:
         """Called by the DataLoader's pinning thread."""
         if self.batch is None:
             return self
-        images, texts = self.batch.images, self.batch.texts
-        # a piece of training data has no mask and no labels
+        images, texts, labels = self.batch.images, self.batch.texts, self.batch.labels
+        # a piece of training data has no mask
         pinned = Images(images.patches.pin_memory(), images.grid.pin_memory())
-        return Piece(self.batch._replace(images=pinned, texts=texts.pin_memory()), self.report)
+        labels = None if labels is None else labels.pin_memory()
+        return Piece(self.batch._replace(images=pinned, texts=texts.pin_memory(), labels=labels), self.report)
 
 
 class _Row(NamedTuple):
     """One finished sample."""
 
     patches: np.ndarray  # uint8 [L, P]
-    caption: str
+    caption: str | None
+    label: int | None
     key: str
 
 
@@ -171,8 +174,11 @@ class Pieces(Dataset):
         finally:
             report.events += self.sources[0].shards.cache.drain()
         images = self.transform.batch([row.patches for row in rows])
-        texts = self.tokenizer([row.caption for row in rows])
-        return Piece(Batch(images, texts, keys=tuple(row.key for row in rows)), report)
+        captions = [row.caption for row in rows if row.caption is not None]
+        texts = self.tokenizer(captions) if captions else torch.empty(len(rows), 0, dtype=torch.long)
+        labels = [row.label for row in rows if row.label is not None]
+        keys = tuple(row.key for row in rows)
+        return Piece(Batch(images, texts, keys, torch.tensor(labels) if labels else None), report)
 
     def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
         rng = sample_generator(self.mixture.seed, position)
@@ -203,9 +209,10 @@ class Pieces(Dataset):
         )
 
     def _finished(self, sample: RawSample, source: Source, rng: np.random.Generator) -> _Row:
-        caption = source.captions.draw(sample, rng)
+        caption = source.captions.draw(sample, rng) if source.captions else None
+        label = class_label(source.label, sample) if source.label else None
         patches = self.transform.for_training(sample.members["image"], rng, self.max_pixels)
-        return _Row(patches, caption, sample.name)
+        return _Row(patches, caption, label, sample.name)
 
 
 def _counted(source: Source, sample: RawSample, attempt: int) -> Iterator[str]:

@@ -43,7 +43,9 @@ class SourceConfig:
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
-    or a mapping of such to probabilities. language: counted in the log, a name (`en`) or a field (`json:lang`).
+    or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
+    (`json:class`) with a class index, for such objectives. language: counted in the log, a name (`en`) or a field
+    (`json:lang`).
     select: which samples, by key.
     """
 
@@ -51,6 +53,7 @@ class SourceConfig:
     weight: float = 1.0
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
+    label: str | None = None
     language: str | None = None
     select: Selection = field(default_factory=Selection)
 
@@ -250,7 +253,8 @@ def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
 
     images = Images(cat([part.images.patches for part in parts]), cat([part.images.grid for part in parts]))
     keys = tuple(key for part in parts for key in part.keys)
-    return Batch(images, cat([part.texts for part in parts]), keys=keys)
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Batch(images, cat([part.texts for part in parts]), keys, cat(labels) if labels else None)
 
 
 def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory: bool) -> DataLoader:
@@ -298,13 +302,18 @@ def build_loader(
     names, sources = list(config.sources), list(config.sources.values())
     stages = stages_of({name: source.weight for name, source in config.sources.items()}, config.stages)
     mixture = Mixture(stages, share.global_batch_size, seed)
-    choices = [CaptionChoice(source.text) for source in sources]
+    _check_alike(config)
+    choices = [None if source.text is None else CaptionChoice(source.text) for source in sources]
+    labels = [None if source.label is None else Field.parse(source.label) for source in sources]
     languages = [_language(source) for source in sources]
     wanted = [
         Wanted(
-            extensions(source.image), choice.members, (language.member,) if language else (), source.select
+            extensions(source.image),
+            choice.members if choice else None,
+            tuple(field.member for field in (label, language) if field),
+            source.select,
         )
-        for source, choice, language in zip(sources, choices, languages, strict=True)
+        for source, choice, label, language in zip(sources, choices, labels, languages, strict=True)
     ]
     cache = ShardCache.at(
         config.cache_dir,
@@ -321,13 +330,14 @@ def build_loader(
                 shards.counts, seed=seed, source=number, window=config.shuffle_window, order=config.order
             ),
             captions=choice,
+            label=label,
             language=language,
             language_name=None if language else source.language,
             reader=ShardReader(shards),
             max_failed_shards=config.max_failed_shards,
         )
-        for number, (name, source, shards, choice, language) in enumerate(
-            zip(names, sources, shard_sets, choices, languages, strict=True)
+        for number, (name, source, shards, choice, label, language) in enumerate(
+            zip(names, sources, shard_sets, choices, labels, languages, strict=True)
         )
     ]
     pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
@@ -346,6 +356,17 @@ def extensions(image: str) -> tuple[str, ...]:
 def _language(source: SourceConfig) -> Field | None:
     is_field = source.language is not None and source.language.startswith("json:")
     return Field.parse(source.language or "") if is_field else None
+
+
+def _check_alike(config: DataConfig) -> None:
+    """A batch has captions for all of its samples or for none, and so with labels."""
+    for key in ("text", "label"):
+        without = [name for name, source in config.sources.items() if getattr(source, key) is None]
+        if 0 < len(without) < len(config.sources):
+            raise UserError(
+                f"data.sources.{without[0]}.{key} is null, and other sources have one: batches mix all sources, so"
+                " give it for each of them or for none"
+            )
 
 
 def _check_sizes(names: list[str], shard_sets: list[ShardSet], mixture: Mixture) -> None:

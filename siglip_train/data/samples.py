@@ -110,6 +110,16 @@ def _json(data: bytes) -> Any:
         raise SampleError("broken json", str(error)) from error
 
 
+def class_label(label: Field, sample: RawSample) -> int:
+    """The class index that stands in `label`. Raises `SampleError` where there is none, or something else."""
+    value = label.first(sample)
+    try:
+        # a fraction or a truth value is no class
+        return int(value if isinstance(value, str) or type(value) is int else "")
+    except ValueError:
+        raise SampleError("bad label", f"{label.text} is {value!r}, not an integer") from None
+
+
 class CaptionChoice:
     """Draws the caption of a training sample.
 

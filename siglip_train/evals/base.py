@@ -7,15 +7,15 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from siglip_train.batch import Images
 from siglip_train.data.evaluation import Caption, EvaluationSource, build_evaluation_loader
@@ -80,6 +80,7 @@ class Encoder:
     batch_size: rows a rank takes at once. workers: loader processes a rank.
     scalar_of: reads a one-element parameter; an engine that shards parameters (ZeRO-3) brings its own.
     on_batch: called before each batch on all ranks alike; may raise to end an evaluation early.
+    heads: the objectives of the run, by name, for tasks that ask what they learned.
     Each `encode_*` must be called by all ranks; every rank then makes the same number of forward calls, as
     ZeRO-3 needs, and gets the same result.
     """
@@ -93,6 +94,7 @@ class Encoder:
     workers: int = 0
     scalar_of: Callable[[Tensor], float] = Tensor.item
     on_batch: Callable[[], None] = lambda: None
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embed texts: `[n, E]` fp32 on the CPU, unit norm, in the order given."""
@@ -112,11 +114,14 @@ class Encoder:
                 rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
         return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
 
-    def encode_images(self, source: EvaluationSource, *, pooled: bool = False) -> ImageSet:
+    def encode_images(
+        self, source: EvaluationSource, encode: Callable[[Images], Tensor] | None = None
+    ) -> ImageSet:
         """Embed the images of a set and collect what came with them.
 
-        pooled: give the vision tower's pooled output as it is, not unit-norm embeddings; probes are trained on it.
+        encode: gives the rows in place of the model's unit embeddings, `[B, any width]`; `pool_images`, for one.
         """
+        encode = encode or self.model.encode_image
         loader = build_evaluation_loader(
             source,
             self.transform,
@@ -133,8 +138,7 @@ class Encoder:
                 self.on_batch()
                 is_real = batch.index >= 0  # [B]
                 images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
-                output = self.model.vision(*images).pooled if pooled else self.model.encode_image(images)
-                embeddings.append(output.float()[is_real.to(self.world.device)])
+                embeddings.append(encode(images).float()[is_real.to(self.world.device)])
                 index.append(batch.index[is_real])
                 labels = batch.labels or [()] * len(batch.index)
                 rows = zip(batch.keys, batch.captions, labels, batch.groups, strict=True)
@@ -152,6 +156,10 @@ class Encoder:
             picture=lambda image: loader.picture(places[image]),
             counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
         )
+
+    def pool_images(self, images: Images) -> Tensor:
+        """Give the vision tower's pooled output as it is, not unit-norm: `[B, D]`; probes are trained on it."""
+        return self.model.vision(*images).pooled
 
     def scale_and_bias(self) -> tuple[float, float]:
         """Give the model's own logit multiplier exp(t') and bias. All ranks."""

@@ -45,7 +45,7 @@ def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def features_of(train: ImageSet, test: ImageSet, device: torch.device) -> Features:
     """Join two sets. Raises UserError for an image with no label or several."""
-    train_labels, test_labels = (_single_labels(part) for part in (train, test))
+    train_labels, test_labels = (single_labels(part) for part in (train, test))
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     return Features(
         train.embeddings.to(device),
@@ -56,7 +56,8 @@ def features_of(train: ImageSet, test: ImageSet, device: torch.device) -> Featur
     )
 
 
-def _single_labels(images: ImageSet) -> Tensor:
+def single_labels(images: ImageSet) -> Tensor:
+    """Give the one label of each image: `[n]` int64. Raises UserError for an image with none or several."""
     assert images.labels is not None
     for key, labels in zip(images.keys, images.labels, strict=True):
         if len(labels) != 1 or labels[0] < 0:

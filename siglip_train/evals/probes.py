@@ -55,7 +55,7 @@ class Probes:
             raise UserError(
                 f"{self._sources[0].shards} and {self._sources[1].shards} have other class folders"
             )
-        train, test = (encoder.encode_images(source, pooled=True) for source in self._sources)
+        train, test = (encoder.encode_images(source, encoder.pool_images) for source in self._sources)
         both = set(train.keys) & set(test.keys)
         if self._sources[0].shards == self._sources[1].shards and both:
             raise UserError(

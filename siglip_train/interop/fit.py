@@ -46,16 +46,23 @@ class LoadReport:
 
 
 def fit_weights(
-    files: ModelFiles, config: SiglipConfig, *, where: Path, resample: bool = True, fresh: Sequence[str] = ()
+    files: ModelFiles,
+    config: SiglipConfig,
+    *,
+    where: Path,
+    resample: bool = True,
+    fresh: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors of `files` that a model of `config` takes, and what became of each.
 
     A position table of another size is resized as the origin of the weights does it, that of a NaFlex model always
-    with half-pixel centres; a stem of another patch size by FlexiViT's pseudo-inverse.
+    with half-pixel centres; a stem of another patch size by FlexiViT's pseudo-inverse. skip: beginnings of names that
+    are left out whatever fits; a whole tower (`text.`) need not have our heads then.
     Raises `UserError` with the names of all tensors that are missing or of another shape and not `fresh`, and where
     heads or activation differ, as such weights would load and mean something else.
     """
-    _check_same_meaning(files.description.config, config, where)
+    _check_same_meaning(files.description.config, config, where, skip)
     shapes = parameter_shapes(config)
     state: dict[str, Tensor] = {}
     report = LoadReport(unused=sorted(files.state.keys() - shapes.keys()))
@@ -63,7 +70,9 @@ def fit_weights(
     for name, shape in shapes.items():
         tensor = files.state.get(name)
         resampled = _resampled(name, tensor, files.description, config) if resample else None
-        if tensor is not None and tensor.shape == shape:
+        if name.startswith(tuple(skip)):
+            report.fresh.append(name)
+        elif tensor is not None and tensor.shape == shape:
             state[name] = tensor
             report.loaded.append(name)
         elif resampled is not None and resampled.shape == shape:
@@ -92,8 +101,10 @@ def _resampled(name: str, tensor: Tensor | None, source: Description, target: Si
     return None
 
 
-def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path) -> None:
+def _check_same_meaning(theirs: SiglipConfig, ours: SiglipConfig, path: Path, skip: Sequence[str]) -> None:
     for tower in ("vision", "text"):
+        if f"{tower}." in skip:
+            continue
         for key in ("heads", "gelu"):
             there, here = getattr(getattr(theirs, tower), key), getattr(getattr(ours, tower), key)
             if there != here:

@@ -118,16 +118,27 @@ def _weights_folder(path: Path) -> Path:
 
 
 def load_weights(
-    model: Siglip, path: str | Path, *, resample: bool = True, fresh: Sequence[str] = ()
+    model: Siglip,
+    path: str | Path,
+    *,
+    resample: bool = True,
+    fresh: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> LoadReport:
     """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
 
     resample: resize position table and stem where image or patch size differ, as `fit_weights` says. fresh:
-    beginnings of names that may keep their initial values where no tensor fits.
+    beginnings of names that may keep their initial values where no tensor fits. skip: beginnings of names that keep
+    them whatever fits.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """
     path = Path(path).expanduser()
-    state, report = fit_weights(read_model(path), model.config, where=path, resample=resample, fresh=fresh)
+    for beginning in skip:
+        if not any(name.startswith(beginning) for name in model.state_dict()):
+            raise UserError(f"init_skip: no parameter of the model begins with {beginning!r}")
+    state, report = fit_weights(
+        read_model(path), model.config, where=path, resample=resample, fresh=fresh, skip=skip
+    )
     model.load_state_dict(state, strict=False)
     return report

@@ -140,10 +140,13 @@ class Encoder(nn.Module):
     def run_blocks(self, x: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
         """The first `count` blocks alone, without the final LayerNorm: `[B, L, D]` -> `[B, L, D]`."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        # of its own a block draws nothing, but adapters may
+        is_random = recompute and any(isinstance(part, nn.Dropout) for part in self.modules())
         for block in self.blocks[:count]:
             if recompute:
-                # nothing in a block is random, so no random state needs keeping
-                x = cast(Tensor, checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False))
+                x = cast(
+                    Tensor, checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=is_random)
+                )
             else:
                 x = block(x, mask)
         return x

@@ -63,12 +63,14 @@ class Siglip(nn.Module):
         return normalize(self.text(tokens.to(self.logit_scale.device)).pooled)
 
 
-def flops_per_pair(config: SiglipConfig, tokens: int | None = None) -> float:
+def flops_per_pair(
+    config: SiglipConfig, tokens: int | None = None, *, vision_passes: float = 3.0, text_passes: float = 3.0
+) -> float:
     """Floating-point operations of forward and backward for one image-text pair, without any recomputation.
 
     Matrix products and attention only, the convention of MFU; each product costs twice as much backward as
     forward, except that of the stem, whose input needs no gradient. tokens: image tokens (L), default those
-    of the configured square image.
+    of the configured square image. vision_passes, text_passes: what a tower's work is, in forward passes, see `passes`.
     """
     vision, text = config.vision, config.text
     length = vision.grid**2 if tokens is None else tokens
@@ -77,10 +79,21 @@ def flops_per_pair(config: SiglipConfig, tokens: int | None = None) -> float:
     forward = vision.depth * _block_flops(seen, vision.width, vision.mlp_dim)
     if vision.pool == "map":
         forward += _pool_flops(length, vision.width, vision.mlp_dim)
-    forward += text.depth * _block_flops(text.context_length, text.width, text.mlp_dim)
+    forward_text = text.depth * _block_flops(text.context_length, text.width, text.mlp_dim)
     if text.projection:
-        forward += 2.0 * text.width * vision.width
-    return 2 * stem + 3 * forward
+        forward_text += 2.0 * text.width * vision.width
+    return max(1.0, vision_passes - 1) * stem + vision_passes * forward + text_passes * forward_text
+
+
+def passes(tower: nn.Module) -> float:
+    """The work of a tower that is run and trained as its `requires_grad` say, in forward passes: 1 frozen, 3 trained.
+
+    Between them, backward goes through all layers, and gives gradients to the share of weights that train: adapters
+    need 2. A tower frozen up to some block needs less than this says.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in tower.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
+    return 2.0 + trained / sum(size for size, _ in sizes) if trained else 1.0
 
 
 def _block_flops(length: int, width: int, mlp_dim: int) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from siglip_train.batch import Batch
+from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, normalize
 from siglip_train.models.text import TextFeatures
 from siglip_train.models.vision import VisionFeatures
@@ -31,8 +32,22 @@ class ForwardPass:
     @cached_property
     def text(self) -> TextFeatures:
         """The text tower's tokens `[B, context_length, D]` and pooled output `[B, E]`."""
+        if self.batch.texts.shape[1] == 0:
+            raise UserError(
+                "an objective needs captions, and data.sources give none: set data.sources.NAME.text, or leave the"
+                " objective out (objectives.NAME=null)"
+            )
         with record_function("forward/text"):
             return self.model.text(self.batch.texts)
+
+    @cached_property
+    def image_average(self) -> Tensor:
+        """The average of an image's tokens that are no padding, `[B, D]`."""
+        tokens, _, mask = self.image
+        if mask is None:
+            return tokens.mean(dim=1)
+        weights = mask.to(tokens.dtype)[..., None]  # [B, L, 1]
+        return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
 
     @cached_property
     def image_embedding(self) -> Tensor:

@@ -395,3 +395,44 @@ def test_pinning_keeps_keys_and_counts(build: Build, shards: str, monkeypatch: p
     assert copy.batch.keys == piece.batch.keys
     assert copy.report.counts == {"source/all": 6}
     assert copy.batch.texts.equal(piece.batch.texts)
+
+
+def _labelled(folder: Path, labels: list[bytes]) -> str:
+    rows = [without(sample(f"{i:03d}", i, cls=label), "txt") for i, label in enumerate(labels)]
+    write_tar(folder / "0.tar", [member for row in rows for member in row])
+    return str(folder / "0.tar")
+
+
+def test_labels_come_with_their_samples_and_captions_are_not_needed(build: Build, tmp_path: Path):
+    shards = _labelled(tmp_path, [str(i % 3).encode() for i in range(300)])
+    # 300 a batch, so that it is joined of two pieces
+    source = {"all": SourceConfig(shards, text=None, label="cls")}
+    batch = next(iter(build(source, Share(300))))
+    assert batch.texts.shape == (300, 0)
+    assert batch.size == 300
+    assert batch.labels is not None
+    assert batch.labels.dtype == torch.int64
+    assert batch.labels.tolist() == [int(key.rsplit("/")[-1]) % 3 for key in batch.keys]
+    numbers = {"all": SourceConfig(shards, text=None, label="json:number")}
+    batch = next(iter(build(numbers, Share(6))))
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [int(key.rsplit("/")[-1]) for key in batch.keys]
+
+
+def test_a_sample_without_a_whole_number_as_label_is_replaced_and_counted(build: Build, tmp_path: Path):
+    shards = _labelled(tmp_path, [b"1", b"shirt", b"1", b"1.5", b"1", b"1"])
+    loader = build({"all": SourceConfig(shards, text=None, label="cls")})
+    batch = next(iter(loader))
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [1] * 6
+    assert loader.counts["bad/bad label"] >= 2, "each, and again where one is drawn as a substitute"
+
+
+@pytest.mark.parametrize("key", ["text", "label"])
+def test_sources_with_and_without_captions_or_labels_do_not_mix(build: Build, shards: str, key: str):
+    sources = {
+        "a": SourceConfig(shards, **{"text": "txt", "label": "json:number", key: None}),
+        "b": SourceConfig(shards, text="txt", label="json:number"),
+    }
+    with pytest.raises(UserError, match=rf"data\.sources\.a\.{key} is null"):
+        build(sources)

@@ -101,7 +101,8 @@ def test_images_are_embedded_in_data_order_without_bad_ones(shards):
 
 
 def test_pooled_outputs_are_what_the_embeddings_are_made_of(shards):
-    pooled = encoder_on().encode_images(source(shards), pooled=True).embeddings
+    encoder = encoder_on()
+    pooled = encoder.encode_images(source(shards), encoder.pool_images).embeddings
     unit = encoder_on().encode_images(source(shards)).embeddings
     assert not pooled.norm(dim=1).allclose(torch.ones(len(pooled)), atol=0.01)
     torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=1), unit, atol=1e-6, rtol=0)

@@ -1,0 +1,73 @@
+"""Classification of images as an objective: a linear head on the vision tower, trained on labels."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import record_function
+
+from siglip_train.errors import UserError
+from siglip_train.objectives.base import Objective
+from siglip_train.objectives.forward_pass import ForwardPass
+
+
+class Classification(Objective):
+    """Cross-entropy of `classifier`, one linear layer, against the labels of the batch.
+
+    classes: C, so that labels are 0..C-1. width: of the vision tower, D. features: `tokens` = their average, which is
+    what Hugging Face's SiglipForImageClassification reads, `pooled` = what the tower's own head makes of them, with
+    which contrastive training ended. label_smoothing: share of the target that is spread over all classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        features: Literal["tokens", "pooled"] = "tokens",
+        label_smoothing: float = 0.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight=weight)
+        if classes < 2:
+            raise ValueError(f"classes is {classes}: give the number of classes, at least 2")
+        if features not in ("tokens", "pooled"):
+            raise ValueError(f"features is {features!r}: choose tokens or pooled")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}: give a share in 0..1, below 1")
+        self.classes, self.label_smoothing = classes, label_smoothing
+        self._features = features
+        self.classifier = nn.Linear(width, classes)
+        # all classes equally likely at first, so that the tower is not moved by a random head
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def logits(self, forward_pass: ForwardPass) -> Tensor:
+        """Scores of the classes, `[B, C]` in fp32."""
+        is_pooled = self._features == "pooled"
+        features = forward_pass.image.pooled if is_pooled else forward_pass.image_average  # [B, D]
+        return self.classifier(features).float()
+
+    def forward(self, forward_pass: ForwardPass) -> Tensor:
+        """Return the mean over this rank's images. Raises `UserError` for a label outside 0..C-1, and for none."""
+        labels = self._checked_labels(forward_pass)
+        logits = self.logits(forward_pass)
+        with record_function("objective/classification"):
+            return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def _checked_labels(self, forward_pass: ForwardPass) -> Tensor:
+        labels, keys = forward_pass.batch.labels, forward_pass.batch.keys
+        if labels is None:
+            raise UserError(
+                "classification needs labels: set data.sources.NAME.label to the member (cls) or field (json:class) "
+                "with the class index"
+            )
+        outside = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
+        # before the tower has work to do, as asking waits for the device
+        if len(outside):
+            row = int(outside[0])
+            raise UserError(
+                f"label {int(labels[row])} of sample {keys[row]}: the objective has {self.classes} classes, so labels "
+                f"are 0..{self.classes - 1}"
+            )
+        return labels

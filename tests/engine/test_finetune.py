@@ -1,0 +1,167 @@
+"""Fine-tuning at every ZeRO stage on two ranks: a head and adapters, saved merged, resumed as they were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from siglip_train import checkpoint
+from siglip_train import engine as engines
+from siglip_train.batch import Batch
+from siglip_train.data.images import ImageTransform
+from siglip_train.distributed.setup import World
+from siglip_train.evals.base import Encoder
+from siglip_train.evals.classification import HeadAccuracy
+from siglip_train.interop.load import load_model
+from siglip_train.interop.native import Description, write_export
+from siglip_train.models.adapters import AdapterConfig, add_adapters, merged
+from siglip_train.models.siglip import Siglip
+from siglip_train.objectives.classification import Classification
+from siglip_train.objectives.forward_pass import ForwardPass
+from siglip_train.objectives.training_model import TrainingModel
+from siglip_train.optim import OptimConfig, UnusedParameters, build_optimizer
+from tests.data.conftest import encoded, picture
+from tests.data.shard_files import sample, write_tar
+from tests.engine import test_engine as whole
+from tests.ranks import run_ranks
+
+ADAPTERS = AdapterConfig(rank=3, pattern=r"^vision\.encoder\..*\.(query|value)$")
+# large eps, as Adam would make whole steps of the rounding of a gradient near zero
+OPTIM = OptimConfig(lr=1e-1, eps=1e-2, clip_norm=100.0)
+STEPS = 2
+# 13 pictures on two ranks, so that one has a filler
+LABELS = [number % 3 for number in range(13)]
+
+
+def training_model() -> TrainingModel:
+    torch.manual_seed(0)
+    model = Siglip(whole.CONFIG)
+    add_adapters(model, ADAPTERS)
+    return TrainingModel(model, {"head": Classification(classes=3, width=20)})
+
+
+def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    images, texts, *_ = whole.batch(step, rank, world_size)
+    labels = torch.randint(0, 3, (whole.GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
+    size = len(texts)
+    return Batch(images, torch.empty(size, 0).long(), ("",) * size, labels[rank * size : (rank + 1) * size])
+
+
+def plain_run() -> tuple[list[float], TrainingModel]:
+    """Losses in one process, torch alone, and the model after them."""
+    model, history = training_model(), []
+    optimizer = build_optimizer(model, OPTIM)
+    for step in range(2 * STEPS):
+        total = model(batch(step)).total
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(total.item())
+    return history, model
+
+
+def build(stage: int, saved: checkpoint.Saved | None = None):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = training_model()
+    if saved is not None:
+        checkpoint.restore_weights(model, saved, Path("saved"))
+    config = engines.deepspeed_config(
+        engines.EngineConfig(zero_stage=stage),
+        precision="fp32",
+        micro_batch_size=whole.GLOBAL_BATCH // world_size,
+        clip_norm=OPTIM.clip_norm,
+    )
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    engine = engines.build_engine(model, build_optimizer(model, OPTIM), config=config, world=world)
+    if saved is not None:
+        checkpoint.restore_optimizer(engine, saved)
+    return engine, world
+
+
+def steps(engine, first: int) -> list[float]:
+    history = []
+    for step in range(first, first + STEPS):
+        losses = engine(batch(step, dist.get_rank(), dist.get_world_size()))
+        engine.backward(losses.total)
+        engine.step()
+        mean = losses.total.detach().clone()
+        dist.all_reduce(mean)
+        history.append(mean.item() / dist.get_world_size())
+    return history
+
+
+def finetune(folder: str, shard: str, stages: list[int]) -> list[dict]:
+    """For each stage: STEPS steps, a checkpoint, and a new engine at the next stage that goes on from it."""
+    results = []
+    for stage in stages:
+        engine, world = build(stage)
+        watch = UnusedParameters(engine.module)
+        before = steps(engine, 0)
+        unused = watch.stop()
+        run_dir = Path(folder) / str(stage)
+        description = Description(whole.CONFIG)
+        saver = checkpoint.Checkpoints(
+            run_dir,
+            checkpoint.CheckpointConfig(),
+            lambda path, state, d=description: write_export(path, merged(state, ADAPTERS), d),
+        )
+        saver.save(engine, checkpoint.Progress(STEPS, STEPS * whole.GLOBAL_BATCH))
+        encoder = Encoder(
+            model=engine.module.model,
+            tokenizer=lambda _: pytest.fail("no texts here"),
+            transform=ImageTransform(16, 8),
+            world=world,
+            batch_size=4,
+            heads=dict(engine.module.objectives.items()),
+        )
+        metrics = HeadAccuracy(shards=shard, objective="head").run(encoder).metrics
+        engine.destroy()
+        saved = checkpoint.read(checkpoint.find(str(run_dir), run_dir))
+        resumed, _ = build((stage + 1) % 4, saved)
+        results.append(
+            {"losses": before + steps(resumed, STEPS), "unused": unused, "metrics": metrics,
+             "moments": len(saved.moments)}
+        )  # fmt: skip
+        resumed.destroy()
+    return results
+
+
+def accuracy_after(model: TrainingModel) -> float:
+    """By hand, one picture at a time."""
+    transform = ImageTransform(16, 8)
+    hits = 0
+    with torch.no_grad():
+        for number, label in enumerate(LABELS):
+            images = transform.batch([transform(picture(number))])
+            forward_pass = ForwardPass(model.model, Batch(images, torch.empty(1, 0).long()))
+            hits += int(model.objectives["head"].logits(forward_pass).argmax()) == label
+    return hits / len(LABELS)
+
+
+@pytest.mark.dist
+def test_every_stage_equals_plain_adamw_and_resumes_and_saves_merged_weights(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    rows = [
+        sample(f"{number:03d}", number, png=encoded(picture(number)), cls=str(label).encode())
+        for number, label in enumerate(LABELS)
+    ]
+    shard = write_tar(tmp_path / "0.tar", [member for row in rows for member in row])
+    by_rank = run_ranks(2, finetune, str(tmp_path), str(shard), [0, 1, 2, 3])
+    expected, _ = plain_run()
+    assert expected[0] == pytest.approx(1.0986123, rel=1e-6)
+    trained = [name for name, p in training_model().named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2 + 2, "two adapters in each of two blocks, and the head"
+    live = training_model()
+    for stage, result in enumerate(by_rank[0]):
+        assert result["losses"] == pytest.approx(expected, rel=3e-5), stage
+        assert result["unused"] == []
+        assert result["moments"] == 2 * len(trained)
+        saved = checkpoint.read(checkpoint.find(str(tmp_path / str(stage)), tmp_path))
+        checkpoint.restore_weights(live, saved, tmp_path)
+        images = batch(0).images
+        plain = load_model(tmp_path / str(stage)).model.encode_image(images)
+        torch.testing.assert_close(plain, live.model.encode_image(images), rtol=0, atol=1e-6)
+        assert result["metrics"]["acc1"] == pytest.approx(accuracy_after(live))
+        assert result["metrics"]["n"] == len(LABELS)
+        assert by_rank[1][stage]["metrics"] == result["metrics"]
