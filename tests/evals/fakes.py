@@ -1,9 +1,12 @@
 """An encoder whose embeddings the test chooses: evaluators are tested apart from models and loaders."""
 
+from collections.abc import Callable
+
 import torch
 from PIL import Image
 from torch import Tensor
 
+from siglip_train.batch import Images
 from siglip_train.data.evaluation import Caption, EvaluationSource
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import ImageSet
@@ -40,9 +43,14 @@ class FakeEncoder:
         self.asked = texts
         return torch.stack([self.texts[text] for text in texts])
 
-    def encode_images(self, source: EvaluationSource, *, pooled: bool = False) -> ImageSet:
+    def encode_images(
+        self, source: EvaluationSource, encode: Callable[[Images], Tensor] | None = None
+    ) -> ImageSet:
         self.source = source
         return self.images
+
+    def pool_images(self, images: Images) -> Tensor:
+        raise AssertionError("its images are embedded already")
 
     def scale_and_bias(self) -> tuple[float, float]:
         return 10.0, -10.0
