@@ -128,8 +128,8 @@ def test_linear_probe_takes_the_penalty_that_holds_outside_its_training_images()
 class TwoSets(FakeEncoder):
     """Gives the training images for the shards `train`, else the test images."""
 
-    def encode_images(self, source: EvaluationSource, *, pooled: bool = False):
-        assert pooled, "probes are trained on what the tower gives"
+    def encode_images(self, source: EvaluationSource, encode=None):
+        assert encode == self.pool_images, "probes are trained on what the tower gives"
         self.source = source
         given = features()
         name = "train" if source.select.part == "train" and source.shards != "test" else "test"
