@@ -145,11 +145,11 @@ class Measured:
 
 def _memory() -> dict[str, float]:
     """MB of all processes, pages they share counted once, and of what the worker shares with no one."""
-    tree = {pid: _page_sizes(pid) for pid in tree_processes()}
+    tree = [_page_sizes(pid) for pid in tree_processes()]
     # not the code of libraries, which all contestants share
-    total = sum(sizes["Pss_Anon"] + sizes["Pss_Shmem"] for sizes in tree.values())
-    # the process that started last is the worker: servers and trackers start before it
-    worker = tree[max(tree)]
+    total = sum(sizes["Pss_Anon"] + sizes["Pss_Shmem"] for sizes in tree)
+    # the last child is the worker, or the server whose last child it is: trackers start before them
+    worker = tree[-1]
     return {"memory_mb": total, "worker_mb": worker["Private_Clean"] + worker["Private_Dirty"]}
 
 

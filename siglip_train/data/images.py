@@ -28,8 +28,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 MAX_PIXELS = 178_956_970
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
-# what is left to the antialiased resize after a reduced decode, so that its filter still decides the result
-_LEAST_REDUCTION = 2
+# what is left to the antialiased resize after a reduced decode: from here on both ways to the small picture differ by
+# less than bilinear and bicubic do (benchmarks/NOTES.md)
+_LEAST_REDUCTION = 1.5
 # first bytes of the common formats: otherwise Pillow tries half a dozen plugins on every picture
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP"))
 
@@ -158,7 +159,7 @@ class ImageTransform:
 
     flip: mirror every second picture. min_crop_area: below 1, a random crop of at least this share of the
     area, of aspect 3/4 to 4/3, is resized instead. reduced_jpeg: decode a large JPEG at 1/2, 1/4 or 1/8 where both
-    sides (of the crop) stay twice as long as needed. These are for training; a call is exact.
+    sides (of the crop) stay half as long again as needed. These are for training; a call is exact.
     """
 
     image_size: int
@@ -211,7 +212,7 @@ class ImageTransform:
 
     def _divisor(self, box: Box) -> Literal[1, 2, 4, 8]:
         left, top, right, bottom = box
-        spare = min(right - left, bottom - top) // (_LEAST_REDUCTION * self.image_size)
+        spare = min(right - left, bottom - top) / (_LEAST_REDUCTION * self.image_size)
         return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
     def batch(self, patches: list[NDArray]) -> Images:

@@ -100,10 +100,10 @@ def test_cmyk_is_reduced_too():
 
 @pytest.mark.parametrize(
     ("size", "divisor"),
-    [((64, 64), 1), ((127, 300), 1), ((128, 128), 2), ((256, 255), 2), ((300, 256), 4), ((512, 4000), 8)],
+    [((64, 64), 1), ((95, 300), 1), ((96, 96), 2), ((192, 191), 2), ((300, 192), 4), ((384, 4000), 8)],
     ids=str,
 )
-def test_at_least_twice_the_target_is_decoded(
+def test_half_as_much_again_as_the_target_is_decoded(
     size: tuple[int, int], divisor: int, monkeypatch: pytest.MonkeyPatch
 ):
     decoded = []
@@ -121,11 +121,12 @@ def test_reduced_photographs_differ_little(resize: str):
     differences = []
     for image in _mosaics():
         data = _jpeg(image, quality=90)
-        transform = ImageTransform(224, 16, resize)
+        # the short side of the reduced picture is 1.5 times the target, the least there is
+        transform = ImageTransform(256, 16, resize)
         got = transform.for_training(data, np.random.default_rng(0))
         differences.append(np.abs(_levels(got) - _levels(transform(decode(data)))))
-    # measured: mean 0.75 of 255 levels, 99 % within 5, largest 20
-    assert np.mean(differences) < 1
+    # measured with bilinear and bicubic: mean 1.02 and 0.97 of 255 levels, 99 % within 6, largest 18 and 21
+    assert 0.3 < np.mean(differences) < 1.1
     assert np.quantile(differences, 0.99) <= 6
     assert np.max(differences) <= 25
 
