@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import default_cache, expand, local_tar, was_damaged
 from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
+from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member
 from siglip_train.distributed.collectives import gather_objects, is_distributed
 from siglip_train.errors import UserError
 
@@ -227,7 +227,7 @@ class ShardReader:
             name for name in dict.fromkeys((image, *(wanted.text or ()), *wanted.extra)) if name in present
         ]
         descriptor = self._descriptor(shard)
-        members = {name: index.read(descriptor, present[name]) for name in names}
+        members = {name: read_member(index, descriptor, present[name]) for name in names}
         return RawSample(
             short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
         )
