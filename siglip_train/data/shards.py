@@ -18,7 +18,7 @@ from siglip_train.data.failed import Failure
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import default_cache, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
+from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member
 from siglip_train.errors import UserError
 
 # per process; a window of small shards should fit, or every sample would load an index
@@ -177,7 +177,7 @@ class ShardReader:
             name for name in dict.fromkeys((image, *(wanted.text or ()), *wanted.extra)) if name in present
         ]
         with self._descriptor(shard, path) as descriptor:
-            members = {name: index.read(descriptor, present[name]) for name in names}
+            members = {name: read_member(index, descriptor, present[name]) for name in names}
         return RawSample(
             short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
         )

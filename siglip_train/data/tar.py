@@ -62,14 +62,6 @@ class TarIndex:
         members = range(int(self.starts[sample]), int(self.starts[sample + 1]))
         return {str(self.extensions[self.kinds[member]]): member for member in members}
 
-    def read(self, descriptor: int, member: int) -> bytes:
-        """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
-        size = int(self.sizes[member])
-        data = os.pread(descriptor, size, int(self.offsets[member]))
-        if len(data) < size:
-            raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
-        return data
-
     def find(self, extensions: Sequence[str]) -> NDArray[np.int64]:
         """`[n]` the member that has the first of `extensions` each sample has, -1 = none."""
         found = np.full(len(self), -1, dtype=np.int64)
@@ -78,6 +70,15 @@ class TarIndex:
             (members,) = np.nonzero(np.isin(self.kinds, kind))
             found[np.searchsorted(self.starts, members, side="right") - 1] = members
         return found
+
+
+def read_member(index: TarIndex, descriptor: int, member: int) -> bytes:
+    """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
+    size = int(index.sizes[member])
+    data = os.pread(descriptor, size, int(index.offsets[member]))
+    if len(data) < size:
+        raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
+    return data
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
