@@ -43,13 +43,13 @@ def test_the_newest_are_kept_and_last_names_the_newest(saver: Checkpoints, tmp_p
     for step in (2, 4, 6):
         assert saver.is_due(step)
         assert not saver.is_due(step + 1)
-        saver.save(ENGINE, Progress(step, 10 * step, {"seen": step}))
+        saver.save(ENGINE, Progress(step, 10 * step, {"seen": step}, pretrained=("model.a", "model.b")))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "LAST", "step-00000004", "step-00000006"
     ]  # fmt: skip
     found = checkpoint.find("auto", tmp_path)
     saved = checkpoint.read(found)
-    assert saved.progress == Progress(6, 60, {"seen": 6})
+    assert saved.progress == Progress(6, 60, {"seen": 6}, ("model.a", "model.b"))
     module = TrainingStandIn()
     checkpoint.restore_weights(module, saved, found)
     assert torch.equal(module.head.weight, saved.weights["head.weight"])

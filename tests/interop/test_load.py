@@ -155,6 +155,22 @@ def test_another_vocabulary_is_an_error_unless_allowed_to_be_fresh(export: Path)
     assert torch.equal(model.text.head.weight, small_model().text.head.weight)
 
 
+def test_a_tower_that_is_skipped_keeps_its_own_values_and_may_be_another(export: Path) -> None:
+    config = small_config()
+    config.text.heads, config.text.vocab_size = 1, 33
+    model = Siglip(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, export, skip=["text.", "logit_"])
+    skipped = {name for name in before if name.startswith(("text.", "logit_"))}
+    assert set(report.fresh) == skipped
+    assert set(report.loaded) == before.keys() - skipped
+    after, start = model.state_dict(), small_model().state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in skipped)
+    assert all(torch.equal(after[name], start[name]) for name in report.loaded)
+    with pytest.raises(UserError, match="no parameter of the model begins with 'txt'"):
+        load_weights(model, export, skip=["txt"])
+
+
 def test_missing_and_left_over_tensors_are_named(export: Path) -> None:
     with pytest.raises(UserError, match=r"vision.cls_token \(missing\)"):
         load_weights(small_model(pool="cls"), export)

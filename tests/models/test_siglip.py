@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_train.models.layers import initialize
-from siglip_train.models.siglip import Siglip, flops_per_pair, normalize
+from siglip_train.models.siglip import Siglip, flops_per_pair, normalize, passes
 from siglip_train.models.vision import patchify
 from tests.models.small import padded, rectangle, small_config, small_model, some_pixels, some_tokens
 
@@ -133,6 +133,25 @@ def test_flops_are_those_torch_counts(pool: str) -> None:
     # positions are resampled once a batch, forward and for the table's gradient
     positions = 2 * 2 * 16 * 16 * 24
     assert (counter.get_total_flops() - positions) / 2 == flops_per_pair(small_config(pool=pool))
+
+
+def test_a_locked_tower_costs_its_forward_pass_and_adapters_spare_the_gradients_of_weights() -> None:
+    model, config = small_model(), small_config()
+    assert passes(model.vision) == 3
+    model.vision.requires_grad_(requires_grad=False)
+    assert passes(model.vision) == 1
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            model.encode_image(some_pixels(2))
+        model.encode_text(some_tokens(2)).sum().backward()
+    positions = 2 * 16 * 16 * 24
+    assert (counter.get_total_flops() - positions) / 2 == flops_per_pair(config, vision_passes=1)
+    without_texts = flops_per_pair(config, vision_passes=1, text_passes=0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode_image(some_pixels(2))
+    assert (counter.get_total_flops() - positions) / 2 == without_texts
+    model.vision.pool.probe.requires_grad = True
+    assert 2 < passes(model.vision) < 2.01
 
 
 def test_flops_of_another_number_of_tokens() -> None:

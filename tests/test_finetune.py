@@ -1,0 +1,96 @@
+"""Fine-tuning as its user runs it: a model, then LoRA and a head on it, interrupted and gone on with, exactly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from siglip_train.interop.load import load_model
+from tests.conftest import ROOT
+from tests.test_train import ENVIRONMENT, losses
+
+# several runs in one process, which imports torch and DeepSpeed once
+RUNS = """
+import json, sys
+from siglip_train import train
+for values in json.load(sys.stdin):
+    train.run(values)
+"""
+
+
+def compose(arguments: list[str]) -> dict:
+    from tests.house.test_house import composed
+
+    return composed(*arguments)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, small_run: list[str], tiny_data: Path) -> dict[str, Path]:
+    """`start` trains the pairs; `straight` and `broken` fine-tune it for six steps, the latter stopped after three."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("finetune")
+    shards = f"{tiny_data}/classes_seen/*.tar"
+    base = [argument for argument in small_run if not argument.startswith(("evaluation.", "total", "checkp"))]
+    base += ["~evaluation.tasks", "checkpoint.every_steps=3"]
+    classify = [
+        "+objective@objectives.classification=classification", "objectives.sigmoid=null",
+        "++objectives.classification.classes=80", f"data.sources.tiny.shards={shards}",
+        "++data.sources.tiny.text=null", "++data.sources.tiny.label=cls", "total_samples=144",
+        f"init_from={folder}/start", "seed=1", "optim.rules=[]", "engine.activation_checkpointing=true",
+        "++adapters.rank=2", "++adapters.dropout=0.3", "++adapters.pattern=vision.encoder",
+        "+evaluation.tasks.head._target_=siglip_train.evals.classification.HeadAccuracy",
+        f"+evaluation.tasks.head.shards={shards}", "+evaluation.tasks.head.select.held_out=0.2",
+        "+evaluation.tasks.head.select.part=held_out",
+    ]  # fmt: skip
+    commands = [
+        [*base, "total_samples=72", f"run_dir={folder}/start"],
+        [*base, *classify, f"run_dir={folder}/straight"],
+        [*base, *classify, f"run_dir={folder}/broken", "stop_after_steps=3"],
+        [*base, *classify, f"run_dir={folder}/broken"],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", RUNS],
+        input=json.dumps([compose(command) for command in commands]),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return {name: folder / name for name in ("start", "straight", "broken")}
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / (run_dir / "checkpoints" / "LAST").read_text().strip()
+
+
+def test_a_run_with_adapters_and_dropout_goes_on_to_the_last_bit(runs: dict[str, Path]) -> None:
+    assert sorted(losses(runs["straight"])) == [1, 2, 3, 4, 5, 6]
+    assert losses(runs["broken"]) == losses(runs["straight"])
+    for file in ("weights/model.safetensors", "heads.safetensors", "moments.safetensors"):
+        straight, broken = (load_file(newest(runs[name]) / file) for name in ("straight", "broken"))
+        assert straight.keys() == broken.keys()
+        assert all(torch.equal(straight[name], broken[name]) for name in straight), file
+    moments = load_file(newest(runs["straight"]) / "moments.safetensors")
+    assert all(".lora_" in name or ".classifier." in name for name in moments), "nothing else is trained"
+
+
+def test_the_checkpoint_is_a_plain_model_of_which_the_adapted_layers_alone_have_changed(
+    runs: dict[str, Path],
+) -> None:
+    before, after = (load_model(runs[name]).model.state_dict() for name in ("start", "straight"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = [*(f"attention.{part}" for part in ("query", "key", "value", "out")), "mlp.fc1", "mlp.fc2"]
+    assert changed == {f"vision.encoder.blocks.0.{layer}.weight" for layer in layers}
+
+
+def test_what_was_trained_is_announced_and_the_head_is_evaluated(runs: dict[str, Path]) -> None:
+    log = (runs["straight"] / "log.txt").read_text()
+    assert "of them trained" in log
+    assert "got no gradient" not in log
+    state = json.loads((newest(runs["straight"]) / "state.json").read_text())
+    assert "model.vision.patch_embedding.weight" in state["pretrained"]
+    evaluation = json.loads((runs["straight"] / "evaluations" / "head.json").read_text())
+    assert {"acc1", "acc5", "mean_per_class_recall", "n"} == evaluation["metrics"].keys()
