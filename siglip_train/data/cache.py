@@ -261,9 +261,8 @@ def existing(path: Path) -> Path:
 
 
 def _kept(part: Part, path: Path, *, intact: bool) -> Path:
-    part.finish()
     final = path if intact else path.with_name(path.name.removesuffix(".tar") + _DAMAGED)
-    os.replace(part.path, final)
+    part.become(final)
     return final
 
 

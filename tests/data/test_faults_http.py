@@ -25,7 +25,7 @@ from siglip_train.errors import UserError
 from tests.conftest import ROOT
 from tests.data.faulty_server import Faults, serve
 from tests.data.shard_files import write_index, write_shards
-from tests.data.test_cache import disk_usage
+from tests.data.test_cache import most_on_disk
 from tests.data.test_pipeline import Build
 
 SHARDS, EACH = 10, 6
@@ -111,10 +111,12 @@ def test_faults_that_pass_leave_no_trace_in_the_samples(
 
 
 def test_a_failed_shard_is_replaced_counted_and_comes_back(
-    build: Build, server: Faults, caplog: pytest.LogCaptureFixture
+    build: Build, server: Faults, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    # 0.25 s, then 0.5, 1 and 2
+    monkeypatch.setattr("siglip_train.data.failed._FIRST_DELAY", 0.05)
     server[NAMES[3]] = ["404"] * 4
-    loader = _loader(build, server, max_bad_share=0.0, fetch_timeout_seconds=0.4)
+    loader = _loader(build, server, max_bad_share=0.0)
     iterator = iter(loader)
     first = [key for _ in range(SHARDS) for key in next(iterator).keys]
     lost = EACH - sum(key.startswith(NAMES[3]) for key in first)
@@ -122,7 +124,9 @@ def test_a_failed_shard_is_replaced_counted_and_comes_back(
     assert loader.counts["failed/all"] == loader.counts["substituted"] == lost
     assert loader.counts["failed_shards"] == 1
     assert not [name for name in loader.counts if name.startswith("bad/")]
-    _until(lambda: "404" not in server.plan[NAMES[3]] and server.gets()[NAMES[3]] >= 5)
+    reader = loader._pieces.sources[0].reader
+    _until(lambda: not reader.failed())
+    assert server.gets()[NAMES[3]] == 5
     second = [key for _ in range(SHARDS) for key in next(iterator).keys]
     assert len(set(second)) == TOTAL
     assert loader.counts["failed/all"] == lost
@@ -244,21 +248,8 @@ def test_a_run_over_more_shards_than_fit_stays_within_the_limit(build: Build, fo
     limit = 7 * (-(-size // 4096) * 4096)
     options = {"cache_limit_gib": limit / 2**30, "workers": 1, "prefetch": 1}
     loader = _loader(build, server, **options)
-    copies, most, ended = Path(build.cache) / "copies", [0], threading.Event()
-    copies.mkdir(parents=True)
-
-    def watch() -> None:
-        while not ended.is_set():
-            most[0] = max(most[0], disk_usage(copies))
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with most_on_disk(loader._pieces.sources[0].shards.cache) as most:
         keys = _keys(loader, 3 * SHARDS)
-    finally:
-        ended.set()
-        watcher.join()
     assert keys == _local_keys(build, folder, 3 * SHARDS)
     assert 0.5 * limit < most[0] <= limit
     # so it was too little for all, and some were fetched again
