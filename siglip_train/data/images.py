@@ -1,6 +1,7 @@
 """From the bytes of a picture to uint8 patches: decode, squash-resize, optional crop and mirror, patchify."""
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -106,8 +107,15 @@ def _turbo_size(data: bytes) -> tuple[int, int] | None:
     return None if colorspace in ("CMYK", "YCCK") else (width, height)
 
 
-def _formats(data: bytes) -> list[str] | None:
-    return next(([name] for magic, name in _MAGIC if data.startswith(magic)), None)
+def _formats(data: bytes) -> list[str]:
+    return next(([name] for magic, name in _MAGIC if data.startswith(magic)), _other_formats())
+
+
+@functools.cache
+def _other_formats() -> list[str]:
+    Image.init()
+    # a page of PostScript is a program, which Pillow hands to Ghostscript
+    return [name for name in Image.ID if name != "EPS"]
 
 
 @contextlib.contextmanager

@@ -142,3 +142,14 @@ def test_too_many_pixels_are_refused_before_decoding(kind: str):
 def test_wrong_options_are_user_errors(options: dict):
     with pytest.raises(UserError):
         ImageTransform(**{"image_size": 16, "patch_size": 8, **options})
+
+
+def test_postscript_is_not_run():
+    image = Image.new("RGB", (8, 8), "red")
+    stored = io.BytesIO()
+    image.save(stored, "EPS")
+    with pytest.raises(SampleError, match="broken image: UnidentifiedImageError"):
+        decode(stored.getvalue())
+    other = io.BytesIO()
+    image.save(other, "GIF")
+    assert decode(other.getvalue()).getpixel((3, 3)) == (255, 0, 0)
