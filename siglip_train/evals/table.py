@@ -24,7 +24,7 @@ def result_tables(evaluations: Mapping[str, Evaluation]) -> str:
             # languages would fill pages: they get a table of their own
             if "/" in metric or metric.endswith(("_low", "_high")):
                 continue
-            row = [task, metric, f"{value:.0f}" if metric == "n" else f"{value:.4f}"]
+            row = [task, metric, _number(metric, value)]
             if f"{metric}_low" in metrics:
                 row.append(f"{metrics[f'{metric}_low']:.4f} – {metrics[f'{metric}_high']:.4f}")
             table.add_row(*row)
@@ -33,6 +33,13 @@ def result_tables(evaluations: Mapping[str, Evaluation]) -> str:
     for task, evaluation in evaluations.items():
         _print_parts(console, task, evaluation.metrics)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _number(metric: str, value: float) -> str:
+    if metric == "n":
+        return f"{value:.0f}"
+    # penalties may be far below what four decimals show
+    return f"{value:.0e}" if 0 < value < 1e-3 else f"{value:.4f}"
 
 
 def _print_parts(console: Console, task: str, metrics: Mapping[str, float]) -> None:

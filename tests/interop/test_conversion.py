@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_tools.tokenizer import train_tokenizer
+from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from siglip_train import convert as command
 from siglip_train.errors import UserError
 from siglip_train.interop import conversion, probe
@@ -33,7 +33,7 @@ VOCABULARY = 400
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `siglip-data tokenizer` trains it."""
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.model"
-    train_tokenizer((CAPTIONS + list(probe._TEXTS)) * 20, path, VOCABULARY)
+    train_tokenizer((CAPTIONS + list(probe._TEXTS)) * 20, path, TrainingOptions(VOCABULARY))
     return path
 
 
