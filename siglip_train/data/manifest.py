@@ -62,7 +62,7 @@ def members_of(index: TarIndex) -> dict[str, int]:
 
 def left_out_of(index: TarIndex) -> dict[str, int]:
     """How many samples of a damaged tar are not read, by cause."""
-    return {"truncated": len(index.torn)} if len(index.torn) else {}
+    return dict(Counter(index.torn_causes.tolist()))
 
 
 def index_content(entries: Iterable[Entry]) -> dict[str, Any]:

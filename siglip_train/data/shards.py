@@ -183,7 +183,9 @@ class ShardReader:
         )
 
     def key(self, shard: int, sample: int) -> str:
-        """The key of a complete sample."""
+        """The key of a complete sample; "?" in a remote shard, which might have to be fetched for it."""
+        if is_remote(self.shards.urls[shard]):
+            return "?"
         opened = self._open(shard)
         return opened.tar.key(int(opened.samples[sample]))
 

@@ -20,7 +20,8 @@ from siglip_train.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 # seconds without anything new after which workers count as stuck, where the user does not say
-STALL_SECONDS = 300.0
+# more than a server that says nothing holds a worker, over all attempts
+STALL_SECONDS = 600.0
 # in a row, without an item in between
 _REPLACEMENTS = 3
 # how often to look whether the workers are still there

@@ -239,7 +239,7 @@ def test_the_index_of_a_copy_outlives_it(server: Faults, quick: ShardCache):
     copy.unlink()
     found = index_of_copy(copy, quick.folder)
     assert found is not None
-    assert (found.offsets.tolist(), found.bytes) == (index.offsets.tolist(), index.bytes)
+    assert (found.offsets.tolist(), found.file_size) == (index.offsets.tolist(), index.file_size)
 
 
 def test_the_copy_longest_out_of_use_makes_room(tmp_path: Path):

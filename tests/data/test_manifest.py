@@ -19,7 +19,7 @@ def entry(tmp_path: Path) -> Entry:
         ("e.jpg", b""), ("e.txt", b""), ("f.j pg", b""), ("b.cls", b"1"),
     ]  # fmt: skip
     index = scan(write_tar(tmp_path / "a.tar", members))
-    return Entry("a.tar", index.bytes, "0" * 64, 7, 2, members_of(index), repeated=index.repeated)
+    return Entry("a.tar", index.file_size, "0" * 64, 7, 2, members_of(index), repeated=index.repeated)
 
 
 def test_samples_are_counted_by_their_members(entry: Entry):
