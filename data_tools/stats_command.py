@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arguments import add_workers, positive
-from data_tools.processes import run_all
+from data_tools.kept import Kept, version
 from data_tools.progress import progress
+from data_tools.stats.kept_tally import from_json, to_json
 from data_tools.stats.measure import Measures, ShardTask, measure_shard
 from data_tools.stats.page import page
 from data_tools.stats.summary import summarise
 from data_tools.stats.tally import Tally
 from data_tools.stats.terminal import print_tables
 from data_tools.whole_file import check_target, write_whole
-from siglip_train.data.locations import expand
+from siglip_train.data.locations import default_cache, expand
 from siglip_train.data.samples import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
@@ -31,6 +32,8 @@ FIELDS = (
 # pictures of all shards together
 _DECODED = 512
 _SHOWN = 24
+# of kept tallies: raise it when they hold something else
+_FORMAT = 1
 
 
 def add_command(commands: Any) -> None:
@@ -80,7 +83,8 @@ def _run(arguments: argparse.Namespace) -> None:
         check_target(path)
     shown = _SHOWN if arguments.report else 0
     tasks = plan(expand(arguments.shards), measures, samples=arguments.samples, shown=shown)
-    tally = measure(tasks, arguments.workers)
+    kept: Kept[Tally] = Kept(default_cache() / "stats", _identity(tasks), to_json, from_json)
+    tally = measure(tasks, arguments.workers, kept)
     summary = summarise(tally, measures)
     print_tables(summary)
     if arguments.json:
@@ -89,6 +93,13 @@ def _run(arguments: argparse.Namespace) -> None:
         write_whole(arguments.report, page(arguments.shards, tally, summary))
     for path in outputs:
         print(f"wrote {path}")
+    kept.forget()
+
+
+def _identity(tasks: list[ShardTask]) -> Any:
+    first = tasks[0].measures
+    tokenizer = [first.tokenizer, version(first.tokenizer)] if first.tokenizer else None
+    return [_FORMAT, repr(tasks), tokenizer]
 
 
 def plan(urls: list[str], measures: Measures, *, samples: int = 0, shown: int = 0) -> list[ShardTask]:
@@ -104,11 +115,11 @@ def _shares(whole: int, parts: int) -> list[int]:
     return [(place + 1) * whole // parts - place * whole // parts for place in range(parts)]
 
 
-def measure(tasks: list[ShardTask], workers: int) -> Tally:
-    """Count all shards. Raises UserError where none can be read."""
+def measure(tasks: list[ShardTask], workers: int, kept: Kept[Tally]) -> Tally:
+    """Count all shards, those of an interrupted run as it left them. Raises UserError where none can be read."""
     tally = Tally()
     with progress(len(tasks), "measuring", "measured", "shards") as advance:
-        for part in run_all(measure_shard, tasks, workers):
+        for part in kept.run(measure_shard, tasks, workers):
             tally.merge(part)
             advance(1)
     if not tally.samples:

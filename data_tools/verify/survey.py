@@ -1,20 +1,18 @@
 """All shards: one a process, reports kept until the run is complete, and keys compared over shards."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_tools.processes import run_all
+from data_tools.kept import Kept, version
 from data_tools.verify.checks import Rules, SampleChecks
 from data_tools.verify.shard import Problem, ShardReport, ShardTask, sample_keys, split_digests, verify_shard
-from siglip_train.data.locations import is_remote
 
 # of kept reports: raise it when they hold something else
-_FORMAT = 2
+_FORMAT = 3
 
 
 def verify_shards(
@@ -26,51 +24,23 @@ def verify_shards(
     """
     # a wrong field or tokenizer is said here, once, and not by every process
     SampleChecks(rules)
-    kept = _kept_file(urls, rules, cache)
-    reports = _read_kept(kept)
-    advance(sum(url in reports for url in urls))
-    tasks = [ShardTask(url, cache, rules) for url in urls if url not in reports]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("a", encoding="utf-8") as file:
-        for report in run_all(verify_shard, tasks, workers):
-            reports[report.url] = report
-            file.write(json.dumps({"version": _version(report.url), **asdict(report)}) + "\n")
-            file.flush()
-            advance(1)
-    ordered = [reports[url] for url in urls]
-    _compare_keys(ordered, cache)
-    kept.unlink(missing_ok=True)
-    return ordered
-
-
-def _kept_file(urls: Sequence[str], rules: Rules, cache: Path) -> Path:
-    identity = json.dumps(
-        [_FORMAT, list(urls), asdict(rules), [_version(url) for url in (rules.tokenizer,) if url]]
-    )
-    return cache / "verify" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jsonl"
-
-
-def _version(url: str) -> str:
-    """Changes when a local file does."""
-    if is_remote(url) or not Path(url).exists():
-        return ""
-    stat = Path(url).stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-def _read_kept(path: Path) -> dict[str, ShardReport]:
-    reports = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            # the line that was being written when the run ended
-            continue
-        version, problems = content.pop("version"), content.pop("problems")
-        if version == _version(content["url"]):
-            report = ShardReport(**content, problems=[Problem(*problem) for problem in problems])
-            reports[report.url] = report
+    kept = Kept(cache / "verify", _identity(urls, rules), asdict, _report)
+    reports = []
+    for report in kept.run(verify_shard, [ShardTask(url, cache, rules) for url in urls], workers):
+        reports.append(report)
+        advance(1)
+    _compare_keys(reports, cache)
+    kept.forget()
     return reports
+
+
+def _identity(urls: Sequence[str], rules: Rules) -> Any:
+    return [_FORMAT, list(urls), asdict(rules), [version(path) for path in (rules.tokenizer,) if path]]
+
+
+def _report(content: dict[str, Any]) -> ShardReport:
+    problems = [Problem(*problem) for problem in content.pop("problems")]
+    return ShardReport(**content, problems=problems)
 
 
 def _compare_keys(reports: list[ShardReport], cache: Path) -> None:

@@ -22,7 +22,7 @@ class AdapterConfig:
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     pattern: str = r"encoder\..*\.(query|key|value|out)$"
 

@@ -13,9 +13,11 @@ import pytest
 import sentencepiece
 from PIL import Image
 
+from data_tools import stats_command
 from data_tools.cli import main
 from data_tools.stats.charts import bar_chart, binned, histogram, log_ticks, ticks
 from data_tools.stats.counters import Distinct, Distribution, Frequent
+from data_tools.stats.measure import measure_shard
 from data_tools.stats.texts import normalised, words
 
 from .conftest import OPTIONS
@@ -351,3 +353,37 @@ def test_words_and_what_makes_captions_alike() -> None:
     assert words("लाल वृत्त।") == ["लाल", "वृत्त"], "vowel signs belong to their word"
     assert normalised("A red\tcat.") == normalised("a  RED cat")
     assert normalised("!!!") != normalised("???")
+
+
+def test_an_interrupted_run_goes_on(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_command, "default_cache", lambda: tmp_path / "cache")
+    measured: list[str] = []
+
+    def run(name: str, most: int) -> dict:
+        def counted(task):
+            if len(measured) == most:
+                raise KeyboardInterrupt
+            measured.append(task.url)
+            return measure_shard(task)
+
+        monkeypatch.setattr(stats_command, "measure_shard", counted)
+        options = ["--tokenizer", str(tiny_dir / "tokenizer.model"), "--workers", "1"]
+        files = ["--json", str(tmp_path / f"{name}.json"), "--report", str(tmp_path / f"{name}.html")]
+        try:
+            main(["stats", str(tiny_dir / "train"), *options, *files])
+        except (KeyboardInterrupt, SystemExit):
+            return {}
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        # of this machine at this moment
+        found.pop("decoding")
+        return found
+
+    urls = sorted(map(str, (tiny_dir / "train").glob("*.tar")))
+    assert run("interrupted", most=2) == {}
+    resumed = run("resumed", most=100)
+    assert measured == urls, "each shard once"
+    measured.clear()
+    assert resumed == run("whole", most=100)
+    assert measured == urls, "nothing is kept of a complete run"
+    pages = [(tmp_path / f"{name}.html").read_text() for name in ("resumed", "whole")]
+    assert pages[0].count("data:image/") == pages[1].count("data:image/") > 0
