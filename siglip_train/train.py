@@ -1,5 +1,6 @@
 """The entry point of training: read the config, build every part in plain sight, call the loop."""
 
+import fcntl
 import json
 import logging
 import os
@@ -205,9 +206,11 @@ def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
     if world.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _start_logging(run_dir)
+            _claim(_start_logging(run_dir), run_dir)
             _write_config(run_dir, {**values, "run_dir": str(run_dir)})
             _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        except UserError as error:
+            failure = str(error)
         except OSError as error:
             failure = f"run_dir: cannot write to {run_dir}: {error}"
     else:
@@ -218,7 +221,19 @@ def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
     return run_dir
 
 
-def _start_logging(run_dir: Path) -> None:
+def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
+    """Keep other runs out of the folder for as long as this process lives: ranks can outlive a killed launcher."""
+    try:
+        fcntl.flock(to_file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"run_dir: another process still trains in {run_dir}; wait for its end, or end it"
+        ) from None
+    except OSError as error:
+        log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
+
+
+def _start_logging(run_dir: Path) -> logging.FileHandler:
     """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
     to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -233,6 +248,7 @@ def _start_logging(run_dir: Path) -> None:
     log.setLevel(logging.DEBUG)
     log.handlers = [to_file, to_screen]
     log.propagate = False
+    return to_file
 
 
 def _write_config(run_dir: Path, values: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def small_run(tiny_data: Path, tiny_tasks: list[str]) -> list[str]:
         "device=cpu",
         f"tokenizer={tiny_data}/tokenizer.model",
         f"data.sources.tiny.shards={tiny_data}/train/*.tar",
-        "data.sources.tiny.language=json:language",
+        "++data.sources.tiny.language=json:language",
         *[f"evaluation.{task}" for task in tiny_tasks],
         "data.workers=0",
         "model.vision.width=32",

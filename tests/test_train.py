@@ -1,5 +1,7 @@
 """The program as its user runs it: train, kill, resume, stop, and mistakes answered in one line."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -139,8 +142,7 @@ def test_killed_at_a_random_step_it_resumes_with_the_same_losses(
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for_step(tmp_path, kill_at, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_job(process)
     # one rank goes on where two were killed, at another ZeRO stage
     result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", "engine.zero_stage=3"])
     assert result.returncode == 0, result.stderr
@@ -219,6 +221,25 @@ def test_bf16_stays_near_fp32(finished: Path, small_run: list[str], tmp_path: Pa
     # 2e-3 was measured
     for step, loss in measured.items():
         assert loss == pytest.approx(single[step], rel=2e-2)
+
+
+def kill_job(process: subprocess.Popen) -> None:
+    """SIGKILL the launcher and what it started, which are sessions of their own."""
+    job = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in job:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(job)
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(small_run: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        result = run(TRAIN, [*small_run, f"run_dir={tmp_path}"])
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: run_dir: another process still trains in")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from functools import cache
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -45,7 +46,8 @@ def _server() -> BaseContext:
 def outlive_signals(_: int) -> None:
     """Let a worker go on when a terminal or a scheduler signals the whole job: the main process decides.
 
-    That one saves a checkpoint first, and would fail if its workers died meanwhile. Only its own SIGTERM ends them.
+    That one saves a checkpoint first, and would fail if its workers died meanwhile. Its own SIGTERM ends them, and its
+    death: a worker's parent is the server, so the DataLoader cannot tell that the main process was killed.
     """
     # only a wait for the signal tells who sent it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -54,9 +56,15 @@ def outlive_signals(_: int) -> None:
     main = multiprocessing.parent_process()
     assert main is not None, "called in a worker"
     threading.Thread(target=_exit_when_told, args=(main.pid,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(main,), daemon=True).start()
 
 
 def _exit_when_told(main: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
+
+
+def _exit_after(main: BaseProcess) -> None:
+    main.join()
+    os._exit(1)

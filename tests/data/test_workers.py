@@ -1,10 +1,15 @@
 """A worker, and the server it is forked from, outlive the signals that a scheduler sends to the whole job."""
 
 import os
+import subprocess
+import sys
 import time
 from multiprocessing.connection import Connection
 
+import psutil
+
 from siglip_train.data.workers import JOB_SIGNALS, outlive_signals, worker_options
+from tests.conftest import ROOT
 
 
 def _work(pipe: Connection) -> None:
@@ -46,3 +51,25 @@ def test_only_its_parents_sigterm_ends_a_worker():
         assert another.exitcode == 0
     finally:
         worker.kill()
+
+
+def test_workers_and_their_server_end_with_a_killed_main_process():
+    program = """
+import time
+from siglip_train.data.workers import worker_options
+from tests.data.test_workers import _work
+if __name__ == "__main__":
+    context = worker_options(1)["multiprocessing_context"]
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_work, args=(theirs,), daemon=True)
+    worker.start()
+    print(worker.pid, ours.recv(), flush=True)
+    time.sleep(60)
+"""
+    main = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert main.stdout is not None
+    pids = [int(pid) for pid in main.stdout.readline().split()]
+    main.kill()
+    main.communicate()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    assert len(pids) == 2 and not alive
