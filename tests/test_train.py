@@ -238,7 +238,9 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(small_run: list[
         fcntl.flock(ours, fcntl.LOCK_EX)
         result = run(TRAIN, [*small_run, f"run_dir={tmp_path}"])
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: run_dir: another process still trains in")
+    assert (
+        result.stderr.strip().splitlines()[-1].startswith("error: run_dir: another process still trains in")
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 

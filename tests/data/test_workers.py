@@ -72,4 +72,5 @@ if __name__ == "__main__":
     main.kill()
     main.communicate()
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
-    assert len(pids) == 2 and not alive
+    assert len(pids) == 2
+    assert not alive

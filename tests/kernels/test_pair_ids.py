@@ -75,9 +75,9 @@ def test_block_does_not_depend_on_the_chunk(chunk_rows, weight):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_embeddings(dtype, weight):
-    # measured, worst of all: loss 4e-8, images 4e-7, texts 4e-7, scale 2e-8, bias 2e-8
+    # measured, worst of all: loss 4e-8, images 4e-7, texts 4e-7, scale 2e-8, bias 2e-8; in bf16 with AMX 1.2e-3, 1.4e-4
     inputs = make(131, 127, 72, *TRAINED, dtype)
-    limits = [3e-7, 1e-6, 1e-6, 3e-7, 3e-7]
+    limits = [3e-7, 2e-3, 2e-3, 4e-4, 3e-7] if dtype == torch.bfloat16 else [3e-7, 1e-6, 1e-6, 3e-7, 3e-7]
     check_block(inputs, limits, positives=0, ids=make_ids(131, 127, weight), chunk_rows=50)
 
 
@@ -115,7 +115,7 @@ def test_alike_pairs_are_left_out_unless_a_weight_is_given():
 
 
 def test_no_tensor_of_n_times_m_elements_is_made_for_ids():
-    n, width = 2500, 32
+    n, width = 5 * chunked.CHUNK_ROWS // 2, 32
     inputs = [tensor.float().requires_grad_() for tensor in make(n, n, width, *INIT)]
     ids = make_ids(n, n, 0.5)
     with OpRecorder() as recorder:
