@@ -25,7 +25,7 @@ def factors_of(dtype: torch.dtype) -> Iterator[None]:
     Three times as fast where there are matrix units (AMX); elsewhere, and for any other dtype, nothing changes. The
     setting is that of the whole process.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     if dtype == torch.bfloat16:
         setting.fp32_precision = "bf16"

@@ -223,6 +223,7 @@ def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
 
 def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
     """Keep other runs out of the folder for as long as this process lives: ranks can outlive a killed launcher."""
+    assert to_file.stream is not None, "it opens its file at once"
     try:
         fcntl.flock(to_file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
