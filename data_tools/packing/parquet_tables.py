@@ -54,7 +54,7 @@ def _column(path: str, group: int, column: str) -> Any:
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Every row, with a `Cell` for every picture inside the file. Raises `UserError`."""
     if parquet is None:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow")
+        raise UserError(f"reading {path} needs pyarrow: pip install 'siglip-train[parquet]'")
     try:
         file = parquet.ParquetFile(path)
         for group in range(file.num_row_groups):

@@ -323,7 +323,7 @@ def test_parquet_with_plain_bytes(tmp_path: Path) -> None:
 
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_tables, "parquet", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
+    with pytest.raises(UserError, match=r"siglip-train\[parquet\]"):
         pack(str(write(tmp_path / "x.parquet", b"PAR1")), tmp_path / "out", NO_SPLIT)
     assert not (tmp_path / "out").exists()
 
