@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.interop.conversion import TARGETS, Conversion, Request, convert
+from siglip_train.evals.prompts import read_class_names
+from siglip_train.interop.conversion import PARTS, TARGETS, Conversion, Request, convert
 from siglip_train.interop.files import shortened
 
 _EPILOG = """The source is recognised by what is in it: a run, a checkpoint of any ZeRO stage and number of ranks, an
@@ -27,8 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", type=Path, metavar="DST", help="a folder that does not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to write")
     parser.add_argument(
-        "--part", choices=("model", "vision"), default="model", help="vision: that tower alone (hf)"
+        "--part",
+        choices=PARTS,
+        default="model",
+        help="vision: that tower alone; classifier: with a classification head of the run on it (both hf)",
     )
+    parser.add_argument("--objective", metavar="NAME", help="which head, where a run has several")
+    parser.add_argument("--classnames", metavar="FILE", help="of the classifier, one a line in label order")
     parser.add_argument("--tokenizer", metavar="PATH", help="instead of the model's own; none leaves it out")
     parser.add_argument("--image-size", type=int, metavar="N", help="resample the positions to N x N pixels")
     parser.add_argument(
@@ -46,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = build_parser().parse_args(arguments)
     request = Request(
         target=parsed.to,
-        vision_only=parsed.part == "vision",
+        part=parsed.part,
         tokenizer=parsed.tokenizer,
         image_size=parsed.image_size,
         patch_size=parsed.patch_size,
         pictures=parsed.pictures,
+        objective=parsed.objective,
+        class_names=read_class_names(parsed.classnames) if parsed.classnames else None,
     )
     conversion = convert(parsed.source.expanduser(), parsed.destination.expanduser(), request)
     print("\n".join(summary(conversion)))  # noqa: T201
@@ -65,7 +73,7 @@ def summary(conversion: Conversion) -> list[str]:
     for names, said in ((conversion.left_out, "left out"), (conversion.made_up, "made up")):
         if names:
             lines.append(f"{len(names)} tensors {said} ({shortened(names)})")
-    if conversion.tokenizer is None and not conversion.left_out:
+    if conversion.tokenizer is None and conversion.part == "model":
         lines.append("no tokenizer: give one with --tokenizer PATH")
     elif conversion.tokenizer_folder not in (".", None):
         lines.append(
@@ -79,9 +87,10 @@ def summary(conversion: Conversion) -> list[str]:
     )
     if found:
         tokens = "; tokens equal" if conversion.tokenizer_folder else ""
+        texts = f" and {conversion.texts} texts" if conversion.texts else ""
         lines.append(
-            f"largest difference to {whose or 'what was read back'}, {conversion.pictures} pictures and "
-            f"{conversion.texts} texts: {found}{tokens}"
+            f"largest difference to {whose or 'what was read back'}, {conversion.pictures} pictures{texts}: "
+            f"{found}{tokens}"
         )
     return lines
 

@@ -18,6 +18,7 @@ from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
+from siglip_train.interop.runs import read_heads
 from siglip_train.report import write_evaluation_report, write_report
 
 
@@ -74,6 +75,7 @@ def run(values: dict[str, Any]) -> None:
         precision=_precision(config.precision, world.device),
         batch_size=config.batch_size,
         workers=config.workers,
+        heads={name: head.to(world.device) for name, head in read_heads(Path(config.checkpoint)).items()},
     )
     evaluations = run_all(tasks, encoder)
     if world.is_main:

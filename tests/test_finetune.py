@@ -1,16 +1,26 @@
-"""Fine-tuning as its user runs it: a model, then LoRA and a head on it, interrupted and gone on with, exactly."""
+"""Fine-tuning as its user runs it: a model, LoRA and a head on it, interrupted, gone on with, evaluated, exported."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from siglip_train import convert
+from siglip_train.batch import Batch
+from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
+from siglip_train.data.select import Selection
+from siglip_train.errors import UserError
+from siglip_train.evals.classification import HeadAccuracy
 from siglip_train.interop.load import load_model
+from siglip_train.interop.runs import read_heads
+from siglip_train.objectives.forward_pass import ForwardPass
 from tests.conftest import ROOT
+from tests.test_evaluate import evaluate
 from tests.test_train import ENVIRONMENT, losses
 
 # what takes longest is imported once; each run is a fork, as DeepSpeed joins one process group in its life
@@ -101,3 +111,55 @@ def test_what_was_trained_is_announced_and_the_head_is_evaluated(runs: dict[str,
     assert "model.vision.patch_embedding.weight" in state["pretrained"]
     evaluation = json.loads((runs["straight"] / "evaluations" / "head.json").read_text())
     assert {"acc1", "acc5", "mean_per_class_recall", "n"} == evaluation["metrics"].keys()
+
+
+def inside(run_dir: Path) -> dict[str, float]:
+    """What the run's own evaluation has found at its end."""
+    return json.loads((run_dir / "evaluations" / "head.json").read_text())["metrics"]
+
+
+def test_the_head_of_a_checkpoint_is_as_accurate_as_inside_the_run(
+    runs: dict[str, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    task = (
+        "{_target_: siglip_train.evals.classification.HeadAccuracy, select: {held_out: 0.2, part: held_out}, "
+        f"shards: '{tiny_data}/classes_seen/*.tar'}}"
+    )
+    arguments = [f"tasks.head={task}", "workers=0", f"output={tmp_path}/out.json"]
+    done = evaluate(f"checkpoint={newest(runs['straight'])}", *arguments)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    assert metrics == {f"head/{name}": value for name, value in inside(runs["straight"]).items()}
+
+
+def test_without_such_a_head_the_task_says_so() -> None:
+    with pytest.raises(
+        UserError, match="no classification head named kind here: this task measures one of a run"
+    ):
+        HeadAccuracy(shards="nowhere.tar", objective="kind").run(SimpleNamespace(heads={}))
+
+
+def test_transformers_classifies_the_held_out_pictures_as_the_run_did(
+    runs: dict[str, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = tiny_data / "classes_seen/classnames.txt"
+    arguments = ["--to", "hf", "--part", "classifier", "--classnames", str(names)]
+    convert.main([str(runs["straight"]), str(tmp_path / "hf"), *arguments])
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+    assert list(theirs.config.id2label.values()) == names.read_text().split("\n")[:80]
+    loaded, head = load_model(runs["straight"]), read_heads(runs["straight"])["classification"]
+    source = EvaluationSource(
+        shards=f"{tiny_data}/classes_seen/*.tar", label="cls", select=Selection(held_out=0.2, part="held_out")
+    )
+    (batch,) = build_evaluation_loader(source, loaded.transform, batch_size=133)
+    size, patch = loaded.transform.image_size, loaded.transform.patch_size
+    patches = batch.images.patches.reshape(133, size // patch, size // patch, patch, patch, 3)
+    pixels = patches.permute(0, 5, 1, 3, 2, 4).reshape(133, 3, size, size)
+    with torch.inference_mode():
+        logits = theirs(pixels / 127.5 - 1).logits
+        ours = head.logits(ForwardPass(loaded.model, Batch(batch.images, torch.empty(133, 0))))
+    # measured 3.0e-8
+    torch.testing.assert_close(logits, ours, rtol=0, atol=1e-6)
+    right = (logits.argmax(dim=1) == torch.tensor(batch.labels).flatten()).sum().item()
+    assert right / 133 == inside(runs["straight"])["acc1"]

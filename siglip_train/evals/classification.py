@@ -1,4 +1,4 @@
-"""Accuracy of the classification head that a run is training, on labelled shards."""
+"""Accuracy of a classification head on labelled shards: inside the run that trains it, or of a checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +71,7 @@ class HeadAccuracy:
         head = encoder.heads.get(self.objective)
         if not isinstance(head, Classification):
             raise UserError(
-                f"there is no classification head named {self.objective} here: this task measures one inside the run "
-                "that trains it (objective@objectives.NAME=classification)"
+                f"there is no classification head named {self.objective} here: this task measures one of a run with "
+                "objective@objectives.NAME=classification, or of a checkpoint inside it"
             )
         return head

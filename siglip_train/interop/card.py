@@ -6,11 +6,18 @@ from typing import Any
 
 import yaml
 
+from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.models.siglip import SiglipConfig
 
 _FRONT = {
     "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
     "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
+}
+_TASKS = {"vision": "image-feature-extraction", "classifier": "image-classification"}
+_KINDS = {
+    "model": "A sigmoid image-text model (SigLIP).",
+    "vision": "The vision tower of a SigLIP model.",
+    "classifier": "A classifier of {classes} classes on the averaged tokens of the vision tower of a SigLIP model.",
 }
 _TAGS = ["siglip", "image-text", "vision"]
 
@@ -43,6 +50,14 @@ processor = AutoImageProcessor.from_pretrained("{name}")
 output = model(**processor(images=picture, return_tensors="pt"), output_hidden_states=True)
 tokens = output.hidden_states[-2]  # [B, L, D] of any layer; last_hidden_state is after the final LayerNorm
 """,
+    "classifier": """
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+logits = model(**processor(images=picture, return_tensors="pt")).logits  # [1, {classes}]
+print(model.config.id2label[logits.argmax().item()])
+""",
     "open_clip": """
 import open_clip
 
@@ -70,12 +85,12 @@ def training_facts(source: Path) -> dict[str, Any]:
     record = source / "conversion.json"
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8")).get("training", {})
-    run = next((p for p in (source, *source.parents[:3]) if (p / "config.yaml").is_file()), None)
+    run = run_folder(source)
     if run is None:
         return {}
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    config = run_config(run)
     facts = {
-        "objectives": ", ".join(config.get("objectives") or {}),
+        "objectives": ", ".join(name for name, node in (config.get("objectives") or {}).items() if node),
         "data sources": ", ".join((config.get("data") or {}).get("sources") or {}),
         "pairs of a global batch": config.get("global_batch_size"),
         "learning rate": (config.get("optim") or {}).get("lr"),
@@ -88,22 +103,21 @@ def training_facts(source: Path) -> dict[str, Any]:
 
 def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[str, Any]) -> None:
     """Write `README.md`: front matter that hubs read, then the same in words."""
-    target, facts = conversion["target"], conversion["training"]
-    kind = "vision" if conversion["left_out"] else target
+    target, part, facts = conversion["target"], conversion["part"], conversion["training"]
+    classes = conversion["classes"]
     front = {**_FRONT.get(target, {}), "tags": _TAGS}
-    if kind == "vision":
-        front["pipeline_tag"] = "image-feature-extraction"
+    if part in _TASKS:
+        front["pipeline_tag"] = _TASKS[part]
+    form = target if part == "model" else part
     use = (
-        _USE["hf_apart" if conversion["tokenizer_folder"] not in (".", None) else kind]
+        _USE["hf_apart" if conversion["tokenizer_folder"] not in (".", None) else form]
         .strip()
-        .format(name=name, length=config.text.context_length, naflex=_naflex(config))
+        .format(name=name, length=config.text.context_length, naflex=_naflex(config), classes=classes)
     )
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        "A sigmoid image-text model (SigLIP).\n"
-        if kind != "vision"
-        else "The vision tower of a SigLIP model.\n",
+        _KINDS[part].format(classes=classes) + "\n",
         _table(_sizes(config, conversion)),
         *(("## Training\n", _table(facts)) if facts else ()),
         f"## Use\n\n```python\n{use}\n```\n",
@@ -152,11 +166,11 @@ def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
     sizes = {
         "vision": f"width {vision.width}, depth {vision.depth}, {vision.heads} heads, MLP {vision.mlp_dim}",
         "pictures": f"{vision.image_size} x {vision.image_size}, patches of {vision.patch_size}",
-        "GELU": f"{vision.gelu} (vision), {text.gelu} (text)",
     }
-    if conversion["left_out"]:
-        return sizes
+    if conversion["part"] != "model":
+        return sizes | {"GELU": vision.gelu}
     return sizes | {
+        "GELU": f"{vision.gelu} (vision), {text.gelu} (text)",
         "text": f"width {text.width}, depth {text.depth}, {text.heads} heads, MLP {text.mlp_dim}",
         "tokens": f"{text.context_length} of a vocabulary of {text.vocab_size}",
         "parameters": f"{conversion['parameters'] / 1e6:.1f} M",
@@ -178,12 +192,15 @@ def _comparison(conversion: dict[str, Any]) -> str:
     found = [
         f"{name.replace('_', ' ')} {value:.1e}" for name, value in conversion["largest_difference"].items()
     ]
-    asked = f"{conversion['pictures']} pictures and {conversion['texts']} texts"
+    asked = f"{conversion['pictures']} pictures"
+    if conversion["texts"]:
+        asked += f" and {conversion['texts']} texts"
+    where = "a unit-norm embedding:" if conversion["part"] != "classifier" else "the"
     if not found:
         return "The outputs of both sides were not compared: the library was not there."
     return (
-        f"Compared with {whose} on {asked} before it was given its name: largest difference in a unit-norm "
-        f"embedding {', '.join(found)}. What became of each tensor stands in conversion.json."
+        f"Compared with {whose} on {asked} before it was given its name: largest difference in "
+        f"{where} {', '.join(found)}. What became of each tensor stands in conversion.json."
     )
 
 

@@ -1,10 +1,11 @@
 """From a model in any format to a folder in another: read, fit, write aside, compare both sides, only then rename."""
 
+import functools
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,10 +25,14 @@ from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.load import read_model
 from siglip_train.interop.native import TOKENIZER_FOLDER, Description, ModelFiles, write_export
 from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
+from siglip_train.interop.runs import read_head
 from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.objectives.classification import Classification
 
 Target = Literal["native", "hf", "open_clip", "onnx"]
 TARGETS: tuple[str, ...] = get_args(Target)
+Part = Literal["model", "vision", "classifier"]
+PARTS: tuple[str, ...] = get_args(Part)
 RECORD = "conversion.json"
 
 
@@ -35,23 +40,28 @@ RECORD = "conversion.json"
 class Request:
     """What is wanted beside source and destination.
 
-    vision_only: the vision tower alone (hf). tokenizer: a file or folder, instead of the model's own; "none" leaves
-    it out. image_size, patch_size: resample to these. pictures: a folder to compare both sides on, instead of drawn
-    pictures.
+    part: `vision` = that tower alone, `classifier` = with a classification head of the run on it (both hf).
+    tokenizer: a file or folder, instead of the model's own; "none" leaves it out. image_size, patch_size: resample to
+    these. pictures: a folder to compare both sides on, instead of drawn pictures. objective: the head's name, where
+    there are several. class_names: in label order.
     """
 
     target: Target
-    vision_only: bool = False
+    part: Part = "model"
     tokenizer: str | None = None
     image_size: int | None = None
     patch_size: int | None = None
     pictures: Path | None = None
+    objective: str | None = None
+    class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(f"unknown target {self.target}; choose one of {', '.join(TARGETS)}")
-        if self.vision_only and self.target != "hf":
-            raise UserError(f"the vision tower alone has a form in hf only, not in {self.target}")
+        if self.part != "model" and self.target != "hf":
+            raise UserError(f"part {self.part} has a form in hf only, not in {self.target}")
+        if self.part != "classifier" and (self.objective, self.class_names) != (None, None):
+            raise UserError("--objective and --classnames are for --part classifier")
 
 
 @dataclass
@@ -60,13 +70,15 @@ class Conversion:
 
     left_out: tensors that the target has no place for. made_up: those of the target that the source lacks.
     peer: the library that was asked; None = it is not installed, and what was written was read back instead.
-    largest_difference: in any number of a unit-norm embedding. tokenizer_folder: where it stands in the
-    target, None = without one; its tokens have been compared too. training: what is known of it.
+    largest_difference: in any number of a unit-norm embedding, or of the logits of a classifier. tokenizer_folder:
+    where it stands in the target, None = without one; its tokens have been compared too. training: what is known of it.
+    classes: of the classifier.
     """
 
     source: str
     source_format: str
     target: str
+    part: str
     parameters: int
     weights: LoadReport
     tokenizer: str | None
@@ -78,6 +90,7 @@ class Conversion:
     largest_difference: dict[str, float] = field(default_factory=dict)
     tokenizer_folder: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    classes: int | None = None
 
 
 class _Form(NamedTuple):
@@ -100,24 +113,26 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         raise UserError(f"{destination} exists; choose another folder or remove it")
     files, report = _fitted(read_model(source), source, request)
     description, state = files
+    head = read_head(source, request.objective) if request.part == "classifier" else None
     tokenizer = _tokenizer(description, request)
     conversion = Conversion(
         source=source.name,
         source_format=description.origin,
         target=request.target,
+        part=request.part,
         parameters=sum(tensor.numel() for tensor in state.values()),
         weights=report,
         tokenizer=Path(tokenizer.name).name if tokenizer else None,
+        left_out=[name for name in state if _is_left_out(name, request.part)],
+        classes=head.classes if head else None,
     )
-    if request.vision_only:
-        conversion.left_out = [name for name in state if not name.startswith("vision.")]
     with _aside(destination) as folder:
-        form = _form(request)
+        form = _form(request, head)
         if tokenizer and request.target != "native":
             write_fast_tokenizer(tokenizer, folder)
         conversion.made_up = form.write(folder, state, description)
         conversion.training = training_facts(source)
-        _compare(folder, files, form, tokenizer, conversion, pictures=request.pictures)
+        _compare(folder, files, head, form, tokenizer, conversion, pictures=request.pictures)
         (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
         write_card(folder, destination.name, description.config, asdict(conversion))
         if request.target == "open_clip":
@@ -139,9 +154,15 @@ def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFil
     return ModelFiles(description, state), report
 
 
+def _is_left_out(name: str, part: Part) -> bool:
+    if part == "model":
+        return False
+    return not name.startswith("vision.") or (part == "classifier" and name.startswith("vision.pool."))
+
+
 def _tokenizer(description: Description, request: Request) -> Tokenizer | None:
     path = request.tokenizer or description.tokenizer
-    if path is None or request.tokenizer == "none" or request.vision_only:
+    if path is None or request.tokenizer == "none" or request.part != "model":
         description.tokenizer = None
         return None
     description.tokenizer = Path(path).expanduser()
@@ -170,7 +191,7 @@ def _aside(destination: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _form(request: Request) -> _Form:
+def _form(request: Request, head: Classification | None) -> _Form:
     if request.target == "native":
         return _Form(_write_native, lambda *_: None, lambda *_: None, None)
     if request.target == "open_clip":
@@ -184,12 +205,18 @@ def _form(request: Request) -> _Form:
         return _Form(
             to_onnx.write_onnx, to_onnx.onnxruntime_answers, lambda *_: None, "onnxruntime", is_readable=False
         )
+    if head is not None:
+        write = functools.partial(to_huggingface.write_classifier, head=head, class_names=request.class_names)
+        return _Form(
+            write, to_huggingface.transformers_logits, lambda *_: None, "transformers", is_readable=False
+        )
+    is_whole = request.part == "model"
     return _Form(
-        to_huggingface.write_vision_tower if request.vision_only else to_huggingface.write_huggingface,
+        to_huggingface.write_huggingface if is_whole else to_huggingface.write_vision_tower,
         to_huggingface.transformers_answers,
         to_huggingface.transformers_tokens,
         "transformers",
-        is_readable=not request.vision_only,
+        is_readable=is_whole,
     )
 
 
@@ -203,6 +230,7 @@ def _write_native(folder: Path, state: Mapping[str, Tensor], description: Descri
 def _compare(
     folder: Path,
     files: ModelFiles,
+    head: Classification | None,
     form: _Form,
     tokenizer: Tokenizer | None,
     conversion: Conversion,
@@ -213,8 +241,7 @@ def _compare(
     config, vision = files.description.config, files.description.config.vision
     transform = ImageTransform(vision.image_size, vision.patch_size, files.description.resize)
     probe = make_probe(config, transform, tokenizer, pictures)
-    conversion.pictures, conversion.texts = len(probe.pictures), len(probe.tokens)
-    ours = our_answers(_model(files), probe)
+    ours = our_answers(_model(files), probe, head)
     theirs = form.answers(folder, probe, config)
     if theirs is not None:
         conversion.peer = f"{form.package} {importlib.metadata.version(str(form.package))}"
@@ -222,7 +249,9 @@ def _compare(
         theirs = our_answers(_model(read_model(folder)), probe)
     if theirs is not None:
         conversion.largest_difference = differences(ours, theirs)
-        check(conversion.largest_difference, conversion.peer or "the written model")
+        check(conversion.largest_difference, ours, conversion.peer or "the written model")
+        conversion.pictures = len(probe.pictures)
+        conversion.texts = len(theirs.get("text_embedding", ()))
     if tokenizer:
         conversion.tokenizer_folder = _tokenizer_folder(folder, form, tokenizer, probe)
 

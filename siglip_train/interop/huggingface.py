@@ -45,6 +45,11 @@ def read_huggingface(folder: Path) -> ModelFiles:
 
 def _config(content: Mapping[str, Any], projection: bool, *, where: Path) -> SiglipConfig:  # noqa: FBT001
     vision, text = content.get("vision_config", {}), content.get("text_config", {})
+    for name in content.get("architectures") or ():
+        if "Classification" in name:
+            raise UserError(
+                f"{where}: a {name} has no text tower; give the image-text model it was made from"
+            )
     if not vision.get("vision_use_head", True):
         raise UserError(f"{where}: vision_use_head is false, so this is no image-text model")
     patch_size = vision.get("patch_size", 16)

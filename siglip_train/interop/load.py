@@ -18,6 +18,7 @@ from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
 from siglip_train.interop.native import ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
+from siglip_train.interop.runs import newest_checkpoint
 from siglip_train.models.siglip import Siglip
 
 
@@ -107,13 +108,7 @@ def read_model(path: Path) -> ModelFiles:
 
 def _weights_folder(path: Path) -> Path:
     """The export folder in a run or a checkpoint; any other path as it is."""
-    for pointer in (path / "checkpoints" / "LAST", path / "LAST"):
-        if pointer.is_file():
-            checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            if not checkpoint.is_dir():
-                raise UserError(f"{pointer} names {checkpoint.name}, which is not there")
-            path = checkpoint
-            break
+    path = newest_checkpoint(path)
     return path / "weights" if (path / "weights" / "config.json").is_file() else path
 
 

@@ -8,12 +8,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from siglip_train.batch import Images
+from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.objectives.classification import Classification
+from siglip_train.objectives.forward_pass import ForwardPass
 
 # between faithful fp32 implementations 3e-7; another GELU moves embeddings by 5e-5
 EMBEDDING_LIMIT = 2e-5
@@ -45,11 +47,8 @@ class Probe(NamedTuple):
     tokens: Tensor
 
 
-class Answers(NamedTuple):
-    """Unit-norm embeddings `[n, E]` and `[m, E]` of a probe; text None where there is only a vision tower."""
-
-    image: Tensor
-    text: Tensor | None
+# what a side makes of a probe: the unit-norm image_embedding [n, E] and text_embedding [m, E], or logits [n, C]
+Answers = dict[str, Tensor]
 
 
 def make_probe(
@@ -73,32 +72,36 @@ def make_probe(
 
 
 @torch.inference_mode()
-def our_answers(model: Siglip, probe: Probe) -> Answers:
-    """The probe's embeddings by our own model."""
-    return Answers(model.encode_image(probe.images), model.encode_text(probe.tokens))
+def our_answers(model: Siglip, probe: Probe, head: Classification | None = None) -> Answers:
+    """The probe's embeddings by our own model, or what `head` says of its pictures."""
+    if head is not None:
+        return {"logits": head.logits(ForwardPass(model, Batch(probe.images, probe.tokens)))}
+    return {
+        "image_embedding": model.encode_image(probe.images),
+        "text_embedding": model.encode_text(probe.tokens),
+    }
 
 
 def differences(ours: Answers, theirs: Answers) -> dict[str, float]:
-    """Largest absolute difference in any number of an embedding, by kind of embedding."""
-    found = {"image_embedding": _largest(ours.image, theirs.image)}
-    if ours.text is not None and theirs.text is not None:
-        found["text_embedding"] = _largest(ours.text, theirs.text)
-    return found
+    """Largest absolute difference in any number, by kind of answer; `theirs` may lack the text."""
+    return {name: _largest(ours[name].float().cpu() - theirs[name].float().cpu()) for name in theirs}
 
 
-def check(found: dict[str, float], whose: str) -> None:
-    """Raise a `UserError` where embeddings differ by more than rounding can explain."""
+def check(found: dict[str, float], ours: Answers, whose: str) -> None:
+    """Raise a `UserError` where answers differ by more than rounding can explain."""
     for name, difference in found.items():
+        # logits, unlike embeddings, have any size, and rounding grows with it
+        limit = EMBEDDING_LIMIT * max(1.0, _largest(ours[name]))
         # NaN too is too much
-        if not difference <= EMBEDDING_LIMIT:
+        if not difference <= limit:
             raise UserError(
-                f"{name} of {whose} differs from ours by {difference:.1e}, more than {EMBEDDING_LIMIT:.0e}; "
+                f"{name} of {whose} differs from ours by {difference:.1e}, more than {limit:.0e}; "
                 "nothing was written"
             )
 
 
-def _largest(ours: Tensor, theirs: Tensor) -> float:
-    return (ours.float().cpu() - theirs.float().cpu()).abs().max().item()
+def _largest(numbers: Tensor) -> float:
+    return numbers.abs().max().item()
 
 
 def _read_pictures(folder: Path) -> list[Image.Image]:

@@ -1,8 +1,8 @@
-"""Write a model as a HuggingFace folder, whole or the vision tower alone, and ask transformers what it makes of it."""
+"""Write a model as a HuggingFace folder: whole, the vision tower, or that with a classifier; and ask transformers."""
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from siglip_train.models.layers import LAYER_NORM_EPS
 from siglip_train.models.siglip import SiglipConfig, normalize
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
+from siglip_train.objectives.classification import Classification
 
 _ACTIVATIONS = {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}
 _RESIZES = {"bilinear": 2, "bicubic": 3}
@@ -58,6 +59,41 @@ def write_vision_tower(folder: Path, state: Mapping[str, Tensor], description: D
     return []
 
 
+def write_classifier(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    description: Description,
+    *,
+    head: Classification,
+    class_names: Sequence[str] | None,
+) -> list[str]:
+    """Write the vision tower with `head`, as SiglipForImageClassification or Siglip2ForImageClassification.
+
+    class_names: in label order, None = `LABEL_i`. Raises `UserError` for another number of them than the head has
+    classes, and for a head that reads anything but the average of the tokens, which is all that these classes do.
+    """
+    config = description.config
+    _check_averages(config, head)
+    if class_names is None:
+        class_names = [f"LABEL_{label}" for label in range(head.classes)]
+    if len(class_names) != head.classes:
+        raise UserError(f"there are {len(class_names)} class names, but the head has {head.classes} classes")
+    tensors = translate_back(state, config, "huggingface")
+    unused = ("text_model.", "vision_model.head.", "logit_")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    content = {
+        "architectures": [f"{family(config)}ForImageClassification"],
+        "model_type": family(config).lower(),
+        "dtype": "float32",
+        "vision_config": {**_vision(config.vision), "vision_use_head": False},
+        # transformers counts num_labels by these
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: label for label, name in enumerate(class_names)},
+    }
+    _write(folder, tensors | head.state_dict(), content, description)
+    return []
+
+
 def family(config: SiglipConfig) -> str:
     """The beginning of transformers' class names for this model."""
     return "Siglip" if config.vision.position_grid is None else "Siglip2"
@@ -69,14 +105,24 @@ def transformers_answers(folder: Path, probe: Probe, config: SiglipConfig) -> An
         return None
     import transformers
 
-    with _quiet(transformers):
+    with _quiet(transformers), torch.inference_mode():
         model = transformers.AutoModel.from_pretrained(folder).eval()
         inputs = _image_inputs(probe, config)
-        with torch.inference_mode():
-            if not hasattr(model, "logit_scale"):
-                return Answers(normalize(model(**inputs).pooler_output), None)
-            output = model(input_ids=probe.tokens, **inputs)
-    return Answers(output.image_embeds, output.text_embeds)
+        if not hasattr(model, "logit_scale"):
+            return {"image_embedding": normalize(model(**inputs).pooler_output)}
+        output = model(input_ids=probe.tokens, **inputs)
+    return {"image_embedding": output.image_embeds, "text_embedding": output.text_embeds}
+
+
+def transformers_logits(folder: Path, probe: Probe, config: SiglipConfig) -> Answers | None:
+    """What transformers' classifier in `folder` says of the probe's pictures; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    with _quiet(transformers), torch.inference_mode():
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        return {"logits": model(**_image_inputs(probe, config)).logits}
 
 
 def transformers_tokens(folder: Path, probe: Probe) -> Tensor | None:
@@ -125,6 +171,17 @@ def _check_fits(config: SiglipConfig) -> None:
         raise UserError(
             f"model.vision.pool is {config.vision.pool}; HuggingFace's SigLIP has the MAP head only"
         )
+
+
+def _check_averages(config: SiglipConfig, head: Classification) -> None:
+    where = f"model.vision.pool is {config.vision.pool}"
+    if head.features == "pooled" and config.vision.pool != "average":
+        raise UserError(
+            f"the head reads what the vision tower has pooled (features: pooled, {where}), HuggingFace's class the "
+            "average of the tokens: train one with features=tokens"
+        )
+    if config.vision.pool == "cls":
+        raise UserError(f"{where}; HuggingFace's SigLIP has no class token")
 
 
 def _vision(vision: VisionConfig) -> dict[str, Any]:

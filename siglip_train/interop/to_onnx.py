@@ -94,7 +94,10 @@ def onnxruntime_answers(folder: Path, probe: Probe, config: SiglipConfig) -> Ans
         patches, grid, _ = probe.images
         mask = torch.ones(patches.shape[:2], dtype=torch.bool)
         images = {"patches": patches / 127.5 - 1, "grid": grid, "mask": mask}
-    return Answers(_run(folder / VISION, images), _run(folder / TEXT, {"tokens": probe.tokens}))
+    return {
+        "image_embedding": _run(folder / VISION, images),
+        "text_embedding": _run(folder / TEXT, {"tokens": probe.tokens}),
+    }
 
 
 def _run(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -82,9 +82,10 @@ def open_clip_answers(folder: Path, probe: Probe) -> Answers | None:
 
     model = open_clip.create_model(f"local-dir:{folder.resolve()}").eval()
     with torch.inference_mode():
-        return Answers(
-            normalize(model.encode_image(probe.pixels)), normalize(model.encode_text(probe.tokens))
-        )
+        return {
+            "image_embedding": normalize(model.encode_image(probe.pixels)),
+            "text_embedding": normalize(model.encode_text(probe.tokens)),
+        }
 
 
 def open_clip_tokens(folder: Path, probe: Probe) -> Tensor | None:

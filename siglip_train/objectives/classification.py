@@ -36,7 +36,7 @@ class Classification(Objective):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}: give a share in 0..1, below 1")
         self.classes, self.label_smoothing = classes, label_smoothing
-        self._features = features
+        self.features = features
         self.classifier = nn.Linear(width, classes)
         # all classes equally likely at first, so that the tower is not moved by a random head
         nn.init.zeros_(self.classifier.weight)
@@ -44,7 +44,7 @@ class Classification(Objective):
 
     def logits(self, forward_pass: ForwardPass) -> Tensor:
         """Scores of the classes, `[B, C]` in fp32."""
-        is_pooled = self._features == "pooled"
+        is_pooled = self.features == "pooled"
         features = forward_pass.image.pooled if is_pooled else forward_pass.image_average  # [B, D]
         return self.classifier(features).float()
 

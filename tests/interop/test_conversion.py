@@ -213,7 +213,7 @@ def test_a_text_tower_without_projection_gets_one_that_changes_nothing(
 
 def test_the_vision_tower_alone(native: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    done = convert(native, tmp_path / "tower", Request("hf", vision_only=True))
+    done = convert(native, tmp_path / "tower", Request("hf", part="vision"))
     assert {name.partition(".")[0] for name in done.left_out} == {"text", "logit_scale", "logit_bias"}
     tower = transformers.AutoModel.from_pretrained(tmp_path / "tower")
     assert type(tower).__name__ == "SiglipVisionModel"

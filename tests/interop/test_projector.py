@@ -19,7 +19,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tower")
     write_export(folder / "n", small_model().state_dict(), Description(small_config()))
-    convert(folder / "n", folder / "hf", Request("hf", vision_only=True))
+    convert(folder / "n", folder / "hf", Request("hf", part="vision"))
     return transformers.SiglipVisionModel.from_pretrained(folder / "hf")
 
 

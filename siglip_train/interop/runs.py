@@ -1,0 +1,87 @@
+"""A run as a source: its newest checkpoint, the folder with its config, and the classification heads it trained."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from siglip_train.errors import UserError
+from siglip_train.interop.files import read_tensors
+from siglip_train.objectives.classification import Classification
+
+HEADS = "heads.safetensors"
+_TARGET = f"{Classification.__module__}.{Classification.__qualname__}"
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of the run at `path`; any other path as it is."""
+    for pointer in (path / "checkpoints" / "LAST", path / "LAST"):
+        if pointer.is_file():
+            checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+            if not checkpoint.is_dir():
+                raise UserError(f"{pointer} names {checkpoint.name}, which is not there")
+            return checkpoint
+    return path
+
+
+def run_folder(source: Path) -> Path | None:
+    """The run that `source` is, or is a part of: a checkpoint, or the weights in one."""
+    return next((p for p in (source, *source.parents[:3]) if (p / "config.yaml").is_file()), None)
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The composed config of a run. Raises `UserError` where the file is damaged."""
+    path = run / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no config")
+    return content
+
+
+def read_heads(path: Path) -> dict[str, Classification]:
+    """The classification heads of a run (its newest checkpoint) or of a checkpoint inside its run, by name.
+
+    Empty for every other model, and for a checkpoint without its run, whose config says what a head reads. Raises
+    `UserError` where that config does not fit the weights.
+    """
+    file = newest_checkpoint(path) / HEADS
+    run = run_folder(file.parent)
+    if run is None or not file.is_file():
+        return {}
+    nodes = run_config(run).get("objectives") or {}
+    tensors = read_tensors(file)
+    heads = {}
+    for name, node in nodes.items():
+        if not node or node.get("_target_") != _TARGET:
+            continue
+        prefix = f"objectives.{name}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            head = Classification(**{key: value for key, value in node.items() if key != "_target_"})
+            head.load_state_dict(own)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"objectives.{name} in {run / 'config.yaml'} does not fit {file}: {reason}"
+            ) from None
+        heads[name] = head.eval()
+    return heads
+
+
+def read_head(path: Path, name: str | None) -> Classification:
+    """The head `name`, or the only one. Raises `UserError` where there is none, or several and no name."""
+    heads = read_heads(path)
+    if not heads:
+        raise UserError(
+            f"{path} has no classification head: give a run with objective=classification, or a checkpoint inside it"
+        )
+    if name is None and len(heads) > 1:
+        raise UserError(
+            f"{path} has several classification heads: choose with --objective {' or '.join(heads)}"
+        )
+    if name is not None and name not in heads:
+        raise UserError(f"{path} has no classification head {name}, only {', '.join(heads)}")
+    return heads[name or next(iter(heads))]
