@@ -73,7 +73,7 @@ def by_chunks(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 def by_triton(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """This project's kernel, whatever `kernels.dispatch` prefers at present."""
+    """This project's kernel, whatever its self-check says."""
     with force("triton"):
         return sigmoid_loss(images, texts, scale, bias)
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the Triton kernel or torch. Tests and benchmarks may force one."""
+"""Which implementation of an op runs: the Triton kernel, once it has passed its self-check here, or torch."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,26 +9,44 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.self_check import Sample, is_right
+
 Implementation = Literal["triton", "chunked"]
 
-# NOTE: the Triton kernels have been run by the interpreter and compiled for three architectures, but not yet run on
-# a GPU. Until their tests have passed on one, nobody's training rests on them; then this becomes "triton".
-ON_GPU: Implementation = "chunked"
-
 _forced: list[Implementation] = []
+_checked: dict[tuple[str, torch.device, torch.dtype], Implementation] = {}
 
 
-def implementation(tensor: Tensor) -> Implementation:
-    """`ON_GPU` for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, else "chunked"."""
+def implementation(tensor: Tensor, op: str, sample: Sample) -> Implementation:
+    """ "triton" for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, if it is right there; else "chunked".
+
+    op: what the warning calls it. The first question for an op, device and dtype compares the kernel with torch on
+    the sample; the answer holds for the process. Ranks that come to different answers exchange the same.
+    """
     if _forced:
         return _forced[-1]
     is_narrow = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return ON_GPU if is_narrow and tensor.is_cuda and _has_triton(tensor.device) else "chunked"
+    if not (is_narrow and runs_triton(tensor.device)):
+        return "chunked"
+    return _check(op, tensor.device, tensor.dtype, sample)
+
+
+# a compiler that traced the sample would compile the check into every step
+@torch.compiler.disable
+def _check(op: str, device: torch.device, dtype: torch.dtype, sample: Sample) -> Implementation:
+    key = op, device, dtype
+    if key not in _checked:
+        with device_of(device):
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                # the check waits for the device, which would break the capture of a graph: later, outside of one
+                return "chunked"
+            _checked[key] = "triton" if is_right(op, device, dtype, sample) else "chunked"
+    return _checked[key]
 
 
 @contextmanager
 def force(name: Implementation) -> Iterator[None]:
-    """Within it, every op runs as `name`. On a CPU, "triton" needs TRITON_INTERPRET=1 before triton is imported."""
+    """Within it, every op runs as `name`, unchecked. On a CPU, "triton" needs TRITON_INTERPRET=1 before its import."""
     _forced.append(name)
     try:
         yield
@@ -36,15 +54,17 @@ def force(name: Implementation) -> Iterator[None]:
         _forced.pop()
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Within it, Triton launches on the GPU of `tensor`, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def device_of(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, Triton launches on this GPU, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
-def _has_triton(device: torch.device) -> bool:
-    # the kernels have PTX in them: no AMD
-    is_nvidia = torch.version.cuda is not None
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels are meant for this device: they have PTX in them, so no AMD."""
     return (
-        is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and find_spec("triton") is not None
     )

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Implementation, implementation
+from kernels.dispatch import Implementation, force, implementation
 from kernels.linear_cross_entropy import softmax
 from kernels.products import multiply
+from kernels.self_check import Comparison
 
 # For the logits of a chunk and their gradient. On a CPU larger chunks are no faster; on a GPU the gradient of weight,
 # which every chunk adds to, would take a third of the time with half of this (README).
@@ -104,7 +105,7 @@ class _Work:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None) -> None:
-        kind = implementation(hidden)
+        kind = implementation(hidden, "linear_cross_entropy", _sample)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         product_dtype = self.dtype if kind == "chunked" else hidden.dtype
         self.hidden, self.weight = hidden.to(product_dtype), weight.to(product_dtype)
@@ -152,3 +153,31 @@ def _step(kind: Implementation) -> Callable[..., Tensor]:
     from kernels.linear_cross_entropy import triton_softmax
 
     return triton_softmax.losses_and_slopes
+
+
+def _sample(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    """For the self-check: two whole blocks of the row and a part, an odd vocabulary, a chunk that is not full."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocabulary, width = 24, 4999, 72
+    numbers = torch.randn(
+        tokens + vocabulary, width + 1, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    numbers = numbers.to(device, dtype)
+    hidden, (weight, bias) = numbers[:tokens, 1:], (numbers[tokens:, 1:] / 4, numbers[tokens:, 0])
+    # repeated targets, the first and the last
+    targets = torch.arange(tokens, device=device) * 1999 % vocabulary
+    targets[-3:] = vocabulary - 1
+    factors = torch.linspace(-0.5, 1.0, tokens, device=device)
+    inputs = hidden, weight, bias
+    exact = tuple(tensor.double() for tensor in inputs)
+    wanted = Wanted(hidden=True, weight=True, bias=True)
+    with force("triton"):
+        losses = token_losses(*inputs, targets, rows=16)
+        actual = token_gradients(*inputs, targets, factors, wanted, rows=16)
+    with force("chunked"):
+        expected = token_gradients(*exact, targets, factors.double(), wanted, rows=16)
+    yield Comparison("losses without gradients", losses, expected.losses, is_rounded=False)
+    for name, found, truth in zip(expected._fields, actual, expected, strict=True):
+        assert found is not None
+        assert truth is not None
+        yield Comparison(name, found, truth, name != "losses")

@@ -26,7 +26,7 @@ def losses_and_slopes(
     losses = logits.new_empty(len(logits))
     # what is not there is not read
     destination = losses if slopes is None else slopes
-    with device_of(logits):
+    with device_of(logits.device):
         softmax_kernel[(len(logits),)](
             logits, losses if bias is None else bias.contiguous(), targets.contiguous(),
             losses if factors is None else factors.contiguous(), destination, losses,

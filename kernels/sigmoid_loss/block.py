@@ -11,6 +11,7 @@ from kernels.dispatch import implementation
 from kernels.sigmoid_loss import chunked
 from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.sample import BlockSample
 
 __all__ = [
     "BlockGradients",
@@ -35,7 +36,8 @@ def sigmoid_loss_block(
     scale and bias have one element. positives: image i matches text i + positives, where there is one; None if
     nothing matches. ids: pairs that are alike and count otherwise. No n x m tensor is made.
     """
-    return _module(images).sigmoid_loss_block(images, texts, scale, bias, positives=positives, ids=ids)
+    module = _module("sigmoid_loss_block", images, ids)
+    return module.sigmoid_loss_block(images, texts, scale, bias, positives=positives, ids=ids)
 
 
 def sigmoid_loss_block_value(
@@ -48,7 +50,8 @@ def sigmoid_loss_block_value(
     ids: PairIds | None = None,
 ) -> Tensor:
     """The loss of `sigmoid_loss_block` alone, at a third of the work: a scalar in float64."""
-    return _module(images).sigmoid_loss_block_value(images, texts, scale, bias, positives=positives, ids=ids)
+    module = _module("sigmoid_loss_block_value", images, ids)
+    return module.sigmoid_loss_block_value(images, texts, scale, bias, positives=positives, ids=ids)
 
 
 def sigmoid_loss_block_scores(
@@ -61,11 +64,18 @@ def sigmoid_loss_block_scores(
     ids: PairIds | None = None,
 ) -> Scores:
     """The losses of the pairs summed for each image and for each text, without gradients."""
-    return _module(images).sigmoid_loss_block_scores(images, texts, scale, bias, positives=positives, ids=ids)
+    module = _module("sigmoid_loss_block_scores", images, ids)
+    return module.sigmoid_loss_block_scores(images, texts, scale, bias, positives=positives, ids=ids)
 
 
-def _module(images: Tensor) -> ModuleType:
-    if implementation(images) == "chunked":
+def _module(op: str, images: Tensor, ids: PairIds | None) -> ModuleType:
+    sample = BlockSample(
+        op,
+        # weighed pairs have a kernel of their own, whatever the weight
+        weight=None if ids is None else 0.5 if ids.weight else 0.0,
+        is_aligned=images.shape[1] * images.element_size() % 16 == 0,
+    )
+    if implementation(images, str(sample), sample) == "chunked":
         return chunked
     # here, because importing Triton takes long and machines without a GPU need not have it
     from kernels.sigmoid_loss import triton_block

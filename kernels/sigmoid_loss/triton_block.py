@@ -156,13 +156,14 @@ class _Block:
         sums = torch.zeros(programs, 2, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
-        with device_of(chunk):
+        with device_of(chunk.device):
             sigmoid_tile_kernel[(programs,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
                 column_ids, n, m, chunk.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
+                EVEN=tile.descriptors or chunk.shape[1] % tile.depth == 0,
+                CHECKED=has_edge or self._positives is not None,
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
                 PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 WEIGHTED=self._is_weighted,
@@ -179,13 +180,14 @@ class _Block:
         column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
-        with device_of(chunk):
+        with device_of(chunk.device):
             score_tile_kernel[(high * wide,)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 row_sums, column_sums, row_ids, sorted_ids, column_ids,
                 n, m, chunk.shape[1], self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                EVEN=chunk.shape[1] % tile.depth == 0, CHECKED=has_edge or self._positives is not None,
+                EVEN=tile.descriptors or chunk.shape[1] % tile.depth == 0,
+                CHECKED=has_edge or self._positives is not None,
                 DESCRIPTORS=tile.descriptors, PRECISION=_precision(), INTERPRETED=self._is_interpreted,
                 HAS_IDS=self._ids is not None,
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -198,7 +200,7 @@ class _Block:
         """Add the matching pairs; give their loss and bias gradient and the scale gradient of all, float64 `[3]`."""
         programs = triton.cdiv(len(chunk), _FINISH[0])
         sums = torch.zeros(programs, 3, device=chunk.device)
-        with device_of(chunk):
+        with device_of(chunk.device):
             finish_kernel[(programs,)](
                 chunk, self.texts, self.scale, self.bias,
                 sums if image_gradients is None else image_gradients,

@@ -7,6 +7,7 @@ import torch
 
 from kernels.dispatch import force, implementation
 from kernels.sigmoid_loss import tiles
+from kernels.sigmoid_loss.sample import BlockSample
 from kernels.sigmoid_loss.tiles import choose_chunk_rows, choose_tile
 from tests.kernels.interpreted import run_cases
 
@@ -15,22 +16,27 @@ def test_triton_kernels_equal_the_reference():
     run_cases(Path(__file__).with_name("triton_block_cases.py"))
 
 
+def chosen(tensor):
+    sample = BlockSample("sigmoid_loss_block", None, is_aligned=True)
+    return implementation(tensor, str(sample), sample)
+
+
 def test_a_cpu_takes_the_chunks_unless_forced():
     tensor = torch.zeros(2, 2)
-    assert implementation(tensor) == "chunked"
+    assert chosen(tensor) == "chunked"
     with force("triton"):
-        assert implementation(tensor) == "triton"
+        assert chosen(tensor) == "triton"
         with force("chunked"):
-            assert implementation(tensor) == "chunked"
-    assert implementation(tensor) == "chunked"
+            assert chosen(tensor) == "chunked"
+    assert chosen(tensor) == "chunked"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_takes_what_is_chosen_for_it_but_for_float64(monkeypatch):
-    monkeypatch.setattr("kernels.dispatch.ON_GPU", "triton")
-    assert implementation(torch.zeros(2, 2, device="cuda")) == "triton"
-    assert implementation(torch.zeros(2, 2, device="cuda", dtype=torch.float64)) == "chunked"
+def test_a_gpu_takes_the_kernel_but_for_float64():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert chosen(torch.zeros(2, 2, device="cuda", dtype=dtype)) == "triton"
+    assert chosen(torch.zeros(2, 2, device="cuda", dtype=torch.float64)) == "chunked"
 
 
 def test_chunks_fill_the_waves_of_an_h200():

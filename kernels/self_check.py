@@ -1,0 +1,68 @@
+"""Whether a Triton kernel computes here what torch does: asked on a small sample before anything rests on it."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.testing import rms_ratio
+
+log = logging.getLogger(__name__)
+
+# RMS ratios, about five times what the kernels' tests measure: a single wrong row or column is off by ten times more.
+# What is summed in fp32 from exact logits; gradients, made of weights that are rounded to the dtype
+_SUMS = 1e-4
+_GRADIENTS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# both, for fp32 where `torch.set_float32_matmul_precision` lets products be rounded
+_TF32 = 5e-3
+
+
+class Comparison(NamedTuple):
+    """One result of the kernel and what it should be. is_rounded: it is made of weights in the inputs' dtype."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor
+    is_rounded: bool
+
+
+# runs the op both ways on a device in a dtype; must leave the random state alone
+Sample = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
+
+
+def is_right(op: str, device: torch.device, dtype: torch.dtype, sample: Sample) -> bool:
+    """Whether all results of a sample are within their limits. If not, or if it does not run, one warning says why.
+
+    The host waits for the device's current stream. Nothing is sent to other ranks, so each may ask when it likes.
+    """
+    place = f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            ratios = [
+                (
+                    rms_ratio(found.actual, found.expected),
+                    _limit(dtype, is_rounded=found.is_rounded),
+                    found.name,
+                )
+                for found in sample(device, dtype)
+            ]
+        # NaN is within no limit
+        wrong = [f"{name} is off by {ratio:.1e}" for ratio, limit, name in ratios if not ratio <= limit]
+        reason = f"in its self-check {', '.join(wrong)} (RMS ratio)" if wrong else ""
+    except Exception as error:  # whatever a compiler or driver says
+        log.debug("the self-check of %s on %s", op, place, exc_info=True)
+        reason = f"its self-check does not run: {type(error).__name__}: {error}"
+    if reason:
+        log.warning(
+            "%s for %s on %s: the Triton kernel is not used in this process, but the slower form in torch: %s",
+            op, str(dtype).removeprefix("torch."), place, reason,
+        )  # fmt: skip
+    return not reason
+
+
+def _limit(dtype: torch.dtype, *, is_rounded: bool) -> float:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return _TF32
+    return _GRADIENTS[dtype] if is_rounded else _SUMS
