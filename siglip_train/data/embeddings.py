@@ -29,13 +29,23 @@ _OPEN = 512
 
 
 def embedding_files(shards: ShardSet, folder: Path) -> list[Path]:
-    """The file of each shard, named by the content of the shard and by which of its samples are meant.  # all ranks"""
+    """The file of each shard, named by the content of the shard and by which of its samples are meant.  # all ranks
+
+    Raises `UserError` where a shard is gone.
+    """
     # which members are read beside does not change the rows
     meant = dataclasses.replace(shards.wanted, extra=())
     places = zip(shards.paths, shards.counts.tolist(), strict=True)
-    names = [_name(f"{identity(path, shards.cache.folder)}\0{count}\0{meant}") for path, count in places]
+    names, failure = list[str](), ""
+    try:
+        names = [_name(f"{identity(path, shards.cache.folder)}\0{count}\0{meant}") for path, count in places]
+    except OSError as error:
+        failure = f"cannot read shard {error.filename}: {error.strerror}"
     # copies of a shard on several machines may have times of their own
-    return [folder / name for name in broadcast_object(names)]
+    names, failure = broadcast_object((names, failure))
+    if failure:
+        raise UserError(failure)
+    return [folder / name for name in names]
 
 
 def _name(content: str) -> str:
