@@ -1,5 +1,7 @@
 """What travels from the loader to the model: `Batch` and its parts. Data fills them, models and objectives read."""
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -23,36 +25,40 @@ class Images(NamedTuple):
 class Batch(NamedTuple):
     """One rank's share of a global batch.
 
-    images: B images. texts: `[B, context_length]` int64 tokens, `[B, 0]` of sources without captions.
-    keys: B sample names (`shard/key`), for messages. labels: `[B]` int64 class indices, None of sources without.
+    images: B images, None where `pooled` stands in their place. texts: `[B, context_length]` int64 tokens, `[B, 0]` of
+    sources without captions. keys: B sample names (`shard/key`), for messages. labels: `[B]` int64 class indices, None
+    of sources without. pooled: `[B, D]` what a locked image tower made of the images once, not normalised.
     """
 
-    images: Images
+    images: Images | None
     texts: Tensor
     keys: tuple[str, ...] = ()
     labels: Tensor | None = None
+    pooled: Tensor | None = None
 
     @property
     def size(self) -> int:
         """Number of image-text pairs."""
         return len(self.texts)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """`change` every tensor there is."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return self._replace(
+            images=None if self.images is None else Images(*map(changed, self.images)),  # type: ignore[arg-type]
+            texts=change(self.texts),
+            labels=changed(self.labels),
+            pooled=changed(self.pooled),
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """Copy every tensor to `device`, asynchronously from pinned memory."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        images = Images(*(move(field) for field in self.images))  # type: ignore[arg-type]
-        texts = self.texts.to(device, non_blocking=True)
-        return self._replace(images=images, texts=texts, labels=move(self.labels))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> list["Batch"]:
         """Views of `size` pairs each, in order; the last has what is left."""
-
-        def part(rows: slice) -> "Batch":
-            images = Images(*(None if field is None else field[rows] for field in self.images))  # type: ignore[arg-type]
-            labels = None if self.labels is None else self.labels[rows]
-            return Batch(images, self.texts[rows], self.keys[rows], labels)
-
-        return [part(slice(start, start + size)) for start in range(0, self.size, size)]
+        parts = [slice(start, start + size) for start in range(0, self.size, size)]
+        return [self.each(itemgetter(rows))._replace(keys=self.keys[rows]) for rows in parts]

@@ -143,7 +143,6 @@ class ProgressDisplay:
         self._is_main = is_main
         self._total = total_steps
         self._start = start_step
-        self._begin = time.monotonic()
         self._bar = None
         if is_main and is_terminal:
             self._bar = Progress(
@@ -153,8 +152,13 @@ class ProgressDisplay:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar.start()
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+
+    def start(self) -> None:
+        """Training begins now."""
+        self._begin = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
 
     def step(self, step: int, metrics: dict[str, float] | None) -> None:
         """Advance; `metrics` are the logged ones of this step, None at a step that is not logged."""

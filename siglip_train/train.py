@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
 from siglip_train.distributed.setup import World, init_world, leave_world
+from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
@@ -64,6 +66,9 @@ def run(values: dict[str, Any]) -> None:
     saved, progress = _load_weights(model, config, run_dir)
     engine.apply_speed_options(model, config.engine)
 
+    precision = _precision(config, world)
+    optimizer = build_optimizer(model, config.optim, progress.pretrained)
+    embeddings = folder_of(model.model.vision, config.data, transform, precision)
     share = Share(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
     loader = build_loader(
@@ -75,8 +80,6 @@ def run(values: dict[str, Any]) -> None:
         state=progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    precision = _precision(config, world)
-    optimizer = build_optimizer(model, config.optim, progress.pretrained)
     flops = _flops_per_pair(config, model.model)
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
@@ -136,12 +139,8 @@ def run(values: dict[str, Any]) -> None:
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
     _announce(config, world, model, precision, loader.outlook(config.total_samples))
-    try:
-        progress = loop.train(trainer, progress)
-    finally:
-        trainer.display.close()
-        if trainer.writer is not None:
-            trainer.writer.close()
+    prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
+    progress = _train(trainer, progress, prepare)
     if world.is_main:
         if progress.step >= config.total_steps:
             _write(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
@@ -153,6 +152,24 @@ def run(values: dict[str, Any]) -> None:
         )
     barrier()
     leave_world()
+
+
+def _train(
+    trainer: loop.Trainer, progress: checkpoint.Progress, prepare: Callable[[], None] | None
+) -> checkpoint.Progress:
+    """`prepare`, which a stop signal may end, and `loop.train`; then close what the run writes to. All ranks."""
+    try:
+        if prepare is not None:
+            prepare()
+        trainer.display.start()
+        return loop.train(trainer, progress)
+    except loop.StopTraining:
+        log.info("%s: leaving before the next step", trainer.stop.received or "stop signal on a rank")
+        return progress
+    finally:
+        trainer.display.close()
+        if trainer.writer is not None:
+            trainer.writer.close()
 
 
 def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
@@ -329,7 +346,7 @@ def _flops_per_pair(config: Config, model: Siglip) -> float:
     has_texts = any(source.text is not None for source in config.data.sources.values())
     return flops_per_pair(
         config.model,
-        vision_passes=passes(model.vision),
+        vision_passes=passes(model.vision) if config.data.embedding_dir is None else 0.0,
         text_passes=passes(model.text) if has_texts else 0.0,
     )
 

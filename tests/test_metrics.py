@@ -38,6 +38,7 @@ def test_tensorboard_and_wandb_offline(tmp_path: Path) -> None:
 def test_a_line_for_each_logged_step_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="siglip_train.metrics")
     display = ProgressDisplay(total_steps=10, start_step=0, is_main=True, is_terminal=False)
+    display.start()
     display.step(1, None)
     display.step(2, STEP)
     display.close()
@@ -48,6 +49,7 @@ def test_a_line_for_each_logged_step_off_a_terminal(caplog: pytest.LogCaptureFix
 
 def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture) -> None:
     display = ProgressDisplay(total_steps=10, start_step=4, is_main=True, is_terminal=True)
+    display.start()
     display.step(5, STEP)
     display.close()
     output = capsys.readouterr()

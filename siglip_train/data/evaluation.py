@@ -22,7 +22,7 @@ from siglip_train.batch import Images
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
 from siglip_train.data.folders import benchmark_folder, class_folder
-from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
 from siglip_train.data.locations import short_name
 from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
@@ -52,7 +52,7 @@ class EvaluationSource:
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
     `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
-    side of a picture (ObjectNet frames its pictures).
+    side of a picture (ObjectNet frames its pictures). max_pixels: larger pictures count as bad.
     """
 
     shards: str | list[str]
@@ -63,6 +63,7 @@ class EvaluationSource:
     max_samples: int | None = None
     select: Selection = EVERYTHING
     border: int = 0
+    max_pixels: int = MAX_PIXELS
 
 
 class EvaluationBatch(NamedTuple):
@@ -90,7 +91,7 @@ class _Row(NamedTuple):
     group: str = ""
 
 
-class _Samples(Protocol):
+class Samples(Protocol):
     """The samples of a set by place, wherever they lie; `name` is (shard, key), for those that cannot be read."""
 
     def __len__(self) -> int: ...
@@ -118,14 +119,14 @@ class _InShards:
 class _Batches(Dataset):
     """Number of a batch -> that batch of this rank's share, and its bad samples."""
 
-    def __init__(self, samples: _Samples, source: EvaluationSource, transform: ImageTransform,
+    def __init__(self, samples: Samples, source: EvaluationSource, transform: ImageTransform,
                  share: range, batch_size: int) -> None:  # fmt: skip
         self.samples, self.transform, self.share, self.batch_size = samples, transform, share, batch_size
         self.text, self.label, self.group = (
             Field.parse(name) if name is not None else None
             for name in (source.text, source.label, source.group)
         )
-        self.border = source.border
+        self.border, self.max_pixels = source.border, source.max_pixels
 
     def places(self, number: int) -> range:
         return self.share[number * self.batch_size : (number + 1) * self.batch_size]
@@ -166,7 +167,7 @@ class _Batches(Dataset):
             return self._filler
 
     def picture(self, sample: RawSample) -> Image.Image:
-        picture, cut = decode(sample.members["image"]), self.border
+        picture, cut = decode(sample.members["image"], self.max_pixels), self.border
         if not cut:
             return picture
         if min(picture.size) <= 2 * cut:
@@ -224,15 +225,15 @@ class EvaluationLoader:
     also has `excluded/<cause>`.
     """
 
-    def __init__(self, batches: _Batches, samples: int, rows_per_rank: int, workers: int) -> None:
+    def __init__(self, batches: _Batches, samples: int, numbers: range, workers: int) -> None:
         self.samples = samples
         self.counts: Counter[str] = Counter()
-        self._batches, self._rows, self._workers = batches, rows_per_rank, workers
+        self._batches, self._numbers, self._workers = batches, numbers, workers
         self._log = BadSampleLog()
 
     def __len__(self) -> int:
         """Batches of this rank, equally many on all ranks."""
-        return math.ceil(self._rows / self._batches.batch_size)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         stream = watched(self._from, 0, len(self), lost=self._lost)
@@ -249,12 +250,12 @@ class EvaluationLoader:
             self._batches,
             batch_size=None,
             collate_fn=unchanged,
-            sampler=range(first, len(self)),
+            sampler=self._numbers[first:],
             **worker_options(min(self._workers, len(self) - first)),
         )
 
     def _lost(self, number: int) -> str:
-        places = self._batches.places(number)
+        places = self._batches.places(self._numbers[number])
         return f"samples {places.start} to {places.stop - 1} of an evaluation set"
 
     def report_excluded(self, excluded: list[BadSample]) -> None:
@@ -286,13 +287,33 @@ def build_evaluation_loader(
     rows = math.ceil(count / world_size)
     share = range(rank * rows, min((rank + 1) * rows, count))
     batches = _Batches(samples, source, transform, share, batch_size)
-    loader = EvaluationLoader(batches, count, rows, workers)
+    loader = EvaluationLoader(batches, count, range(math.ceil(rows / batch_size)), workers)
     if rank == 0:
         loader.report_excluded(excluded)
     return loader
 
 
-def _find(source: EvaluationSource) -> tuple[_Samples, list[BadSample]]:
+def build_picture_loader(
+    samples: Samples,
+    transform: ImageTransform,
+    *,
+    max_pixels: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> EvaluationLoader:
+    """Pictures alone, the ranks taking turns batch by batch, so that together they go through `samples` in order.
+
+    Row i of batch k is place (k * world_size + rank) * batch_size + i, or a filler where that is bad or beyond the end.
+    """
+    source = EvaluationSource([], max_pixels=max_pixels)
+    batches = _Batches(samples, source, transform, range(len(samples)), batch_size)
+    turns = math.ceil(len(samples) / (batch_size * world_size))
+    return EvaluationLoader(batches, len(samples), range(rank, turns * world_size, world_size), workers)
+
+
+def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
     """Find the samples of a set, and those left out.  # all ranks"""
     benchmark = benchmark_folder(source.shards)
     if benchmark is None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
 from siglip_train.data.cache import UnavailableShardError
+from siglip_train.data.embeddings import embedding
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.fetch import Event
 from siglip_train.data.images import ImageTransform
@@ -51,7 +53,10 @@ class Share(NamedTuple):
 
 @dataclass
 class Source:
-    """One source, ready to read. All sources have captions or none has, and so with labels."""
+    """One source, ready to read. All sources have captions or none has, and so with labels and embeddings.
+
+    embeddings: of each shard, the file with what a locked image tower makes of its pictures, read in their place.
+    """
 
     name: str
     shards: ShardSet
@@ -62,6 +67,7 @@ class Source:
     language_name: str | None
     reader: ShardReader
     max_failed_shards: float = 0.05
+    embeddings: list[Path] | None = None
 
     def substitute(self, slot: int, attempt: int, rng: np.random.Generator) -> int:
         """Another slot to read in place of one that cannot be used; attempt: 1, 2, ..."""
@@ -111,17 +117,13 @@ class Piece:
         """Called by the DataLoader's pinning thread."""
         if self.batch is None:
             return self
-        images, texts, labels = self.batch.images, self.batch.texts, self.batch.labels
-        # a piece of training data has no mask
-        pinned = Images(images.patches.pin_memory(), images.grid.pin_memory())
-        labels = None if labels is None else labels.pin_memory()
-        return Piece(self.batch._replace(images=pinned, texts=texts.pin_memory(), labels=labels), self.report)
+        return Piece(self.batch.each(torch.Tensor.pin_memory), self.report)
 
 
 class _Row(NamedTuple):
     """One finished sample."""
 
-    patches: np.ndarray  # uint8 [L, P]
+    image: np.ndarray  # uint8 [L, P] patches, or float16 [D] where the pooled output is kept
     caption: str | None
     label: int | None
     key: str
@@ -173,12 +175,17 @@ class Pieces(Dataset):
             return Piece(None, report)
         finally:
             report.events += self.sources[0].shards.cache.drain()
-        images = self.transform.batch([row.patches for row in rows])
+        images, pooled = self._images([row.image for row in rows])
         captions = [row.caption for row in rows if row.caption is not None]
         texts = self.tokenizer(captions) if captions else torch.empty(len(rows), 0, dtype=torch.long)
         labels = [row.label for row in rows if row.label is not None]
         keys = tuple(row.key for row in rows)
-        return Piece(Batch(images, texts, keys, torch.tensor(labels) if labels else None), report)
+        return Piece(Batch(images, texts, keys, torch.tensor(labels) if labels else None, pooled), report)
+
+    def _images(self, rows: list[np.ndarray]) -> tuple[Images | None, torch.Tensor | None]:
+        if self.sources[0].embeddings is None:
+            return self.transform.batch(rows), None
+        return None, torch.from_numpy(np.stack(rows))  # [B, D]
 
     def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
         rng = sample_generator(self.mixture.seed, position)
@@ -187,8 +194,8 @@ class Pieces(Dataset):
             shard, number = source.order.locate(slot)
             sample = None
             try:
-                sample = source.reader.read(shard, number)
-                row = self._finished(sample, source, rng)
+                sample = source.reader.read(shard, number, image=source.embeddings is None)
+                row = self._finished(sample, source, (shard, number), rng)
             except UnavailableShardError as error:
                 source.check_failed()
                 failed += 1
@@ -208,11 +215,27 @@ class Pieces(Dataset):
             f" check data.sources.{source.name}"
         )
 
-    def _finished(self, sample: RawSample, source: Source, rng: np.random.Generator) -> _Row:
+    def _finished(
+        self, sample: RawSample, source: Source, place: tuple[int, int], rng: np.random.Generator
+    ) -> _Row:
         caption = source.captions.draw(sample, rng) if source.captions else None
         label = class_label(source.label, sample) if source.label else None
-        patches = self.transform.for_training(sample.members["image"], rng, self.max_pixels)
-        return _Row(patches, caption, label, sample.name)
+        if source.embeddings is None:
+            image = self.transform.for_training(sample.members["image"], rng, self.max_pixels)
+        else:
+            image = self._embedding(source, *place, rng)
+        return _Row(image, caption, label, sample.name)
+
+    def _embedding(self, source: Source, shard: int, number: int, rng: np.random.Generator) -> np.ndarray:
+        assert source.embeddings is not None
+        row = embedding(source.embeddings[shard], number)  # [D]
+        if row is not None:
+            return row
+        # what was wrong with the picture then is wrong now, and has its own name
+        self.transform.for_training(source.reader.read(shard, number).members["image"], rng, self.max_pixels)
+        raise SampleError(
+            "no embedding", f"the picture could not be read before; remove {source.embeddings[shard]}"
+        )
 
 
 def _counted(source: Source, sample: RawSample, attempt: int) -> Iterator[str]:

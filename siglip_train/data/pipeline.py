@@ -73,6 +73,8 @@ class DataConfig:
     cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
     bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
     that may be unavailable at once (one, if it has several and the share is above 0).
+    embedding_dir: a folder that all ranks see: what a locked image tower makes of every picture is computed once, kept
+    there, and read in place of the pictures; null = no.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class DataConfig:
     fetch_timeout_seconds: float = USUAL.timeout_seconds
     fetch_attempts: int = USUAL.attempts
     max_failed_shards: float = Source.max_failed_shards
+    embedding_dir: str | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -104,6 +107,11 @@ class DataConfig:
             raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
         if min(self.fetch_timeout_seconds, 1 if self.cache_limit_gib is None else self.cache_limit_gib) <= 0:
             raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
+        if self.embedding_dir is not None and (self.flip or self.min_crop_area < 1):
+            raise ValueError(
+                "embedding_dir keeps what the tower makes of whole pictures, so they cannot be cropped or mirrored: set"
+                " data.flip=false data.min_crop_area=1.0, or data.embedding_dir=null"
+            )
 
 
 class Loader:
@@ -128,6 +136,11 @@ class Loader:
         if state is not None:
             self._resume(state)
         self.unusable = self._found_unusable()
+
+    @property
+    def sources(self) -> list[Source]:
+        """What it reads."""
+        return self._pieces.sources
 
     def total_counts(self) -> dict[str, float]:
         """Counts over all ranks, and `passes/<source>` so far, from the position alone.  # all ranks"""
@@ -246,15 +259,23 @@ def _in_flight(pieces: Pieces, config: DataConfig) -> int:
 
 
 def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
-    def cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    def cat(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> torch.Tensor:
         shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
         out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
         return torch.cat(tensors, out=out)
 
-    images = Images(cat([part.images.patches for part in parts]), cat([part.images.grid for part in parts]))
+    # of training data without a mask
+    images = [part.images[:2] for part in parts if part.images is not None]
     keys = tuple(key for part in parts for key in part.keys)
     labels = [part.labels for part in parts if part.labels is not None]
-    return Batch(images, cat([part.texts for part in parts]), keys, cat(labels) if labels else None)
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Batch(
+        Images(*map(cat, zip(*images, strict=True))) if images else None,
+        cat([part.texts for part in parts]),
+        keys,
+        cat(labels) if labels else None,
+        cat(pooled) if pooled else None,
+    )
 
 
 def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory: bool) -> DataLoader:

@@ -148,14 +148,15 @@ class ShardReader:
     def __reduce__(self) -> tuple:
         return ShardReader, (self.shards,)
 
-    def read(self, shard: int, sample: int) -> RawSample:
+    def read(self, shard: int, sample: int, *, image: bool = True) -> RawSample:
         """The wanted members of a complete sample; the image is the first of its preferred extensions.
 
+        image: read it too, the largest part of a sample.
         Raises `UnavailableShardError` where a remote shard cannot be had now.
         """
         for _ in range(_ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):
-                return self._read(shard, sample)
+                return self._read(shard, sample, image=image)
             # the copy was removed to make room for another
             self._opened.pop(shard, None)
         raise FileNotFoundError(f"{self.shards.paths[shard]} is removed again and again")
@@ -168,19 +169,16 @@ class ShardReader:
     def _urls(self) -> set[str]:
         return set(self.shards.urls)
 
-    def _read(self, shard: int, sample: int) -> RawSample:
+    def _read(self, shard: int, sample: int, *, image: bool) -> RawSample:
         path, index, samples = self._open(shard)
         row = int(samples[sample])
         present, wanted = index.members(row), self.shards.wanted
-        image = next(extension for extension in wanted.image if extension in present)
-        names = [
-            name for name in dict.fromkeys((image, *(wanted.text or ()), *wanted.extra)) if name in present
-        ]
+        places = {name: present[name] for name in (*(wanted.text or ()), *wanted.extra) if name in present}
+        if image:
+            places["image"] = next(present[extension] for extension in wanted.image if extension in present)
         with self._descriptor(shard, path) as descriptor:
-            members = {name: read_member(index, descriptor, present[name]) for name in names}
-        return RawSample(
-            short_name(self.shards.urls[shard]), index.key(row), {"image": members.pop(image), **members}
-        )
+            members = {name: read_member(index, descriptor, place) for name, place in places.items()}
+        return RawSample(short_name(self.shards.urls[shard]), index.key(row), members)
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a complete sample; "?" in a remote shard, which might have to be fetched for it."""

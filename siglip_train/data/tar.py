@@ -84,12 +84,11 @@ def read_member(index: TarIndex, descriptor: int, member: int) -> bytes:
 def load_index(path: Path, cache: Path) -> TarIndex:
     """The index of a tar, from `cache` where this very file was scanned before. Raises `BrokenTarError`."""
     try:
-        stat = path.stat()
+        size, file = path.stat().st_size, _kept_file(path, cache)
     except OSError as error:
         raise BrokenTarError(error.strerror) from error
-    file = _kept_file(path, cache, f"{stat.st_size}\0{stat.st_mtime_ns}")
     kept = _read_kept(file)
-    if kept is not None and kept.file_size == stat.st_size:
+    if kept is not None and kept.file_size == size:
         return kept
     index = scan(path)
     with contextlib.suppress(OSError):
@@ -99,14 +98,21 @@ def load_index(path: Path, cache: Path) -> TarIndex:
 
 def index_of_copy(path: Path, cache: Path) -> TarIndex | None:
     """The index of a copy in the cache that may be gone, None = it was never scanned."""
-    return _read_kept(_kept_file(path, cache, ""))
+    return _read_kept(_kept_file(path, cache))
 
 
-def _kept_file(path: Path, cache: Path, version: str) -> Path:
-    # the name of a copy says which version of which shard it is, and a copy made anew is the same
-    is_copy = path.parent == cache / COPIES
-    identity = f"{path.name if is_copy else path.absolute()}\0{'' if is_copy else version}\0{_INDEX_VERSION}"
-    return cache / "indexes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+def identity(path: Path, cache: Path) -> str:
+    """What tells this very tar from others and from what it was before; a copy need not be there. Raises `OSError`."""
+    if path.parent == cache / COPIES:
+        # the name of a copy says which version of which shard it is, and a copy made anew is the same
+        return f"{path.name}\0"
+    stat = path.stat()
+    return f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+
+
+def _kept_file(path: Path, cache: Path) -> Path:
+    content = f"{identity(path, cache)}\0{_INDEX_VERSION}"
+    return cache / "indexes" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
 
 
 def _read_kept(file: Path) -> TarIndex | None:

@@ -18,7 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_train.batch import Images
-from siglip_train.data.evaluation import Caption, EvaluationSource, build_evaluation_loader
+from siglip_train.data.evaluation import (
+    Caption,
+    EvaluationBatch,
+    EvaluationLoader,
+    EvaluationSource,
+    build_evaluation_loader,
+)
 from siglip_train.data.images import ImageTransform
 from siglip_train.distributed.collectives import gather_objects, gather_rows
 from siglip_train.distributed.setup import World
@@ -132,17 +138,13 @@ class Encoder:
         )
         embeddings, index = [], []
         mine: list[_Row] = []
-        with self._inference():
-            # all ranks: the loader gives each the same number of equally large batches; index -1 = filler
-            for batch in loader:
-                self.on_batch()
-                is_real = batch.index >= 0  # [B]
-                images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
-                embeddings.append(encode(images).float()[is_real.to(self.world.device)])
-                index.append(batch.index[is_real])
-                labels = batch.labels or [()] * len(batch.index)
-                rows = zip(batch.keys, batch.captions, labels, batch.groups, strict=True)
-                mine += [_Row(*row) for row, real in zip(rows, is_real.tolist(), strict=True) if real]
+        for batch, encoded in self.encoded(loader, encode):
+            is_real = batch.index >= 0  # [B]
+            embeddings.append(encoded[is_real.to(self.world.device)])
+            index.append(batch.index[is_real])
+            labels = batch.labels or [()] * len(batch.index)
+            rows = zip(batch.keys, batch.captions, labels, batch.groups, strict=True)
+            mine += [_Row(*row) for row, real in zip(rows, is_real.tolist(), strict=True) if real]
         everyone = [row for part in gather_objects(mine) for row in part]
         if not everyone:
             raise UserError(f"no usable image in {source.shards}; bad samples, if any, are named in the log")
@@ -156,6 +158,17 @@ class Encoder:
             picture=lambda image: loader.picture(places[image]),
             counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
         )
+
+    def encoded(
+        self, loader: EvaluationLoader, encode: Callable[[Images], Tensor]
+    ) -> Iterator[tuple[EvaluationBatch, Tensor]]:
+        """Every batch of a loader with what `encode` makes of it, fp32 on the device, fillers included. All ranks."""
+        with self._inference():
+            # all ranks: the loader gives each the same number of equally large batches; index -1 = filler
+            for batch in loader:
+                self.on_batch()
+                images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
+                yield batch, encode(images).float()
 
     def pool_images(self, images: Images) -> Tensor:
         """Give the vision tower's pooled output as it is, not unit-norm: `[B, D]`; probes are trained on it."""

@@ -70,7 +70,8 @@ def flops_per_pair(
 
     Matrix products and attention only, the convention of MFU; each product costs twice as much backward as
     forward, except that of the stem, whose input needs no gradient. tokens: image tokens (L), default those
-    of the configured square image. vision_passes, text_passes: what a tower's work is, in forward passes, see `passes`.
+    of the configured square image. vision_passes, text_passes: what a tower's work is, in forward passes, see `passes`;
+    0 = it is not run.
     """
     vision, text = config.vision, config.text
     length = vision.grid**2 if tokens is None else tokens
@@ -82,7 +83,9 @@ def flops_per_pair(
     forward_text = text.depth * _block_flops(text.context_length, text.width, text.mlp_dim)
     if text.projection:
         forward_text += 2.0 * text.width * vision.width
-    return max(1.0, vision_passes - 1) * stem + vision_passes * forward + text_passes * forward_text
+    # of a tower that is not run at all there is no stem either
+    stem_passes = min(vision_passes, max(1.0, vision_passes - 1))
+    return stem_passes * stem + vision_passes * forward + text_passes * forward_text
 
 
 def passes(tower: nn.Module) -> float:

@@ -45,7 +45,7 @@ class Classification(Objective):
     def logits(self, forward_pass: ForwardPass) -> Tensor:
         """Scores of the classes, `[B, C]` in fp32."""
         is_pooled = self.features == "pooled"
-        features = forward_pass.image.pooled if is_pooled else forward_pass.image_average  # [B, D]
+        features = forward_pass.image_pooled if is_pooled else forward_pass.image_average  # [B, D]
         return self.classifier(features).float()
 
     def forward(self, forward_pass: ForwardPass) -> Tensor:

@@ -26,6 +26,11 @@ class ForwardPass:
     @cached_property
     def image(self) -> VisionFeatures:
         """The vision tower's tokens `[B, L, D]`, pooled output `[B, D]` and mask."""
+        if self.batch.images is None:
+            raise UserError(
+                "an objective needs the pictures or their tokens, and of a locked tower data.embedding_dir keeps the "
+                "pooled output alone: set data.embedding_dir=null, or leave the objective out (objectives.NAME=null)"
+            )
         with record_function("forward/image"):
             return self.model.vision(*self.batch.images)
 
@@ -41,6 +46,11 @@ class ForwardPass:
             return self.model.text(self.batch.texts)
 
     @cached_property
+    def image_pooled(self) -> Tensor:
+        """The vision tower's pooled output, `[B, D]`: of this pass, or as it was kept."""
+        return self.image.pooled if self.batch.pooled is None else self.batch.pooled.float()
+
+    @cached_property
     def image_average(self) -> Tensor:
         """The average of an image's tokens that are no padding, `[B, D]`."""
         tokens, _, mask = self.image
@@ -52,7 +62,7 @@ class ForwardPass:
     @cached_property
     def image_embedding(self) -> Tensor:
         """Images as unit vectors in fp32, `[B, E]`."""
-        return _unit(self.image.pooled)
+        return _unit(self.image_pooled)
 
     @cached_property
     def text_embedding(self) -> Tensor:

@@ -1,7 +1,9 @@
 """Passes are made when asked for, once, and end in unit vectors of full precision."""
 
+import pytest
 import torch
 
+from siglip_train.errors import UserError
 from siglip_train.objectives.forward_pass import ForwardPass
 from tests.objectives.tiny import tiny_batch, tiny_model
 
@@ -49,3 +51,19 @@ def test_passes_are_named_in_a_profile():
         _ = forward_pass.image_embedding, forward_pass.text_embedding
     names = {event.name for event in profile.events()}
     assert {"forward/image", "forward/text", "forward/normalize"} <= names
+
+
+def test_a_kept_pooled_output_takes_the_place_of_the_image_tower():
+    (model, calls), batch = counting_model(), tiny_batch(3, torch.float32)
+    pooled = model.vision(*batch.images).pooled.half()
+    calls.clear()
+    forward_pass = ForwardPass(model, batch._replace(images=None, pooled=pooled))
+    assert forward_pass.image_embedding.dtype == torch.float32
+    # measured 1.5e-4: float16 rounds each number by up to 5e-4 of itself
+    torch.testing.assert_close(
+        forward_pass.image_embedding, model.encode_image(batch.images), rtol=0, atol=1e-3
+    )
+    assert torch.equal(forward_pass.image_pooled, pooled.float())
+    assert calls == ["image"], "of the comparison"
+    with pytest.raises(UserError, match=r"data\.embedding_dir"):
+        _ = forward_pass.image_average

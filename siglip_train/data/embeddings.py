@@ -1,0 +1,145 @@
+"""What a locked image tower makes of training pictures, on disk: a folder for each tower, in it a file for each shard.
+
+A file is `[n, D]` float16, a row for each complete sample of the shard, NaN where the picture cannot be used.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from siglip_train.data.failed import UnavailableShardError
+from siglip_train.data.faults import SampleError
+from siglip_train.data.locations import short_name
+from siglip_train.data.shards import RawSample, ShardReader, ShardSet
+from siglip_train.data.tar import identity
+from siglip_train.distributed.collectives import broadcast_object, is_distributed
+from siglip_train.errors import UserError
+
+# per process; as many as there are shards in a window of small ones
+_OPEN = 512
+
+
+def embedding_files(shards: ShardSet, folder: Path) -> list[Path]:
+    """The file of each shard, named by the content of the shard and by which of its samples are meant.  # all ranks
+
+    Raises `UserError` where a shard is gone.
+    """
+    # which members are read beside does not change the rows
+    meant = dataclasses.replace(shards.wanted, extra=())
+    places = zip(shards.paths, shards.counts.tolist(), strict=True)
+    names, failure = list[str](), ""
+    try:
+        names = [_name(f"{identity(path, shards.cache.folder)}\0{count}\0{meant}") for path, count in places]
+    except OSError as error:
+        failure = f"cannot read shard {error.filename}: {error.strerror}"
+    # copies of a shard on several machines may have times of their own
+    names, failure = broadcast_object((names, failure))
+    if failure:
+        raise UserError(failure)
+    return [folder / name for name in names]
+
+
+def _name(content: str) -> str:
+    return f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
+
+
+def embedding(file: Path, sample: int) -> NDArray[np.float16] | None:
+    """The row of a complete sample, `[D]`, None where its picture could not be used."""
+    row = np.array(_rows(file)[sample])
+    return None if np.isnan(row[0]) else row
+
+
+@functools.lru_cache(_OPEN)
+def _rows(file: Path) -> NDArray[np.float16]:
+    rows = np.load(file, mmap_mode="r", allow_pickle=False)
+    assert rows.ndim == 2, (file, rows.shape)
+    return rows
+
+
+def keep(rows: NDArray[np.float16], file: Path) -> None:
+    """Write the rows of a shard; they appear complete or not at all. Raises `OSError`."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.save(stream, rows, allow_pickle=False)
+    os.replace(temporary, file)
+
+
+class Missing(NamedTuple):
+    """A shard whose file is to be made."""
+
+    reader: ShardReader
+    shard: int
+    file: Path
+
+    @property
+    def samples(self) -> int:
+        """Rows of the file."""
+        return int(self.reader.shards.counts[self.shard])
+
+
+def missing(shards: Sequence[Missing], folder: Path) -> list[Missing]:
+    """Those of `shards` whose file is not in the folder, which is made; each file once.  # all ranks
+
+    Raises `UserError` where the folder cannot be made.
+    """
+    # sources of one set of shards share their files
+    by_file = {shard.file: shard for shard in shards}
+    files, failure = list[Path](), ""
+    # one rank looks, for all to agree; and some network filesystems remember for a while what they did not find
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = absent(by_file.values(), folder)
+        except OSError as error:
+            failure = f"data.embedding_dir: cannot make {folder}: {error.strerror}"
+    files, failure = broadcast_object((files, failure))
+    if failure:
+        raise UserError(failure)
+    return [by_file[file] for file in files]
+
+
+def absent(shards: Iterable[Missing], folder: Path) -> list[Path]:
+    """The files that this rank does not find in the folder; a shard without samples needs none."""
+    there = set[str]()
+    with contextlib.suppress(OSError):
+        there = set(os.listdir(folder))
+    return [shard.file for shard in shards if shard.samples and shard.file.name not in there]
+
+
+class Pictures:
+    """The samples of some shards, one shard after the other, by place, as the evaluation loader asks for them."""
+
+    def __init__(self, shards: Sequence[Missing]) -> None:
+        self._shards = list(shards)
+        self._ends = np.cumsum([shard.samples for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, place: int) -> RawSample:
+        """The sample at a place. Raises `SampleError`; `UnavailableShardError` for what may be better another time."""
+        shard, sample = self._locate(place)
+        try:
+            return shard.reader.read(shard.shard, sample)
+        except SampleError:
+            raise
+        except Exception as error:
+            raise UnavailableShardError(f"{type(error).__name__}: {error}") from error
+
+    def name(self, place: int) -> tuple[str, str]:
+        """(shard, "?"), for messages."""
+        shard, _ = self._locate(place)
+        return short_name(shard.reader.shards.urls[shard.shard]), "?"
+
+    def _locate(self, place: int) -> tuple[Missing, int]:
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        return self._shards[number], place - int(self._ends[number]) + self._shards[number].samples
