@@ -38,14 +38,15 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "")
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` gives with NaN (integers: their maximum), so that reading it before writing shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)  # noqa: FBT003
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    filling.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]
 
 
 class OpRecorder(TorchDispatchMode):

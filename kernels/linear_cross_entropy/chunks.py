@@ -168,8 +168,7 @@ def _sample(device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
     targets = torch.arange(tokens, device=device) * 1999 % vocabulary
     targets[-3:] = vocabulary - 1
     factors = torch.linspace(-0.5, 1.0, tokens, device=device)
-    inputs = hidden, weight, bias
-    exact = tuple(tensor.double() for tensor in inputs)
+    inputs, exact = (hidden, weight, bias), (hidden.double(), weight.double(), bias.double())
     wanted = Wanted(hidden=True, weight=True, bias=True)
     with force("triton"):
         losses = token_losses(*inputs, targets, rows=16)

@@ -1,7 +1,7 @@
 """Small blocks on which the Triton kernels show whether they are right: odd sizes, edges, offset matches."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize
@@ -17,7 +17,8 @@ _BLOCKS = ((400, 203, 80, 7, 10.0), (130, 140, 320, -3, 20.0), (128, 256, 128, N
 _BIAS = -2.0
 
 
-class BlockSample(NamedTuple):
+@dataclass(frozen=True)
+class BlockSample:
     """What decides which kernels a call runs. op: a function of `block.py`. weight: of pair ids, None without them."""
 
     op: str
