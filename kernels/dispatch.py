@@ -1,6 +1,6 @@
 """Which implementation of an op runs: the Triton kernel, once it has passed its self-check here, or torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels.self_check import Sample, is_right
+from kernels.testing import Comparison
 
 Implementation = Literal["triton", "chunked"]
+# runs an op both ways on a device in a dtype; must leave the random state alone
+Sample = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
 
 _forced: list[Implementation] = []
-_checked: dict[tuple[str, torch.device, torch.dtype], Implementation] = {}
 
 
 def implementation(tensor: Tensor, op: str, sample: Sample) -> Implementation:
@@ -28,20 +29,10 @@ def implementation(tensor: Tensor, op: str, sample: Sample) -> Implementation:
     is_narrow = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not (is_narrow and runs_triton(tensor.device)):
         return "chunked"
-    return _check(op, tensor.device, tensor.dtype, sample)
+    # here, because it imports torch's compiler, and that Triton: seconds, where neither is needed
+    from kernels.self_check import passes
 
-
-# a compiler that traced the sample would compile the check into every step
-@torch.compiler.disable
-def _check(op: str, device: torch.device, dtype: torch.dtype, sample: Sample) -> Implementation:
-    key = op, device, dtype
-    if key not in _checked:
-        with device_of(device):
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                # the check waits for the device, which would break the capture of a graph: later, outside of one
-                return "chunked"
-            _checked[key] = "triton" if is_right(op, device, dtype, sample) else "chunked"
-    return _checked[key]
+    return "triton" if passes(op, tensor.device, tensor.dtype, sample) else "chunked"
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""What the tests of every op share: one measure of error, awkward shapes, poisoned memory, a record of torch's ops."""
+"""What the tests of every op share: results in pairs and one measure of their error, awkward shapes, poisoned memory, a record of torch's ops."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ ODD_SHAPES = [
     (1, 1), (1, 2), (2, 1), (1, 97), (97, 1), (2, 3), (3, 2), (5, 5), (7, 13), (13, 7), (15, 17), (16, 16),
     (17, 15), (31, 33), (33, 31), (63, 65), (64, 64), (65, 63), (101, 103), (128, 1), (1, 128), (127, 129),
 ]  # fmt: skip
+
+
+class Comparison(NamedTuple):
+    """One result of a kernel and what it should be. is_rounded: it is made of weights in the inputs' dtype."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor
+    is_rounded: bool
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:

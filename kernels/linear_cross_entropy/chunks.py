@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.dispatch import Implementation, force, implementation
 from kernels.linear_cross_entropy import softmax
 from kernels.products import multiply
-from kernels.self_check import Comparison
+from kernels.testing import Comparison
 
 # For the logits of a chunk and their gradient. On a CPU larger chunks are no faster; on a GPU the gradient of weight,
 # which every chunk adds to, would take a third of the time with half of this (README).

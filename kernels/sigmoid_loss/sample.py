@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from kernels.self_check import Comparison
 from kernels.sigmoid_loss import chunked
 from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.tiles import INTERPRETED, choose_tile
+from kernels.testing import Comparison
 
 # n, m, width, positives, scale: tiles that stick out, several chunks, and a width that no depth of a tile divides;
 # one that is, in two rounds of the finish; whole tiles without a match, where many logits are cut off

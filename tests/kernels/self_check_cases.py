@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels import dispatch, linear_cross_entropy, sigmoid_loss, sigmoid_loss_scores
+from kernels import dispatch, linear_cross_entropy, self_check, sigmoid_loss, sigmoid_loss_scores
 from kernels.dispatch import force
 from kernels.linear_cross_entropy import chunks, triton_softmax
 from kernels.self_check import is_right
@@ -30,7 +30,7 @@ def _as_on_a_gpu(monkeypatch):
 
 
 def be_like_a_gpu(setattr):
-    setattr(dispatch, "_checked", {})
+    setattr(self_check, "_answers", {})
     if DEVICE.type == "cpu":
         setattr(dispatch, "runs_triton", lambda device: True)
         setattr(sample, "_BLOCKS", SMALL)
@@ -74,7 +74,7 @@ def losses(dtype=torch.bfloat16):
 
 def test_ops_ask_once_and_leave_the_random_state_and_the_grad_mode(monkeypatch, caplog):
     asked = []
-    monkeypatch.setattr(dispatch, "is_right", lambda *args: (asked.append(args[:3]), is_right(*args))[1])
+    monkeypatch.setattr(self_check, "is_right", lambda *args: (asked.append(args[:3]), is_right(*args))[1])
     torch.manual_seed(3)
     before = torch.get_rng_state(), torch.cuda.get_rng_state() if DEVICE.type == "cuda" else torch.zeros(1)
     with caplog.at_level(logging.WARNING):
@@ -87,7 +87,7 @@ def test_ops_ask_once_and_leave_the_random_state_and_the_grad_mode(monkeypatch, 
     assert not torch.is_inference_mode_enabled()
     # loss and gradients, value, scores, linear cross-entropy
     assert len(asked) == first == len(set(asked)) == 4
-    assert set(dispatch._checked.values()) == {"triton"}
+    assert set(self_check._answers.values()) == {True}
     assert not caplog.records
 
 
@@ -99,7 +99,7 @@ def test_sabotaged_kernels_are_not_used(monkeypatch, caplog):
         for _ in range(2):
             for found, truth in zip(losses(), expected, strict=True):
                 assert (found == truth).all()
-    assert set(dispatch._checked.values()) == {"chunked"}
+    assert set(self_check._answers.values()) == {False}
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 4
     for op in (*OPS, "linear_cross_entropy"):
@@ -137,7 +137,7 @@ def differing_ranks():
     whole = make(40, 40, 24, *INIT, torch.float32)
     leaves = [part.chunk(size)[rank].clone().requires_grad_() for part in whole[:2]] + whole[2:]
     sigmoid_loss(*leaves, group=dist.group.WORLD, exchange=Exchange("ring")).backward()
-    return sorted(set(dispatch._checked.values())), [leaf.grad for leaf in leaves[:2]]
+    return list(set(self_check._answers.values())), [leaf.grad for leaf in leaves[:2]]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="ranks of the test are processes on one CPU")
@@ -147,7 +147,7 @@ def test_ranks_that_disagree_exchange_the_same():
     with force("chunked"):
         sigmoid_loss(*leaves, *whole[2:]).backward()
     results = run_ranks(2, differing_ranks)
-    assert [used for used, _ in results] == [["triton"], ["chunked"]]
+    assert [used for used, _ in results] == [[True], [False]]
     for part in range(2):
         gradient = torch.cat([torch.from_numpy(gradients[part]) for _, gradients in results]) / 2
         assert rms_ratio(gradient, leaves[part].grad) < 2e-6  # measured 2e-7

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import dispatch, self_check
 from kernels.dispatch import force, implementation
-from kernels.self_check import Comparison
+from kernels.testing import Comparison
 from tests.kernels.interpreted import run_cases
 
 OP = "some_op"
@@ -23,7 +23,7 @@ def test_triton_kernels_pass_their_self_check():
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
-    monkeypatch.setattr(dispatch, "_checked", {})
+    monkeypatch.setattr(self_check, "_answers", {})
 
 
 class CountedSample:
