@@ -41,6 +41,8 @@ TILES = {
     AMPERE_FP32: (AMPERE_FP32, AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(images=128, warps=8)),
     UNALIGNED: (UNALIGNED,),
 }  # fmt: skip
+# spills on Blackwell: with pair ids (96 bytes under Triton 3.9), under 3.6 without them too (32)
+_NOT_ON_BLACKWELL = HOPPER._replace(texts=256, warps=8)
 # from 32,768 rows on, more of them change no tile; below 1,024, the launches are all of the time
 LEAST_ROWS, MOST_ROWS = 1024, 32768
 _WARMUP, _RUNS = 2, 5
@@ -71,6 +73,7 @@ class Tuning(NamedTuple):
     case: Case
     default: Choice
     multiprocessors: int
+    capability: tuple[int, int]
     run: Callable[[Choice], object]
 
     @classmethod
@@ -90,9 +93,10 @@ class Tuning(NamedTuple):
             texts=rows_class(len(texts)),
             is_aligned=is_aligned,
         )
-        tile = choose_tile(torch.cuda.get_device_capability(images.device), size, aligned=is_aligned)
+        capability = torch.cuda.get_device_capability(images.device)
+        tile = choose_tile(capability, size, aligned=is_aligned)
         default = Choice(tile, max(1, choose_chunk_rows(rows, width, multiprocessors)))
-        return cls(case, default, multiprocessors, run)
+        return cls(case, default, multiprocessors, capability, run)
 
     def choice(self) -> Choice:
         """The result on disk; if there is none, that of a search where one is requested, else the default."""
@@ -120,7 +124,7 @@ class Tuning(NamedTuple):
 
     def tiles(self) -> tuple[Tile, ...]:
         """What may be tried and what a file may name, the default first."""
-        return TILES[self.default.tile]
+        return candidates(self.default.tile, self.capability)
 
     def chunks(self) -> list[int]:
         """Chunks that differ for this number of images: that of the default, the largest, and half of the default."""
@@ -138,6 +142,12 @@ class Tuning(NamedTuple):
 
 
 _known: dict[Case, Choice | None] = {}
+
+
+def candidates(default: Tile, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """Tiles to try on a GPU that `choose_tile` gives this default, the default first."""
+    left_out = {_NOT_ON_BLACKWELL} if capability[0] == 10 else set()
+    return tuple(tile for tile in TILES[default] if tile not in left_out)
 
 
 def tune(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> Choice:

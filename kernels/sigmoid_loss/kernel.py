@@ -60,6 +60,21 @@ def _halves(x):
 
 
 @triton.jit
+def _neighbours(x):
+    """Even and odd columns, as those are in one thread."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _last_halves(x, BY_ROWS: tl.constexpr):
+    """For the third cut of a quarter tile: on Ampere no more columns of a row are in one thread, but rows are."""
+    if BY_ROWS:
+        return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
+    else:
+        return _halves(x)
+
+
+@triton.jit
 def _join(pair):
     # (1 + p) (1 + q) - 1, exact for small p and q
     p, q = pair
@@ -67,27 +82,37 @@ def _join(pair):
 
 
 @triton.jit
-def _pairs(logits, GROUP: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr):
-    """Of pairs with logits `[BN, W]`: G, the sum of their losses, and that of G.
+def _groups(x, GROUP: tl.constexpr, BY_ROWS: tl.constexpr):
+    """Sums of those GROUP elements whose losses `_pairs` takes together: within a thread, so no shuffles."""
+    a, b = _halves(x)
+    a, b = _neighbours(a + b)
+    if GROUP == 8:
+        a, b = _last_halves(a + b, BY_ROWS)
+    return a + b
+
+
+@triton.jit
+def _pairs(
+    logits, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr
+):
+    """Of pairs with logits `[BN, W]`: G, the sum of their losses, and sums of G over groups.
 
     The loss of GROUP pairs takes one logarithm: that of the product of 1 + e^logit. Logits are cut off where the
-    product would overflow; what is above adds to the loss as it is, and G is 1 to 2^(-124 / GROUP).
+    product would overflow; what is above adds to the loss as it is, and G is 1 to 2^(-124 / GROUP). The sum of the
+    losses is needed at once: its barriers keep the compiler from working on several blocks of columns at a time.
     """
     low = tl.minimum(logits, 124.0 / GROUP)
     e = _exp2(low, INTERPRETED)
-    G = e
-    sum_g = 0.0
+    above = _groups(logits - low, GROUP, BY_ROWS)
+    G, sums_g = e, above
     if GRADIENTS:
         G = e * _reciprocal(1.0 + e, INTERPRETED)
-        sum_g = tl.sum(G)
-    above = tl.sum(logits - low)
+        sums_g = _groups(G, GROUP, BY_ROWS)
     q = _join(_halves(e))
-    q = _join(_halves(q))
+    q = _join(_neighbours(q))
     if GROUP == 8:
-        # neighbours, as those are in one thread
-        q = _join(tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2))))
-    loss = tl.sum(_log1p(q, INTERPRETED)) + above * LN2
-    return G, loss, sum_g
+        q = _join(_last_halves(q, BY_ROWS))
+    return G, tl.sum(_log1p(q, INTERPRETED) + above * LN2), sums_g
 
 
 @triton.jit
@@ -122,28 +147,30 @@ def _has_alike(SORTED, ids, BN: tl.constexpr):
 @triton.jit
 def _pairs_by_id(
     logits, row_ids_at, column_ids_at, has_alike, weight,
-    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    GRADIENTS: tl.constexpr,
 ):  # fmt: skip
     """`_pairs` without those that are alike; under WEIGHTED these in a second round, counted weight times."""
     if WEIGHTED:
         G = tl.zeros(logits.shape, dtype=tl.float32)
-        loss, sum_g, factor = 0.0, 0.0, 1.0
+        sums_g = _groups(G, GROUP, BY_ROWS)
+        loss, factor = 0.0, 1.0
         for turn in range(1 + has_alike.to(tl.int32)):
             shown = logits
             if has_alike:
                 alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
                 shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
-            g, turn_loss, turn_g = _pairs(shown, GROUP, INTERPRETED, GRADIENTS)
+            g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, INTERPRETED, GRADIENTS)
             G += factor * g
             loss += factor * turn_loss
-            sum_g += factor * turn_g
+            sums_g += factor * turn_g
             factor = weight
-        return G, loss, sum_g
+        return G, loss, sums_g
     else:
         if has_alike:
             alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
             logits = tl.where(alike, LEFT_OUT, logits)
-        return _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
+        return _pairs(logits, GROUP, BY_ROWS, INTERPRETED, GRADIENTS)
 
 
 @triton.jit
@@ -177,6 +204,8 @@ def _cosines(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """S `[BN, BM]` in fp32. Rows beyond the end give anything finite."""
+    # without it, a loop that may run no turn sets S to 0 twice: half an instruction a logit
+    tl.assume(width > 0)
     S = tl.zeros((BN, BM), dtype=tl.float32)
     if DESCRIPTORS:
         for start in range(0, width, BD):
@@ -256,27 +285,32 @@ def sigmoid_tile_kernel(
     if HAS_IDS:
         tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
         has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
-    loss, sum_g = 0.0, 0.0
+    loss, sums_g = 0.0, 0.0
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        column_key = _key(column, (left - first_row - positives).to(tl.float32), m - left)
-        logits = _logits(parts[part], scale, bias, row_key, column_key, is_special, CHECKED)
+        # the rows are shifted, as on Blackwell a thread has one row and all columns
+        shifted = row_key - (left - first_row - positives).to(tl.float32)
+        column_key = _key(column, 0.0, m - left)
+        logits = _logits(parts[part], scale, bias, shifted, column_key, is_special, CHECKED)
         if HAS_IDS:
             g, part_loss, part_g = _pairs_by_id(
                 logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
-                WEIGHTED, GROUP, INTERPRETED, GRADIENTS,
+                WEIGHTED, GROUP, not DESCRIPTORS, INTERPRETED, GRADIENTS,
             )  # fmt: skip
         else:
-            g, part_loss, part_g = _pairs(logits, GROUP, INTERPRETED, GRADIENTS)
+            g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, INTERPRETED, GRADIENTS)
         loss += part_loss
         if GRADIENTS:
             _store(G, g, first_row, left, stride_g, UNIT, DESCRIPTORS, INTERPRETED)
-            sum_g += part_g
+            if HAS_IDS and DESCRIPTORS:
+                # at once, for the barriers: one a tile spills on Blackwell under Triton 3.6
+                part_g = tl.sum(part_g)
+            sums_g += part_g
     sums = SUMS + tl.program_id(0).to(tl.int64) * 2
     tl.store(sums, loss)
     if GRADIENTS:
-        tl.store(sums + 1, sum_g)
+        tl.store(sums + 1, sums_g if HAS_IDS and DESCRIPTORS else tl.sum(sums_g))
 
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])

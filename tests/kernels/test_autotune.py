@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from kernels.sigmoid_loss import autotune
-from kernels.sigmoid_loss.autotune import TILES, Case, Choice, Tuning, cache_file, rows_class, tune
+from kernels.sigmoid_loss.autotune import (
+    TILES,
+    Case,
+    Choice,
+    Tuning,
+    cache_file,
+    candidates,
+    rows_class,
+    tune,
+)
 from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, UNALIGNED, choose_chunk_rows
 
 CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768, is_aligned=True)
@@ -27,8 +36,8 @@ def forget(monkeypatch):
     monkeypatch.setattr(autotune, "_known", {})
 
 
-def make(run=lambda choice: None, *, case=CASE, tile=HOPPER):
-    return Tuning(case, Choice(tile, choose_chunk_rows(case.images, case.width, 132)), 132, run)
+def make(run=lambda choice: None, *, case=CASE, tile=HOPPER, capability=(9, 0)):
+    return Tuning(case, Choice(tile, choose_chunk_rows(case.images, case.width, 132)), 132, capability, run)
 
 
 class Clock:
@@ -208,6 +217,17 @@ def test_every_default_has_candidates_and_is_the_first():
     assert all(tiles[0] == default for default, tiles in TILES.items())
     assert len(set().union(*TILES.values())) == sum(map(len, TILES.values()))
     assert TILES[UNALIGNED] == (UNALIGNED,)
+
+
+def test_blackwell_is_not_offered_the_tile_that_spills_there():
+    assert make().tiles() == candidates(HOPPER, (9, 0)) == TILES[HOPPER]
+    blackwell = make(capability=(10, 0))
+    assert blackwell.tiles() == candidates(HOPPER, (10, 3)) == tuple(t for t in TILES[HOPPER] if t != WIDE)
+    # nor is it taken from a file
+    Clock(cost).search()
+    assert json.loads(cache_file(CASE).read_text())["tile"] == WIDE._asdict()
+    autotune._known.clear()
+    assert blackwell.choice() == blackwell.default
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

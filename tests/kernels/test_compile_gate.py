@@ -14,7 +14,7 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.linear_cross_entropy.kernel import softmax_kernel
 from kernels.linear_cross_entropy.triton_softmax import BLOCK, WARPS
-from kernels.sigmoid_loss.autotune import TILES
+from kernels.sigmoid_loss.autotune import candidates
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
 from kernels.sigmoid_loss.tiles import (
@@ -32,6 +32,11 @@ ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 SHIPPED = [(80, "bf16"), (90, "bf16"), (100, "bf16"), (80, "fp32"), (90, "fp32"), (100, "fp32"), (90, "fp16")]
 WIDTHS = (768, 1024, 1152, 1536)
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# instructions per logit in bf16, inner and with the branch for edges and matching pairs
+# measured with Triton 3.9: sm_80 17.9 and 20.7, sm_90 16.6 and 19.8, sm_100 16.3 and 19.4
+BOUNDS = {80: (18.5, 21), 90: (17.5, 20), 100: (17, 20)}
+# with 3.6: sm_80 17.6 and 20.9, sm_90 16.8 and 19.9, sm_100 15.5 and 22.9
+BOUNDS_BEFORE_3_9 = {80: (18.5, 21.5), 90: (17.5, 20.5), 100: (17, 24)}
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +98,10 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype):
     edge = tile_kernel(capability, dtype, tile, checked=True)
     check_resources(edge, capability)
     if dtype == "bf16":
-        # measured: sm_80 19.6, sm_90 18.2, sm_100 16.7; all but the tiles at an edge or with matching pairs run this
-        assert per_logit(inner, tile) <= 20
-        # with the branch for those: 22.6, 21.4, 22.1
-        assert per_logit(edge, tile) <= 24
+        bounds = BOUNDS if TRITON >= (3, 9) else BOUNDS_BEFORE_3_9
+        # all but the tiles at an edge or with matching pairs run the inner one
+        assert per_logit(inner, tile) <= bounds[capability][0]
+        assert per_logit(edge, tile) <= bounds[capability][1]
     if tile.descriptors:
         assert 2 * (inner.shared + 1024) <= 228 * 1024, "two programs share a multiprocessor"
         assert inner.registers * inner.threads * 2 <= 65536
@@ -112,7 +117,9 @@ CANDIDATES = [
         (100, "bf16"),
         (100, "fp32"),
     ]
-    for tile in TILES[choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True)][1:]
+    for tile in candidates(
+        choose_tile(divmod(capability, 10), ELEMENT[dtype], aligned=True), divmod(capability, 10)
+    )[1:]
 ]
 
 
@@ -127,8 +134,8 @@ def test_evaluation_and_odd_widths_do_not_spill(capability):
     tile = choose_tile((capability // 10, 0), 2, aligned=True)
     value = tile_kernel(capability, "bf16", tile, checked=True, gradients=False)
     check_resources(value, capability)
-    # with the branch for edges; measured 16.0 to 17.6
-    assert per_logit(value, tile) <= 20
+    # with the branch for edges; measured 14.8 to 15.4, with Triton 3.6 up to 16.4
+    assert per_logit(value, tile) <= 18
     odd = choose_tile((capability // 10, 0), 2, aligned=False)
     check_resources(tile_kernel(capability, "bf16", odd, checked=True, even=False), capability)
 
@@ -174,12 +181,13 @@ def test_pair_ids_do_not_spill(capability, dtype):
 
     left_out, weighted = compiled(weighted=False), compiled(weighted=True)
     if dtype == "bf16":
-        # with both branches, of which a tile without alike pairs takes neither: 25.8, 24.6, 25.4
-        assert left_out <= 27
-        # and with the second round: 34.9 (eight warps), 27.8, 26.9 (with Triton 3.6 30.2)
-        assert weighted <= (37 if capability == 80 else 32)
-        # 20.0, 18.9, 19.8
-        assert compiled(weighted=False, gradients=False) <= 22
+        # with both branches, of which a tile without alike pairs takes neither: 23.8, 23.4, 22.6; with Triton 3.6
+        # 24.1, 23.5, 25.4
+        assert left_out <= (25 if TRITON >= (3, 9) or capability != 100 else 27)
+        # and with the second round: 34.3 (eight warps), 26.7, 27.4; with Triton 3.6 34.9, 27.0, 28.9
+        assert weighted <= (36 if capability == 80 else 30)
+        # 18.4, 17.7, 18.1; with Triton 3.6 18.6, 18.0, 19.4
+        assert compiled(weighted=False, gradients=False) <= 21
         compiled(weighted=True, gradients=False)
 
 
