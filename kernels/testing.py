@@ -1,4 +1,4 @@
-"""What the tests of every op share: results in pairs and one measure of their error, awkward shapes, poisoned memory, a record of torch's ops."""
+"""What the tests of every op share: pairs of results and their error, awkward shapes, poisoned memory, op counts."""
 
 from collections import Counter
 from collections.abc import Iterator

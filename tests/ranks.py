@@ -1,8 +1,7 @@
-"""Run a function on several gloo ranks, each a fresh process, and give back what each returned."""
+"""Run a function on several gloo ranks, each a process of its own, and give back what each returned."""
 
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -10,13 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.forks import free_port, server
 
 
 def _entry(rank: int, world_size: int, port: int, function: Callable, args: tuple, results: Any) -> None:
@@ -64,9 +58,9 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
 
     `function` must be importable (top level of a test module); tensors come back as numpy arrays.
     """
-    context = mp.get_context("spawn")
+    context = server()
     results = context.Queue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_entry, args=(rank, world_size, port, function, args, results))
         for rank in range(world_size)

@@ -1,9 +1,5 @@
 """A locked tower's embeddings, made once: training as with pictures, and towers that are not locked refused."""
 
-import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,38 +14,11 @@ from siglip_train.embedding_cache import folder_of
 from siglip_train.errors import UserError
 from siglip_train.models.adapters import AdapterConfig, add_adapters
 from siglip_train.models.siglip import Siglip
-from tests.conftest import ROOT
+from tests.forks import run_program
 from tests.objectives.tiny import tiny_model
-from tests.test_finetune import compose
-from tests.test_train import ENVIRONMENT, data_counts, losses, records
+from tests.test_train import data_counts, losses, records
 
 TRANSFORM = ImageTransform(16, 8)
-
-# as in test_finetune, and of several ranks as many forks
-RUNS = """
-import json, os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed
-from siglip_train import train
-for ranks, port, values in json.load(sys.stdin):
-    children = []
-    for rank in range(ranks):
-        if not (child := os.fork()):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            train.run(values)
-            sys.stderr.flush()
-            os._exit(0)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        sys.exit(1)
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +44,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_run: list[str], tiny_da
         (1, "reads", [*base, *siglit, rows, "engine.zero_stage=0"]),
         (2, "ranks", [*base, *siglit, f"{rows}_of_two", "engine.zero_stage=3", "micro_batch_size=4", "data.workers=1"]),
     ]  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-c", RUNS],
-        input=json.dumps(
-            [(ranks, free_port(), compose([*args, f"run_dir={folder}/{name}"])) for ranks, name, args in commands]
-        ),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    for ranks, name, arguments in commands:
+        result = run_program("siglip_train.train", [*arguments, f"run_dir={folder}/{name}"], ranks=ranks)
+        assert result.returncode == 0, result.stderr
     return folder
 
 

@@ -1,7 +1,6 @@
 """`siglip-eval` as its user runs it: an export and a run, on one rank and two, and mistakes in one line."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,17 +14,11 @@ from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
-from tests.conftest import ROOT
-
-MODULE = "siglip_train.evaluate"
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+from tests.forks import run_program
 
 
-def evaluate(*arguments: object, launcher: tuple[str, ...] | list[str] = ()) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, MODULE, *map(str, arguments), "device=cpu"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def evaluate(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess:
+    result = run_program("siglip_train.evaluate", [*map(str, arguments), "device=cpu"], ranks=ranks)
     assert "Traceback" not in result.stderr, result.stderr
     return result
 
@@ -88,7 +81,7 @@ def test_table_and_json_agree_and_ranks_do_not_matter(
         *places,
         "tasks.seen.bootstrap=50",
         f"output={tmp_path}/two.json",
-        launcher=TORCHRUN,
+        ranks=2,
     )
     assert result.returncode == 0, result.stderr
     assert metrics_in(tmp_path / "two.json") == pytest.approx(alone, abs=1e-5)

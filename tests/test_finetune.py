@@ -1,8 +1,6 @@
 """Fine-tuning as its user runs it: a model, LoRA and a head on it, interrupted, gone on with, evaluated, exported."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,30 +17,8 @@ from siglip_train.evals.classification import HeadAccuracy
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads
 from siglip_train.objectives.forward_pass import ForwardPass
-from tests.conftest import ROOT
 from tests.test_evaluate import evaluate
-from tests.test_train import ENVIRONMENT, losses
-
-# what takes longest is imported once; each run is a fork, as DeepSpeed joins one process group in its life
-RUNS = """
-import json, os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed, peft
-from siglip_train import train
-for values in json.load(sys.stdin):
-    if not (child := os.fork()):
-        train.run(values)
-        sys.stderr.flush()
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(1)
-"""
-
-
-def compose(arguments: list[str]) -> dict:
-    from tests.house.test_house import composed
-
-    return composed(*arguments)
+from tests.test_train import losses, run
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_run: list[str], tiny_da
         [*base, *classify, f"run_dir={folder}/broken", "stop_after_steps=3"],
         [*base, *classify, f"run_dir={folder}/broken"],
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", RUNS],
-        input=json.dumps([compose(command) for command in commands]),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    for command in commands:
+        result = run(command)
+        assert result.returncode == 0, result.stderr
     return {name: folder / name for name in ("start", "straight", "broken")}
 
 

@@ -22,28 +22,29 @@ from siglip_train import train
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from tests.conftest import ROOT
+from tests.forks import run_program
 
-TRAIN = [sys.executable, "-m", "siglip_train.train"]
+MODULE = "siglip_train.train"
+TRAIN = [sys.executable, "-m", MODULE]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(ranks: int) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-        "-m", "siglip_train.train",
+        "-m", MODULE,
     ]  # fmt: skip
 
 
-def run(command: list[str], arguments: list[str]) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(arguments: list[str], command: list[str] | None = None) -> subprocess.CompletedProcess:
+    """`siglip-train` in a process that was forked with its imports done; a command begins from nothing."""
+    if command is None:
+        result = run_program(MODULE, arguments)
+    else:
+        result = subprocess.run(
+            [*command, *arguments],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
     assert "Traceback" not in result.stderr, result.stderr
     return result
 
@@ -69,7 +70,7 @@ def data_counts(run_dir: Path) -> list[dict[str, float]]:
 def finished(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of ten steps on one rank."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = run(TRAIN, [*small_run, f"run_dir={run_dir}"])
+    result = run([*small_run, f"run_dir={run_dir}"], TRAIN)
     assert result.returncode == 0, result.stderr
     return run_dir
 
@@ -112,10 +113,10 @@ def test_the_first_loss_is_the_expected_one(finished: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_ranks_train_as_one(finished: Path, small_run: list[str], tmp_path: Path, ranks: int) -> None:
-    stage = {2: 2, 3: 3}[ranks]
-    result = run(
-        torchrun(ranks), [*small_run, f"run_dir={tmp_path}", f"engine.zero_stage={stage}", "data.workers=1"]
-    )
+    # by torchrun two ranks, with a worker each
+    stage, workers = {2: (2, 1), 3: (3, 0)}[ranks]
+    arguments = [*small_run, f"run_dir={tmp_path}", f"engine.zero_stage={stage}", f"data.workers={workers}"]
+    result = run(arguments, torchrun(2)) if ranks == 2 else run_program(MODULE, arguments, ranks=ranks)
     assert result.returncode == 0, result.stderr
     single = losses(finished)
     for step, loss in losses(tmp_path).items():
@@ -144,7 +145,7 @@ def test_killed_at_a_random_step_it_resumes_with_the_same_losses(
     wait_for_step(tmp_path, kill_at, process)
     kill_job(process)
     # one rank goes on where two were killed, at another ZeRO stage
-    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", "engine.zero_stage=3"])
+    result = run([*small_run, f"run_dir={tmp_path}", "engine.zero_stage=3"])
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stderr
     single, resumed = losses(finished), losses(tmp_path)
@@ -159,9 +160,9 @@ def test_killed_at_a_random_step_it_resumes_with_the_same_losses(
 
 def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_path: Path) -> None:
     arguments = [*small_run, f"run_dir={tmp_path}"]
-    assert run(TRAIN, [*arguments, "stop_after_steps=4"]).returncode == 0
+    assert run([*arguments, "stop_after_steps=4"]).returncode == 0
     assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
-    assert run(TRAIN, arguments).returncode == 0
+    assert run(arguments).returncode == 0
     assert losses(tmp_path) == losses(finished)
 
 
@@ -169,9 +170,9 @@ def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
     finished: Path, small_run: list[str], tmp_path: Path
 ) -> None:
     arguments = [*small_run, f"run_dir={tmp_path}", "evaluation.tasks.retrieval=null"]
-    assert run(TRAIN, [*arguments, "stop_after_steps=4", "micro_batch_size=8"]).returncode == 0
+    assert run([*arguments, "stop_after_steps=4", "micro_batch_size=8"]).returncode == 0
     assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
-    resumed = run(TRAIN, [*arguments, "micro_batch_size=6"])
+    resumed = run([*arguments, "micro_batch_size=6"])
     assert resumed.returncode == 0
     assert "config changed since this run began: micro_batch_size: 8 -> 6" in resumed.stderr
     single = losses(finished)
@@ -214,7 +215,7 @@ def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(small_run: list[str
 
 def test_bf16_stays_near_fp32(finished: Path, small_run: list[str], tmp_path: Path) -> None:
     arguments = ["precision=bf16", "stop_after_steps=4", "evaluation.tasks.retrieval=null"]
-    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", *arguments])
+    result = run([*small_run, f"run_dir={tmp_path}", *arguments])
     assert result.returncode == 0, result.stderr
     measured, single = losses(tmp_path), losses(finished)
     assert measured != {step: single[step] for step in measured}, "it should have computed in bf16"
@@ -236,7 +237,7 @@ def kill_job(process: subprocess.Popen) -> None:
 def test_a_folder_in_which_another_process_trains_is_left_alone(small_run: list[str], tmp_path: Path) -> None:
     with (tmp_path / "log.txt").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
-        result = run(TRAIN, [*small_run, f"run_dir={tmp_path}"])
+        result = run([*small_run, f"run_dir={tmp_path}"])
     assert result.returncode == 2
     assert (
         result.stderr.strip().splitlines()[-1].startswith("error: run_dir: another process still trains in")
@@ -256,7 +257,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_rank_and_step(small_run: list[str], tmp_path: Path) -> None:
-    result = run(TRAIN, [*small_run, f"run_dir={tmp_path}", "optim.lr=1e30", "optim.clip_norm=1e30"])
+    result = run([*small_run, f"run_dir={tmp_path}", "optim.lr=1e30", "optim.clip_norm=1e30"])
     assert result.returncode == 2
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("error: ")

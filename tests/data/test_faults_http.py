@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,11 +20,11 @@ from siglip_train.data.pipeline import Loader, Share, SourceConfig
 from siglip_train.data.select import Selection
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
-from tests.conftest import ROOT
 from tests.data.faulty_server import Faults, serve
 from tests.data.shard_files import write_index, write_shards
 from tests.data.test_cache import most_on_disk
 from tests.data.test_pipeline import Build
+from tests.forks import run_program
 
 SHARDS, EACH = 10, 6
 TOTAL = SHARDS * EACH
@@ -298,16 +296,13 @@ def test_a_training_run_over_a_faulty_web_ends_with_the_right_counts(
     with serve(folder) as server:
         server[shards[0]] = ["stall"]
         server[shards[1]] = ["drop", "500"]
-        command = [
-            sys.executable, "-m", "siglip_train.train", *small_run, f"run_dir={tmp_path}/run", "data.workers=2",
+        arguments = [
+            *small_run, f"run_dir={tmp_path}/run", "data.workers=2",
             f"data.sources.tiny.shards={[f'{server.url}/{name}' for name in shards]}",
             f"data.cache_dir={tmp_path}/cache",
             "data.fetch_timeout_seconds=1", "total_samples=96", "log.every_steps=4",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        result = run_program("siglip_train.train", arguments)
     assert result.returncode == 0, result.stderr
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     last = [record for record in records if "data/seen" in record][-1]
