@@ -1,11 +1,12 @@
 """Whether a Triton kernel computes here what torch does: asked on a small sample before anything rests on it."""
 
 import logging
+from collections.abc import Iterable
 
 import torch
 
 from kernels.dispatch import Sample, device_of
-from kernels.testing import rms_ratio
+from kernels.testing import Comparison, rms_ratio
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,6 @@ _SUMS = 1e-4
 _GRADIENTS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # both, for fp32 where `torch.set_float32_matmul_precision` lets products be rounded
 _TF32 = 5e-3
-
 
 _answers: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 
@@ -42,17 +42,8 @@ def is_right(op: str, device: torch.device, dtype: torch.dtype, sample: Sample) 
     place = f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            ratios = [
-                (
-                    rms_ratio(found.actual, found.expected),
-                    _limit(dtype, is_rounded=found.is_rounded),
-                    found.name,
-                )
-                for found in sample(device, dtype)
-            ]
-        # NaN is within no limit
-        wrong = [f"{name} is off by {ratio:.1e}" for ratio, limit, name in ratios if not ratio <= limit]
-        reason = f"in its self-check {', '.join(wrong)} (RMS ratio)" if wrong else ""
+            wrong = beyond_limits(sample(device, dtype), dtype)
+        reason = f"in its self-check {wrong} (RMS ratio)" if wrong else ""
     except Exception as error:  # whatever a compiler or driver says
         log.debug("the self-check of %s on %s", op, place, exc_info=True)
         reason = f"its self-check does not run: {type(error).__name__}: {error}"
@@ -62,6 +53,14 @@ def is_right(op: str, device: torch.device, dtype: torch.dtype, sample: Sample) 
             op, str(dtype).removeprefix("torch."), place, reason,
         )  # fmt: skip
     return not reason
+
+
+def beyond_limits(comparisons: Iterable[Comparison], dtype: torch.dtype) -> str:
+    """Which results are further off than the kernels' rounding explains, and by how much; empty if none is."""
+    ratios = [(found, rms_ratio(found.actual, found.expected)) for found in comparisons]
+    # NaN is within no limit
+    wrong = [pair for pair in ratios if not pair[1] <= _limit(dtype, is_rounded=pair[0].is_rounded)]
+    return ", ".join(f"{found.name} is off by {ratio:.1e}" for found, ratio in wrong)
 
 
 def _limit(dtype: torch.dtype, *, is_rounded: bool) -> float:

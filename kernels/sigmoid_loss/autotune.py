@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kernels.sigmoid_loss.chunked import BlockGradients
+from kernels.sigmoid_loss.sample import pair_up
 from kernels.sigmoid_loss.tiles import (
     AMPERE,
     AMPERE_FP32,
@@ -74,11 +76,16 @@ class Tuning(NamedTuple):
     default: Choice
     multiprocessors: int
     capability: tuple[int, int]
-    run: Callable[[Choice], object]
+    run: Callable[[Choice], BlockGradients]
 
     @classmethod
     def of(
-        cls, images: Tensor, texts: Tensor, triton: str, multiprocessors: int, run: Callable[[Choice], object]
+        cls,
+        images: Tensor,
+        texts: Tensor,
+        triton: str,
+        multiprocessors: int,
+        run: Callable[[Choice], BlockGradients],
     ) -> "Tuning":
         """The case of contiguous `[n, E]` images and `[m, E]` texts on a GPU. triton: its version."""
         (rows, width), size = images.shape, images.element_size()
@@ -108,16 +115,22 @@ class Tuning(NamedTuple):
         return _known[self.case] or self.default
 
     def search(self, measure: Callable[[Callable[[], object]], float] | None = None) -> Choice:
-        """Try every tile at the first chunk, then every chunk with the best tile; keep the fastest."""
-        seconds = {}
-        for choice in (Choice(tile, self.chunks()[0]) for tile in self.tiles()):
-            seconds[choice] = self._try(choice, measure or _seconds)
+        """Try every tile at the first chunk, then every chunk with the best tile; keep the fastest.
+
+        A tile whose results are not the default's, which the self-check compares with torch's, counts as slow.
+        """
+        measure = measure or _seconds
+        first = self.default._replace(chunk_rows=self.chunks()[0])
+        seconds = {first: self._try(first, measure)}
+        if math.isinf(seconds[first]):
+            raise RuntimeError(f"the default tile fails on {self.case.gpu} with Triton {self.case.triton}")
+        truth = self.run(first)
+        for choice in (first._replace(tile=tile) for tile in self.tiles()[1:]):
+            seconds[choice] = self._try(choice, measure, truth)
         best = min(seconds, key=seconds.__getitem__)
         for choice in (best._replace(chunk_rows=rows) for rows in self.chunks()[1:]):
-            seconds[choice] = self._try(choice, measure or _seconds)
+            seconds[choice] = self._try(choice, measure, truth)
         best = min(seconds, key=seconds.__getitem__)
-        if math.isinf(seconds[best]):
-            raise RuntimeError(f"none of the tiles runs on {self.case.gpu} with Triton {self.case.triton}")
         _store(self.case, best, seconds)
         _known[self.case] = best
         return best
@@ -133,12 +146,25 @@ class Tuning(NamedTuple):
         half = max(128, usual // 2 // 128 * 128)
         return list(dict.fromkeys(min(rows, self.case.images) for rows in (usual, largest, half)))
 
-    def _try(self, choice: Choice, measure: Callable[[Callable[[], object]], float]) -> float:
+    def _try(
+        self,
+        choice: Choice,
+        measure: Callable[[Callable[[], object]], float],
+        truth: BlockGradients | None = None,
+    ) -> float:
+        # here, because it imports torch's compiler
+        from kernels.self_check import beyond_limits
+
         try:
-            return measure(lambda: self.run(choice))
+            seconds = measure(lambda: self.run(choice))
+            wrong = truth and beyond_limits(pair_up(self.run(choice), truth), getattr(torch, self.case.dtype))
         except Exception as error:  # whatever a compiler or driver says of a tile that does not fit this GPU
             log.info("%s does not run here: %s", choice, error)
             return math.inf
+        if wrong:
+            log.warning("%s on %s is not used: %s (RMS ratio)", choice, self.case.gpu, wrong)
+            return math.inf
+        return seconds
 
 
 _known: dict[Case, Choice | None] = {}

@@ -50,7 +50,7 @@ class BlockSample:
             options = {"positives": positives, "ids": self._ids(n, m, device)}
             actual = getattr(triton_block, self.op)(images, texts, *scalars, **options, tile=tile)
             exact = (tensor.double() for tensor in (images, texts, *scalars))
-            yield from _pair_up(actual, getattr(chunked, self.op)(*exact, **options))
+            yield from pair_up(actual, getattr(chunked, self.op)(*exact, **options))
 
     def _ids(self, n: int, m: int, device: torch.device) -> PairIds | None:
         if self.weight is None:
@@ -60,7 +60,8 @@ class BlockSample:
         return PairIds(images, texts, self.weight)
 
 
-def _pair_up(actual: tuple | torch.Tensor, expected: tuple | torch.Tensor) -> Iterator[Comparison]:
+def pair_up(actual: tuple | torch.Tensor, expected: tuple | torch.Tensor) -> Iterator[Comparison]:
+    """The results of one call of an op of `block.py`, and what they should be."""
     if isinstance(expected, torch.Tensor):
         actual, expected = (actual,), (expected,)
     is_rounded = ("images", "texts", "scale") if isinstance(expected, chunked.BlockGradients) else ()

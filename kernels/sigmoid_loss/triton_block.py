@@ -249,10 +249,11 @@ def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
 def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
     """The case of a block on a GPU, and how to run (at most `MOST_ROWS` rows of) it with another choice."""
 
-    def run(choice: Choice) -> None:
+    def run(choice: Choice) -> BlockGradients:
         scale, bias = images.new_tensor([10.0, -10.0], dtype=torch.float32).unbind()
         some = images[:MOST_ROWS], texts[:MOST_ROWS]
-        sigmoid_loss_block(*some, scale, bias, positives=0, tile=choice.tile, chunk_rows=choice.chunk_rows)
+        tile, chunk_rows = choice
+        return sigmoid_loss_block(*some, scale, bias, positives=0, tile=tile, chunk_rows=chunk_rows)
 
     return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
 

@@ -18,6 +18,7 @@ from kernels.sigmoid_loss.autotune import (
     rows_class,
     tune,
 )
+from kernels.sigmoid_loss.chunked import BlockGradients
 from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, UNALIGNED, choose_chunk_rows
 
 CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768, is_aligned=True)
@@ -36,20 +37,28 @@ def forget(monkeypatch):
     monkeypatch.setattr(autotune, "_known", {})
 
 
-def make(run=lambda choice: None, *, case=CASE, tile=HOPPER, capability=(9, 0)):
+RESULT = BlockGradients(*(torch.ones(3) for _ in BlockGradients._fields))
+
+
+def make(run=lambda choice: RESULT, *, case=CASE, tile=HOPPER, capability=(9, 0)):
     return Tuning(case, Choice(tile, choose_chunk_rows(case.images, case.width, 132)), 132, capability, run)
 
 
 class Clock:
-    """A tuning whose runs take what `cost` says of a choice; measures by it and records what ran."""
+    """A tuning whose runs take what `cost` says of a choice; measures by it and records what was measured."""
 
-    def __init__(self, cost, **options):
-        self.cost, self.ran = cost, []
-        self.tuning = make(self.ran.append, **options)
+    def __init__(self, cost, result=lambda choice: RESULT, **options):
+        self.cost, self.result, self.ran, self.last = cost, result, [], None
+        self.tuning = make(self.run, **options)
+
+    def run(self, choice):
+        self.last = choice
+        return self.result(choice)
 
     def measure(self, run):
         run()
-        return self.cost(self.ran[-1])
+        self.ran.append(self.last)
+        return self.cost(self.last)
 
     def search(self):
         return self.tuning.search(self.measure)
@@ -118,10 +127,11 @@ def test_on_request_the_first_call_tries_and_the_second_does_not(monkeypatch):
     monkeypatch.setenv(autotune.REQUEST, "1")
     ran = []
     # by the real clock, so which wins is open
-    tuning = make(ran.append)
+    tuning = make(lambda choice: (ran.append(choice), RESULT)[1])
     first = tuning.choice()
     tried = len(ran)
-    assert tried == 5 * (autotune._WARMUP + autotune._RUNS)
+    # and each once for its results
+    assert tried == 5 * (autotune._WARMUP + autotune._RUNS + 1)
     forget(monkeypatch)
     assert tuning.choice() == first
     assert len(ran) == tried
@@ -136,11 +146,26 @@ def test_a_tile_that_does_not_run_is_passed_over():
     assert Clock(fail_for_the_wide).search() == Choice(SLOW_TILE, 2048)
 
 
-def test_if_none_runs_it_says_so_and_keeps_nothing():
+@pytest.mark.parametrize("field", BlockGradients._fields)
+@pytest.mark.parametrize("value", [1.02, float("nan")])
+def test_a_tile_whose_results_differ_is_passed_over_with_one_line(field, value, caplog):
+    def result(choice):
+        return RESULT._replace(**{field: RESULT.loss * value}) if choice.tile == WIDE else RESULT
+
+    with caplog.at_level(logging.WARNING):
+        assert Clock(cost, result).search() == Choice(SLOW_TILE, 2048)
+    (record,) = caplog.records
+    assert f"{field} is off by" in record.getMessage()
+    # other rounding is no difference
+    forgiving = Clock(cost, lambda choice: RESULT._replace(loss=RESULT.loss * (1 + 1e-5 * choice.tile.warps)))
+    assert forgiving.search() == Choice(WIDE, 2048)
+
+
+def test_if_the_default_fails_it_says_so_and_keeps_nothing():
     def fail(choice):
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="none of the tiles runs on NVIDIA H200"):
+    with pytest.raises(RuntimeError, match="the default tile fails on NVIDIA H200"):
         Clock(fail).search()
     assert not autotune.cache_folder().exists()
 
