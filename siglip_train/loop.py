@@ -1,7 +1,6 @@
 """The training loop: for each batch, step, log, save, evaluate. It knows an engine, an iterator and callables."""
 
 import logging
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -210,7 +209,8 @@ def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
     losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
     return {
         **mean_over_ranks(losses),
-        "train/logit_scale": math.exp(scale),
+        # infinite where math.exp would raise, so that the next step can end the run by name
+        "train/logit_scale": torch.tensor(scale, dtype=torch.float64).exp().item(),
         "train/logit_bias": bias,
         "train/grad_norm": report.gradient_norm,
         "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),

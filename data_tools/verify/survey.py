@@ -50,7 +50,8 @@ def _compare_keys(reports: list[ShardReport], cache: Path) -> None:
     shared = values[counts > 1]
     first: dict[str, ShardReport] = {}
     for report, own in zip(reports, digests, strict=True):
-        (rows,) = np.nonzero(np.isin(own, shared))
+        # by sorting: numpy 2.0 looks for the range of numbers first, and that of these overflows
+        (rows,) = np.nonzero(np.isin(own, shared, kind="sort"))
         # names are read again for these alone: digests of 8 bytes may meet by chance, and all names fill a memory
         keys = sample_keys(report.url, cache) if len(rows) else []
         for row in rows.tolist():

@@ -32,7 +32,8 @@ def test_adapters_change_nothing_before_they_train_and_nothing_else_does():
     pytest.importorskip("peft")
     model, plain = tiny_model(torch.float32), tiny_model(torch.float32)
     add_adapters(model, AdapterConfig(rank=2))
-    assert torch.equal(model.encode_image(IMAGES), plain.encode_image(IMAGES))
+    # equal in torch 2.15; 2.11 multiplies in another order
+    torch.testing.assert_close(model.encode_image(IMAGES), plain.encode_image(IMAGES), rtol=0, atol=1e-6)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = {
         f"{tower}.encoder.blocks.0.attention.{part}"
