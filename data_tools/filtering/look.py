@@ -22,13 +22,10 @@ from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_
 from data_tools.reading import picture_header, plain_detail, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
-from siglip_train.data.cache import local_tar
 from siglip_train.data.faults import BadSample
 from siglip_train.data.images import decode
 from siglip_train.data.locations import default_cache, short_name
-from siglip_train.data.shards import damaged_samples
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
-from siglip_train.errors import UserError
+from siglip_train.data.shards import damaged_samples, indexed_tar
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def look_at_shard(task: LookTask) -> int:
 
     Raises `UserError` where the shard cannot be read: what it holds must not go missing without a word.
     """
-    path, index = open_shard(task.url)
+    path, index = indexed_tar(task.url, default_cache())
     name = short_name(task.url)
     seen = _Collector(criteria(task.wanted), len(index))
     for row, sample in enumerate(read_rows(path, name, index, range(len(index)))):
@@ -119,15 +116,6 @@ def look_at_shard(task: LookTask) -> int:
     seen.faults += damaged_samples(name, path, index)
     seen.result().save(task.target)
     return len(index)
-
-
-def open_shard(url: str) -> tuple[Path, TarIndex]:
-    """(plain tar on this machine, its index). Raises `UserError`."""
-    path = local_tar(url, default_cache())
-    try:
-        return path, load_index(path, default_cache())
-    except BrokenTarError as error:
-        raise UserError(f"cannot read shard {url}: {error}; repair it or leave it out") from error
 
 
 class _Collector:

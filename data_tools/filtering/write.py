@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.facts import read_facts
-from data_tools.filtering.look import open_shard
 from data_tools.packing.shards import add_member
 from data_tools.reading import read_rows
-from siglip_train.data.shards import short_name
+from siglip_train.data.locations import default_cache
+from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 
 WEIGHT_FIELD = "balance_weight"
@@ -30,7 +30,7 @@ class WriteTask(NamedTuple):
 
 def write_shard(task: WriteTask) -> int:
     """Write one shard, complete or not at all; return 1. Raises `UserError`."""
-    source, index = open_shard(task.url)
+    source, index = indexed_tar(task.url, default_cache())
     partial = task.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         samples = read_rows(source, short_name(task.url), index, task.rows.tolist())

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.packing.records import IMAGE, Part, Record
-from siglip_train.data.cache import local_tar
 from siglip_train.data.locations import default_cache, expand
-from siglip_train.data.shards import short_name
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
-from siglip_train.errors import UserError
+from siglip_train.data.shards import indexed_tar, short_name
+from siglip_train.data.tar import TarIndex
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 
@@ -22,11 +20,7 @@ def tar_records(shards: str) -> list[Record]:
     records: list[Record] = []
     seen: set[str] = set()
     for url in expand(shards):
-        path = local_tar(url, cache)
-        try:
-            index = load_index(path, cache)
-        except BrokenTarError as error:
-            raise UserError(f"cannot read shard {url}: {error}") from error
+        path, index = indexed_tar(url, cache)
         for record in _records(index, path, short_name(url), seen):
             records.append(record)
             seen.add(record.key)

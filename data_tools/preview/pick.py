@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from siglip_train.data.cache import local_tar
 from siglip_train.data.locations import expand
-from siglip_train.data.shards import RawSample, short_name
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index
+from siglip_train.data.shards import RawSample, indexed_tar, short_name
+from siglip_train.data.tar import TarIndex
 from siglip_train.errors import UserError
 
 # of a remote set every shard opened is a download
@@ -58,12 +57,9 @@ def _open_all(urls: list[str], cache: Path) -> tuple[list[_Open], list[str]]:
     opened, unreadable = [], []
     for url in urls:
         try:
-            path = local_tar(url, cache)
-            opened.append(_Open(url, path, load_index(path, cache)))
-        except (UserError, BrokenTarError) as error:
-            unreadable.append(
-                str(error) if isinstance(error, UserError) else f"cannot read shard {url}: {error}"
-            )
+            opened.append(_Open(url, *indexed_tar(url, cache)))
+        except UserError as error:
+            unreadable.append(str(error))
     return opened, unreadable
 
 

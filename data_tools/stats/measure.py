@@ -9,13 +9,11 @@ from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from data_tools.stats.thumbnail import thumbnail
-from siglip_train.data.cache import local_tar
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.locations import default_cache, short_name
 from siglip_train.data.samples import Field
-from siglip_train.data.shards import RawSample, damaged_samples
-from siglip_train.data.tar import BrokenTarError, load_index
+from siglip_train.data.shards import RawSample, damaged_samples, indexed_tar
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
 
@@ -58,9 +56,8 @@ def measure_shard(task: ShardTask) -> Tally:
     """Count one shard. A shard that cannot be read counts as one bad sample, named "?"."""
     tally, name = Tally(), short_name(task.url)
     try:
-        path = local_tar(task.url, default_cache())
-        index = load_index(path, default_cache())
-    except (BrokenTarError, UserError) as error:
+        path, index = indexed_tar(task.url, default_cache())
+    except UserError as error:
         tally.bad.add(BadSample(name, "?", "broken shard", str(error)))
         return tally
     tally.shards, tally.shard_bytes = 1, path.stat().st_size

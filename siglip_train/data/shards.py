@@ -234,15 +234,20 @@ def damaged_samples(shard: str, path: Path, index: TarIndex) -> list[BadSample]:
     return found
 
 
+def indexed_tar(url: str, cache: Path) -> tuple[Path, TarIndex]:
+    """(plain tar on this machine, its index), for tools. Raises `UserError`."""
+    path = local_tar(url, cache)
+    try:
+        return path, load_index(path, cache)
+    except BrokenTarError as error:
+        raise UserError(f"cannot read shard {url}: {error}") from error
+
+
 def read_samples(shards: str | list[str], cache_dir: str | None = None) -> Iterator[RawSample]:
     """Every sample of the shards with all its members, in file order, for tools. Raises `UserError`."""
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
     for url in expand(shards):
-        path = local_tar(url, cache)
-        try:
-            index = load_index(path, cache)
-        except BrokenTarError as error:
-            raise UserError(f"cannot read shard {url}: {error}") from error
+        path, index = indexed_tar(url, cache)
         with path.open("rb") as file:
             for sample in range(len(index)):
                 members = {

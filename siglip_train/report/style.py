@@ -1,20 +1,13 @@
-"""The style sheet of the report: light and dark, no fonts or files from elsewhere."""
+"""The style sheets of pages: light and dark, no fonts or files from elsewhere."""
 
-STYLE = """
+# of every page: those of the data tools begin with it too
+BASE = """
 :root {
   color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #667085; --rule: #e4e7ec;
-  --accent: #2f6fde;
-  --c0: #2f6fde; --c1: #e2703a; --c2: #1e9d74; --c3: #b5499c; --c4: #c29a1c; --c5: #5d57c8;
-  --c6: #3aa3c4; --c7: #8a6d5b;
+  --page: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #667085; --rule: #e4e7ec; --accent: #2f6fde;
 }
 @media (prefers-color-scheme: dark) {
-  :root {
-    --page: #11151b; --card: #1a2029; --ink: #e6e9ee; --soft: #97a1b0; --rule: #2c3542;
-    --accent: #6ea2ff;
-    --c0: #6ea2ff; --c1: #ff9a6b; --c2: #4fd0a5; --c3: #e58bd0; --c4: #e6c65c; --c5: #a7a2ff;
-    --c6: #73cfea; --c7: #c2a794;
-  }
+  :root { --page: #11151b; --card: #1a2029; --ink: #e6e9ee; --soft: #97a1b0; --rule: #2c3542; --accent: #6ea2ff; }
 }
 * { box-sizing: border-box; }
 body {
@@ -24,10 +17,53 @@ body {
 main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 14px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 0 0 14px; }
+small { color: var(--soft); font-weight: 400; font-size: 12.5px; }
+section {
+  background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
+  padding: 20px 22px; margin: 18px 0;
+}
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 0; }
+.tiles div {
+  background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
+  padding: 10px 18px; min-width: 132px;
+}
+.tiles dt { color: var(--soft); font-size: 12.5px; }
+.tiles dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); gap: 22px; }
+figure { margin: 0; }
+.chart figcaption { font-weight: 600; margin-bottom: 4px; }
+.chart svg { display: block; width: 100%; height: auto; }
+.chart text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+.chart .grid { stroke: var(--rule); }
+.chart .axis, .chart .tick { stroke: var(--soft); }
+.scroll { overflow-x: auto; margin: 8px 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 16px 4px 0; text-align: start; }
+thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
+tbody tr { border-top: 1px solid var(--rule); }
+.number { text-align: end; white-space: nowrap; }
+.language {
+  background: var(--page); border: 1px solid var(--rule); border-radius: 6px; padding: 0 7px;
+  font-size: 12px; color: var(--soft);
+}
+"""
+
+STYLE = (
+    BASE
+    + """
+:root {
+  --c0: #2f6fde; --c1: #e2703a; --c2: #1e9d74; --c3: #b5499c; --c4: #c29a1c; --c5: #5d57c8;
+  --c6: #3aa3c4; --c7: #8a6d5b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --c0: #6ea2ff; --c1: #ff9a6b; --c2: #4fd0a5; --c3: #e58bd0; --c4: #e6c65c; --c5: #a7a2ff;
+    --c6: #73cfea; --c7: #c2a794;
+  }
+}
 h3 { font-size: 18px; margin: 0 0 12px; }
 h4 { font-size: 15px; margin: 22px 0 8px; }
-small { color: var(--soft); font-weight: 400; font-size: 12.5px; }
-section, body main > details {
+body main > details {
   background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
   padding: 20px 22px; margin: 18px 0;
 }
@@ -37,27 +73,10 @@ pre {
   margin: 12px 0 0;
 }
 
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 0; }
-.tiles div {
-  background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
-  padding: 10px 18px; min-width: 132px;
-}
-.tiles dt { color: var(--soft); font-size: 12.5px; }
-.tiles dd { margin: 0; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 section .tiles { gap: 8px; margin-bottom: 10px; }
 section .tiles div { background: var(--page); padding: 6px 14px; min-width: 0; }
 section .tiles dd { font-size: 17px; }
 
-.charts {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr));
-  gap: 22px;
-}
-figure { margin: 0; }
-.chart figcaption { font-weight: 600; margin-bottom: 4px; }
-.chart svg { display: block; width: 100%; height: auto; }
-.chart text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
-.chart .grid { stroke: var(--rule); }
-.chart .axis, .chart .tick { stroke: var(--soft); }
 .chart path { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
 .chart circle { fill: currentColor; }
 .chart .hover circle { opacity: 0; }
@@ -76,13 +95,8 @@ figure { margin: 0; }
 .c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); }
 .c7 { color: var(--c7); }
 
-.scroll { overflow-x: auto; margin: 8px 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { white-space: nowrap; text-align: start; font-weight: 600; padding: 10px 0 4px; }
-th, td { padding: 4px 16px 4px 0; text-align: start; white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 500; font-size: 13px; }
-tbody tr { border-top: 1px solid var(--rule); }
-.number { text-align: end; }
+th, td { white-space: nowrap; }
 
 .heat { border-collapse: separate; border-spacing: 2px; }
 .heat th {
@@ -102,10 +116,6 @@ tbody tr { border-top: 1px solid var(--rule); }
   gap: 14px 26px;
 }
 .query p { margin: 0 0 6px; }
-.language {
-  background: var(--page); border: 1px solid var(--rule); border-radius: 6px; padding: 0 7px;
-  font-size: 12px; color: var(--soft);
-}
 .found { display: flex; flex-wrap: wrap; gap: 8px; }
 .found figure { width: 96px; text-align: center; font-size: 12px; color: var(--soft); }
 .found img, .side img {
@@ -119,3 +129,4 @@ tbody tr { border-top: 1px solid var(--rule); }
 .side ol { margin: 0; padding-inline-start: 20px; flex: 1; font-size: 13.5px; }
 .side .right { font-weight: 600; color: var(--c2); }
 """
+)
