@@ -18,6 +18,7 @@ _TRAINING_CHARTS: dict[str, dict[str, str]] = {
     "samples per second": {"all ranks": "train/samples_per_second"},
     "seconds per step": {"all": "train/step_time", "computing": "train/compute_time"},
     "model FLOPs utilisation": {"MFU": "train/mfu"},
+    "TFLOP/s per rank": {"achieved": "train/tflops_per_rank"},
     "memory, GiB": {"peak": "train/memory_gib"},
 }
 _GRADIENT_NORMS = {"before clipping": "train/grad_norm", "after clipping": "train/grad_norm_clipped"}
