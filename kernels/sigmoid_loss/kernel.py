@@ -118,7 +118,8 @@ def _pairs(
 @triton.jit
 def _key(local, offset, end):
     """Where a row or column is, seen from the tile's first row; NaN from end on. Exact near 0, where rows are."""
-    return tl.where(local < end, local.to(tl.float32) + offset, float("nan"))
+    local = local.to(tl.float32)
+    return tl.where(local < end, local + offset, float("nan"))
 
 
 @triton.jit
@@ -186,15 +187,12 @@ def _columns(S, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_program(n, m, BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
-    """First row and column. Programs that run together share a band of BAND tile rows, for the cache's sake."""
-    program = tl.program_id(0)
-    tile_rows = tl.cdiv(n, BN)
-    in_band = BAND * tl.cdiv(m, BM)
-    first = program // in_band * BAND
-    height = tl.minimum(tile_rows - first, BAND)
-    within = program % in_band
-    return (first + within % height) * BN, within // height * BM
+def _tile_of_program(BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
+    """First row and column. Programs that run together share a band of BAND tile columns, which stay in the cache, as
+    all rows of a chunk do. One band for each second index of the grid: dividing by its size would take 60 instructions.
+    """
+    place = tl.program_id(0)
+    return place // BAND * BN, (tl.program_id(1) * BAND + place % BAND) * BM
 
 
 @triton.jit
@@ -272,16 +270,22 @@ def sigmoid_tile_kernel(
     are left out; under WEIGHTED they count weight times. Else these four are not used.
     INTERPRETED: plain functions; and bf16 by hand, which the interpreter multiplies wrongly and does not round.
     """
-    first_row, first_column = _tile_of_program(n, m, BN, BM, BAND)
+    first_row, first_column = _tile_of_program(BN, BM, BAND)
+    if first_column >= m:
+        # beyond the last column of the last band
+        return
     S = _cosines(
         X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
     )
     scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
     on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
+    # as floats once: a conversion for each block of columns would be
+    first_key = (first_column - first_row - positives).to(tl.float32)
+    end = (m - first_column).to(tl.float32)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    row_key = _key(row, 0.0, n - first_row)
+    row_key = _key(row, 0.0, (n - first_row).to(tl.float32))
     if HAS_IDS:
         tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
         has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
@@ -289,10 +293,11 @@ def sigmoid_tile_kernel(
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        # the rows are shifted, as on Blackwell a thread has one row and all columns
-        shifted = row_key - (left - first_row - positives).to(tl.float32)
-        column_key = _key(column, 0.0, m - left)
-        logits = _logits(parts[part], scale, bias, shifted, column_key, is_special, CHECKED)
+        # what of a thread is fewer moves: on Blackwell it has one row and all columns, on Ampere more rows
+        moved = first_key + part * WIDTH
+        column_key = _key(column, 0.0 if DESCRIPTORS else moved, end - part * WIDTH)
+        key = row_key - moved if DESCRIPTORS else row_key
+        logits = _logits(parts[part], scale, bias, key, column_key, is_special, CHECKED)
         if HAS_IDS:
             g, part_loss, part_g = _pairs_by_id(
                 logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
@@ -307,7 +312,8 @@ def sigmoid_tile_kernel(
                 # at once, for the barriers: one a tile spills on Blackwell under Triton 3.6
                 part_g = tl.sum(part_g)
             sums_g += part_g
-    sums = SUMS + tl.program_id(0).to(tl.int64) * 2
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    sums = SUMS + program * 2
     tl.store(sums, loss)
     if GRADIENTS:
         tl.store(sums + 1, sums_g if HAS_IDS and DESCRIPTORS else tl.sum(sums_g))

@@ -45,7 +45,9 @@ def score_tile_kernel(
     ROW_SUMS `[tile columns, n]`, COLUMN_SUMS `[tile rows, m]`, fp32, n and m rounded up to whole tiles: each place is
     written once, so that sums do not depend on the order of programs.
     """
-    first_row, first_column = _tile_of_program(n, m, BN, BM, BAND)
+    first_row, first_column = _tile_of_program(BN, BM, BAND)
+    if first_column >= m:
+        return
     S = _cosines(
         X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
     )
@@ -54,7 +56,7 @@ def score_tile_kernel(
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    row_key = _key(row, 0.0, n - first_row)
+    row_key = _key(row, 0.0, (n - first_row).to(tl.float32))
     if HAS_IDS:
         tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
         has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
@@ -63,7 +65,7 @@ def score_tile_kernel(
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        column_key = _key(column, (left - first_row - positives).to(tl.float32), m - left)
+        column_key = _key(column, (left - first_row - positives).to(tl.float32), (m - left).to(tl.float32))
         logits = parts[part] * scale + bias
         if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
             if is_special:

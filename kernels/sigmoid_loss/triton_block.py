@@ -20,7 +20,7 @@ from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, cho
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
-# tile rows that share the texts in the cache
+# tile columns, of texts, that all images of a chunk meet before the next ones
 _BAND = 8
 # fp16 ends at 6e-8: with this factor G keeps its digits down to a logit of -16
 _UNIT = {torch.float16: 1024, torch.bfloat16: 1, torch.float32: 1}
@@ -152,12 +152,12 @@ class _Block:
     def tiles(self, chunk: Tensor, start: int, G: Tensor | None) -> Tensor:
         """Write G of a chunk `[c, E]` (None: not wanted); give the sums of loss and of G, float64 `[2]`."""
         tile, (n, m) = self._tile, (len(chunk), len(self.texts))
-        programs = triton.cdiv(n, tile.images) * triton.cdiv(m, tile.texts)
-        sums = torch.zeros(programs, 2, device=chunk.device)
+        grid = self._grid(n, m)
+        sums = torch.zeros(grid[0] * grid[1], 2, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
         with device_of(chunk.device):
-            sigmoid_tile_kernel[(programs,)](
+            sigmoid_tile_kernel[grid](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
                 column_ids, n, m, chunk.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
@@ -181,7 +181,7 @@ class _Block:
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
         with device_of(chunk.device):
-            score_tile_kernel[(high * wide,)](
+            score_tile_kernel[self._grid(n, m)](
                 self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
                 row_sums, column_sums, row_ids, sorted_ids, column_ids,
                 n, m, chunk.shape[1], self._offset(start), weight,
@@ -210,6 +210,10 @@ class _Block:
                 INTERPRETED=self._is_interpreted,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
+
+    def _grid(self, n: int, m: int) -> tuple[int, int]:
+        """Programs of a band, bands."""
+        return _BAND * triton.cdiv(n, self._tile.images), triton.cdiv(m, self._tile.texts * _BAND)
 
     def _ids_of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """What the tile kernel takes of a chunk's ids, with room for whole tiles."""

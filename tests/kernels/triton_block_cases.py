@@ -94,6 +94,14 @@ def test_matches_anywhere(positives):
     check(make(70, 100, 24, *TRAINED, torch.float32), positives=positives, chunk_rows=32)
 
 
+# tiles of 32 texts in bands of eight: two whole ones, the last of one column, of seven and an edge
+@pytest.mark.parametrize("m", [512, 544, 475])
+def test_several_bands_of_columns(m):
+    inputs = make(70, m, 24, *TRAINED, torch.float32)
+    check(inputs, positives=m - 40)
+    check_scores(inputs, positives=m - 40)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("scale", "bias"), [(200.0, 0.0), (200.0, -20.0), (1000.0, 0.0)])
 def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias):
