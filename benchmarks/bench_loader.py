@@ -19,6 +19,8 @@ from pathlib import Path
 from harness import Measurement, Row, finish, measure, rows
 from loader_shards import prepare_cases
 
+from siglip_train.data.shards import read_samples
+
 ROOT = Path(__file__).resolve().parents[1]
 PEER_FOLDER = ROOT / ".venv-peer"
 # without their dependencies, so that torch, Pillow and numpy are the same for all contestants
@@ -147,6 +149,9 @@ def main() -> None:
             taking_part = contestants if case.is_jpeg else contestants[: len(PRODUCTS)]
             table += compare(name, job, taking_part, arguments.rounds)
             notes.append(worker_note(name, taking_part))
+            if case.is_jpeg:
+                sizes = [len(sample.members["jpg"]) for sample in read_samples(case.shards)]
+                notes.append(f"a picture of {name} has {sum(sizes) / len(sizes) / 1000:.0f} KB")
     notes = [
         *notes,
         "one worker each, batches of 64, bicubic squash, 64 tokens of the same sentencepiece model; "

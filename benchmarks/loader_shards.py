@@ -35,6 +35,8 @@ def prepare_cases(scratch: Path) -> dict[str, Case]:
         cases["emoji 64 px"] = Case(_names(SHARED / "emoji_train"), 64, is_jpeg=False)
         cases["photographs 224 px"] = Case(photographs, 224, is_jpeg=True)
         large = write_mosaics(photographs[:1], scratch / "large", tiles=(2, 2))
+        enlarged = write_mosaics(photographs[:1], scratch / "enlarged", tiles=(1, 1))
+        cases["1024 px JPEG, enlarged, to 224 px"] = Case(enlarged, 224, is_jpeg=True)
     else:
         print("../shared/data is absent: no photographs and emoji, and the large pictures are made of scenes")
         large = write_mosaics(scenes, scratch / "large", tiles=(8, 6))
@@ -56,8 +58,8 @@ def _repeated(shard: Path, scratch: Path) -> list[str]:
 def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int]) -> list[str]:
     """Shards of 1024 x 768 JPEGs, each `tiles` (columns, rows) pictures of `shards` side by side, with a caption.
 
-    So they have detail at every pixel, as photographs of that size have and enlarged small ones have not. Quality 90,
-    4:2:0, the same bytes every time.
+    Four shrunk ones have detail at every pixel, more than a photograph of that size; a single one is enlarged and has
+    less. Quality 90, 4:2:0, the same bytes every time.
     """
     folder.mkdir()
     samples = list(read_samples(shards))
