@@ -1,4 +1,4 @@
-"""What the tests of every op share: pairs of results and their error, awkward shapes, poisoned memory, op counts."""
+"""What tests of all ops and the self-check share: results in pairs, their error, odd shapes, NaN in memory, op counts."""
 
 from collections import Counter
 from collections.abc import Iterator

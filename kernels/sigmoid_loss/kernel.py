@@ -280,7 +280,7 @@ def sigmoid_tile_kernel(
     scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
     on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
-    # as floats once: a conversion for each block of columns would be
+    # as floats here, once, and not anew for each block of columns
     first_key = (first_column - first_row - positives).to(tl.float32)
     end = (m - first_column).to(tl.float32)
     WIDTH: tl.constexpr = BM // PARTS

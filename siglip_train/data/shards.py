@@ -240,7 +240,7 @@ def indexed_tar(url: str, cache: Path) -> tuple[Path, TarIndex]:
     try:
         return path, load_index(path, cache)
     except BrokenTarError as error:
-        raise UserError(f"cannot read shard {url}: {error}") from error
+        raise UserError(f"cannot read shard {url}: {error}; repair it or leave it out") from error
 
 
 def read_samples(shards: str | list[str], cache_dir: str | None = None) -> Iterator[RawSample]:
