@@ -1,4 +1,4 @@
-"""What tests of all ops and the self-check share: results in pairs, their error, odd shapes, NaN in memory, op counts."""
+"""What tests of all ops and the self-check share: pairs of results, their error, odd shapes, NaN memory, op counts."""
 
 from collections import Counter
 from collections.abc import Iterator
