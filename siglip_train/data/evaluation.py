@@ -52,7 +52,8 @@ class EvaluationSource:
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
     `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
-    side of a picture (ObjectNet frames its pictures). max_pixels: larger pictures count as bad.
+    side of a picture (ObjectNet frames its pictures). center: below 1, the share of both sides that is kept, in the
+    middle, of the squashed picture (few-shot probes keep 224 of 256). max_pixels: larger pictures count as bad.
     """
 
     shards: str | list[str]
@@ -63,6 +64,7 @@ class EvaluationSource:
     max_samples: int | None = None
     select: Selection = EVERYTHING
     border: int = 0
+    center: float = 1.0
     max_pixels: int = MAX_PIXELS
 
 
@@ -126,7 +128,7 @@ class _Batches(Dataset):
             Field.parse(name) if name is not None else None
             for name in (source.text, source.label, source.group)
         )
-        self.border, self.max_pixels = source.border, source.max_pixels
+        self.border, self.center, self.max_pixels = source.border, source.center, source.max_pixels
 
     def places(self, number: int) -> range:
         return self.share[number * self.batch_size : (number + 1) * self.batch_size]
@@ -154,7 +156,7 @@ class _Batches(Dataset):
         try:
             sample = self.samples.read(place)
             return _Row(
-                self.transform(self.picture(sample)),
+                self.transform(self.picture(sample), self.center),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
                 labels_of(self.label, sample) if self.label is not None else (),

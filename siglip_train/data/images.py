@@ -193,13 +193,16 @@ class ImageTransform:
         side = self.image_size // self.patch_size
         return patch_grid(side, side)
 
-    def __call__(self, image: Image.Image) -> NDArray:
+    def __call__(self, image: Image.Image, center: float = 1.0) -> NDArray:
         """RGB picture to uint8 `[L, P]`, without augmentation, to the last bit as Pillow resizes it."""
-        return patchify(np.asarray(self.resized(image)), self.patch_size)
+        return patchify(np.asarray(self.resized(image, center)), self.patch_size)
 
-    def resized(self, image: Image.Image) -> Image.Image:
-        """The `image_size` square, antialiased by Pillow."""
-        return image.resize((self.image_size, self.image_size), _FILTERS[self.resize])
+    def resized(self, image: Image.Image, center: float = 1.0) -> Image.Image:
+        """The `image_size` square, antialiased by Pillow; below 1, the middle of a square larger by 1 / center."""
+        side = int(self.image_size / center)
+        image = image.resize((side, side), _FILTERS[self.resize])
+        edge = (side - self.image_size) // 2
+        return image.crop((edge, edge, edge + self.image_size, edge + self.image_size))
 
     def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> NDArray:
         """Encoded picture to uint8 `[L, P]` as fast as can be, `rng` drawing crop and mirror.

@@ -30,10 +30,21 @@ class Features(NamedTuple):
 
 
 class Method(Protocol):
-    """A way to classify by training features. The same on every rank, and in every run."""
+    """A way to classify by training features. The same on every rank, and in every run.
+
+    center: the share of the squashed pictures, in the middle, that its protocol embeds (`EvaluationSource`).
+    """
+
+    center: float
 
     def fit(self, features: Features) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
         """Give the ranks `[m]` of the test images' classes, by name and repetition, and numbers to log."""
+
+
+def check_center(center: float) -> None:
+    """Raise ValueError for a share that is none."""
+    if not 0 < center <= 1:
+        raise ValueError("center must be above 0 and at most 1")
 
 
 def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

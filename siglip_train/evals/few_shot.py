@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip_train.evals.features import Features, whitened
+from siglip_train.evals.features import Features, check_center, whitened
 
 # so large that the bias is hardly regularised
 _BIAS_FEATURE = 100.0
@@ -17,16 +17,19 @@ class RidgeFewShot:
     """The protocol of big_vision's `fewshot_lsr`.
 
     For each seed and number of shots, that many images of each class are drawn (all of a class that has fewer);
-    features are whitened by them, targets are 1 for the class and -1 for others, and the penalty is l2.
+    features are whitened by them, targets are 1 for the class and -1 for others, and the penalty is l2. Pictures are
+    squashed to 256 / 224 of the model's size, of which the middle is embedded: `center`; 1 embeds the whole picture.
     ImageNet as published: the first 65,000 training images (`train.max_samples`), tested on the validation set.
     """
 
     shots: tuple[int, ...] | list[int] = (1, 5, 10, 25)
     seeds: int = 3
     l2: float = 2.0**10
+    center: float = 224 / 256
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_center(self.center)
         if min(self.shots, default=0) < 1 or self.seeds < 1 or self.l2 <= 0:
             raise ValueError("shots and seeds must be at least 1 and l2 above 0")
 

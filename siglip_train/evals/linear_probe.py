@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siglip_train.evals.features import Features
+from siglip_train.evals.features import Features, check_center
 
 
 @dataclass(kw_only=True)
@@ -21,9 +21,11 @@ class LinearProbe:
     l2: tuple[float, ...] | list[float] = tuple(10.0**power for power in range(2, -7, -1))
     held_out: float = 0.2
     iterations: int = 100
+    center: float = 1.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_center(self.center)
         if not self.l2 or min(self.l2) <= 0 or not 0 < self.held_out < 1 or self.iterations < 1:
             raise ValueError("l2 must be above 0, held_out between 0 and 1, iterations at least 1")
 

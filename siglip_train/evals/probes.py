@@ -1,7 +1,7 @@
-"""What a frozen image tower knows: classifiers trained on its pooled outputs, embedded once for all of them."""
+"""What a frozen image tower knows: classifiers trained on its pooled outputs, embedded once for all that crop alike."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from siglip_train.data.folders import benchmark_folder, class_folder_names
 from siglip_train.data.select import as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics, seen_and_hits
-from siglip_train.evals.base import Encoder, Evaluation
+from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.bootstrap import Share, confidence_intervals
 from siglip_train.evals.features import Features, Method, features_of
 from siglip_train.evals.few_shot import RidgeFewShot
@@ -29,8 +29,8 @@ class Probes:
     """Accuracy of k nearest neighbours, ridge regression from a few shots, and a linear probe.
 
     train, test: shards (or a folder, as in zero-shot classification), or the fields of `EvaluationSource`: shards,
-    image, label (default `cls`), max_samples, select. methods: by name; null leaves one out. bootstrap: resamples of
-    the test images for confidence intervals, 0 = none.
+    image, label (default `cls`), max_samples, select. methods: by name; null leaves one out; those of one `center`
+    share an embedding. bootstrap: resamples of the test images for confidence intervals, 0 = none.
     Metrics are `knn_`, `<shots>shot_` and `lp_` with acc1, acc5 and mean_per_class_recall, over repetitions.
     """
 
@@ -46,6 +46,8 @@ class Probes:
         self.methods = {
             name: method for name, method in (_methods() | self.methods).items() if method is not None
         }
+        if not self.methods:
+            raise ValueError("every method is null")
         self._sources = [_source(part) for part in (self.train, self.test)]
 
     def run(self, encoder: Encoder) -> Evaluation:
@@ -55,25 +57,32 @@ class Probes:
             raise UserError(
                 f"{self._sources[0].shards} and {self._sources[1].shards} have other class folders"
             )
-        train, test = (encoder.encode_images(source, encoder.pool_images) for source in self._sources)
+        metrics: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        for center in dict.fromkeys(method.center for method in self.methods.values()):
+            train, test = self._embed(encoder, center)
+            features = features_of(train, test, encoder.world.device)
+            for method in (each for each in self.methods.values() if each.center == center):
+                ranks, numbers = method.fit(features)
+                for name, repetitions in ranks.items():
+                    metrics |= self._metrics(name, [part.cpu() for part in repetitions], features)
+                metrics |= numbers
+                if "lp" in ranks:
+                    details["classes"] = self._by_class(ranks["lp"][0].cpu(), features)
+        details["counts"], metrics["n"] = test.counts, float(len(test.keys))
+        return Evaluation(metrics, details if encoder.world.is_main else {})
+
+    def _embed(self, encoder: Encoder, center: float) -> tuple[ImageSet, ImageSet]:
+        """Give train and test, `center` of every picture. All ranks."""
+        sources = [replace(source, center=center) for source in self._sources]
+        train, test = (encoder.encode_images(source, encoder.pool_images) for source in sources)
         both = set(train.keys) & set(test.keys)
-        if self._sources[0].shards == self._sources[1].shards and both:
+        if sources[0].shards == sources[1].shards and both:
             raise UserError(
                 f"{len(both)} samples, such as {min(both)}, are in both train and test: "
                 "give them other shards, or a select with held_out and part=held_out for test"
             )
-        features = features_of(train, test, encoder.world.device)
-        metrics: dict[str, float] = {}
-        details: dict[str, Any] = {"counts": test.counts}
-        for method in self.methods.values():
-            ranks, numbers = method.fit(features)
-            for name, repetitions in ranks.items():
-                metrics |= self._metrics(name, [part.cpu() for part in repetitions], features)
-            metrics |= numbers
-            if "lp" in ranks:
-                details["classes"] = self._by_class(ranks["lp"][0].cpu(), features)
-        metrics["n"] = float(len(test.keys))
-        return Evaluation(metrics, details if encoder.world.is_main else {})
+        return train, test
 
     def _metrics(self, name: str, repetitions: list[Tensor], features: Features) -> dict[str, float]:
         labels = features.test_labels.cpu()
@@ -100,4 +109,6 @@ class Probes:
 def _source(part: str | Mapping[str, Any]) -> EvaluationSource:
     values: dict[str, Any] = {"shards": part} if isinstance(part, str) else dict(part)
     select = as_selection(values.pop("select", {}))
+    if "center" in values:
+        raise ValueError("center belongs to a method, not to train or test")
     return EvaluationSource(**{"label": "cls", **values}, select=select)

@@ -126,7 +126,7 @@ def test_neither_a_folder_of_shards_nor_an_empty_one_is_a_folder_of_classes(tmp_
         rows(EvaluationSource(str(tmp_path / "empty")))
 
 
-def test_several_labels_groups_and_a_border(tmp_path: Path):
+def test_several_labels_groups_a_border_and_a_center(tmp_path: Path):
     vector = io.BytesIO()
     np.save(vector, np.array([0, 1, 0, 1]))
     members = [
@@ -143,6 +143,8 @@ def test_several_labels_groups_and_a_border(tmp_path: Path):
     width, height = picture(0).size
     expected = TRANSFORM(picture(0).crop((1, 1, width - 1, height - 1)))
     np.testing.assert_array_equal(batch.images.patches[0].numpy(), expected)
+    (batch,) = build_evaluation_loader(EvaluationSource(path, center=0.5), TRANSFORM, batch_size=3)
+    np.testing.assert_array_equal(batch.images.patches[0].numpy(), TRANSFORM(picture(0), 0.5))
     loader = build_evaluation_loader(EvaluationSource(path, border=500), TRANSFORM, batch_size=3)
     list(loader)
     assert loader.counts["bad/picture too small"] == 3

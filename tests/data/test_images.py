@@ -36,6 +36,18 @@ def test_bilinear_is_pillows():
     np.testing.assert_array_equal(np.asarray(ImageTransform(32, 8).resized(image)), np.asarray(expected))
 
 
+@pytest.mark.parametrize(("size", "side"), [(224, 256), (256, 292), (384, 438)])
+def test_few_shot_probes_see_the_middle_of_a_larger_square(size: int, side: int):
+    """recipe.md 6.3: resize to int(256 / 224 * size), centre crop."""
+    image = picture(size=(75, 40))
+    larger = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+    edge = (side - size) // 2
+    transform = ImageTransform(size, 16)
+    got = np.asarray(transform.resized(image, 224 / 256))
+    np.testing.assert_array_equal(got, larger[edge : edge + size, edge : edge + size])
+    np.testing.assert_array_equal(transform(image, 224 / 256), patchify(got, 16))
+
+
 def test_jpeg_decodes_to_the_same_pixels_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch):
     data = encoded(picture(size=(101, 67)).resize((90, 64)), "jpg")
     fast = np.asarray(decode(data))

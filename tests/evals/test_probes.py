@@ -131,6 +131,7 @@ class TwoSets(FakeEncoder):
     def encode_images(self, source: EvaluationSource, encode=None):
         assert encode == self.pool_images, "probes are trained on what the tower gives"
         self.source = source
+        self.centers = {*getattr(self, "centers", ()), source.center}
         given = features()
         name = "train" if source.select.part == "train" and source.shards != "test" else "test"
         rows = {"train": given.train, "test": given.test}[name]
@@ -139,12 +140,13 @@ class TwoSets(FakeEncoder):
         return images._replace(keys=[f"{name}/{row}" for row in range(len(rows))])
 
 
-def test_the_task_measures_every_method_on_one_embedding():
+def test_the_task_measures_every_method_on_what_its_protocol_embeds():
     encoder = TwoSets(image_set(torch.eye(2), [[], []]), {})
     linear = LinearProbe(l2=[0.1])
     test = {"shards": "test", "label": "json:c"}
     metrics, details = Probes(train="train", test=test, methods={"linear": linear}, bootstrap=50).run(encoder)
-    assert encoder.source == EvaluationSource("test", label="json:c")
+    assert encoder.source == EvaluationSource("test", label="json:c", center=224 / 256)
+    assert encoder.centers == {1.0, 224 / 256}, "big_vision's few-shot crops, the others do not"
     given = features()
     assert metrics["knn_acc1"] == accuracy(NearestNeighbours().fit(given)[0]["knn"][0])
     few = [accuracy(ranks) for ranks in RidgeFewShot().fit(given)[0]["10shot"]]
@@ -176,6 +178,9 @@ def test_ranges_are_checked():
         lambda: NearestNeighbours(k=0),
         lambda: RidgeFewShot(shots=[]),
         lambda: LinearProbe(held_out=1.0),
+        *(lambda kind=kind: kind(center=1.5) for kind in (NearestNeighbours, RidgeFewShot, LinearProbe)),
+        lambda: Probes(train="x", test={"shards": "y", "center": 0.5}),
+        lambda: Probes(train="x", test="y", methods=dict.fromkeys(("knn", "few_shot", "linear"))),
     ):
-        with pytest.raises(ValueError, match=r"must be|between"):
+        with pytest.raises(ValueError, match=r"must be|between|belongs to|every method"):
             wrong()
