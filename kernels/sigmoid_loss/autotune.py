@@ -24,9 +24,9 @@ from kernels.sigmoid_loss.sample import pair_up
 from kernels.sigmoid_loss.tiles import (
     AMPERE,
     AMPERE_FP32,
+    BLACKWELL_FP32,
     HOPPER,
     HOPPER_FP32,
-    UNALIGNED,
     Tile,
     choose_chunk_rows,
     choose_tile,
@@ -39,9 +39,9 @@ REQUEST = "SIGLIP_KERNELS_AUTOTUNE"
 TILES = {
     HOPPER: (HOPPER, HOPPER._replace(texts=256, warps=8), HOPPER._replace(warps=8)),
     AMPERE: (AMPERE, AMPERE._replace(depth=64, stages=3), AMPERE._replace(texts=256, depth=64, warps=8, stages=3)),
-    HOPPER_FP32: (HOPPER_FP32, HOPPER_FP32._replace(stages=4)),
-    AMPERE_FP32: (AMPERE_FP32, AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(images=128, warps=8)),
-    UNALIGNED: (UNALIGNED,),
+    HOPPER_FP32: (HOPPER_FP32, HOPPER_FP32._replace(texts=256, parts=4, warps=8), HOPPER_FP32._replace(warps=8)),
+    BLACKWELL_FP32: (BLACKWELL_FP32, BLACKWELL_FP32._replace(warps=8)),
+    AMPERE_FP32: (AMPERE_FP32, AMPERE_FP32._replace(stages=4)),
 }  # fmt: skip
 # spills on Blackwell: with pair ids (96 bytes under Triton 3.9), under 3.6 without them too (32)
 _NOT_ON_BLACKWELL = HOPPER._replace(texts=256, warps=8)
@@ -66,7 +66,6 @@ class Case(NamedTuple):
     width: int
     images: int
     texts: int
-    is_aligned: bool
 
 
 class Tuning(NamedTuple):
@@ -88,9 +87,7 @@ class Tuning(NamedTuple):
         run: Callable[[Choice], BlockGradients],
     ) -> "Tuning":
         """The case of contiguous `[n, E]` images and `[m, E]` texts on a GPU. triton: its version."""
-        (rows, width), size = images.shape, images.element_size()
-        starts = (images.data_ptr(), texts.data_ptr(), width * size)
-        is_aligned = all(start % 16 == 0 for start in starts)
+        rows, width = images.shape
         case = Case(
             gpu=torch.cuda.get_device_name(images.device),
             triton=triton,
@@ -98,10 +95,9 @@ class Tuning(NamedTuple):
             width=width,
             images=rows_class(rows),
             texts=rows_class(len(texts)),
-            is_aligned=is_aligned,
         )
         capability = torch.cuda.get_device_capability(images.device)
-        tile = choose_tile(capability, size, aligned=is_aligned)
+        tile = choose_tile(capability, images.element_size())
         default = Choice(tile, max(1, choose_chunk_rows(rows, width, multiprocessors)))
         return cls(case, default, multiprocessors, capability, run)
 
@@ -206,7 +202,7 @@ def cache_folder() -> Path:
 
 def cache_file(case: Case) -> Path:
     """A file for each case: processes that tune at once replace whole files and lose nothing of one another's."""
-    name = "_".join(str(part) for part in case[:-1]) + ("" if case.is_aligned else "_unaligned")
+    name = "_".join(str(part) for part in case)
     return cache_folder() / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 

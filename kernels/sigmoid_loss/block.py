@@ -73,7 +73,6 @@ def _module(op: str, images: Tensor, ids: PairIds | None) -> ModuleType:
         op,
         # weighed pairs have a kernel of their own, whatever the weight
         weight=None if ids is None else 0.5 if ids.weight else 0.0,
-        is_aligned=images.shape[1] * images.element_size() % 16 == 0,
     )
     if implementation(images, str(sample), sample) == "chunked":
         return chunked

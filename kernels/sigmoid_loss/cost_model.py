@@ -39,7 +39,7 @@ class Links:
 
 # gloo over one machine's memory, with one core a rank
 CPU_LINKS = Links(1e9, 1e9, 2e-4, 2e-4, 5e10, 1e-4)
-# fp32 products in three parts of tf32, or without matrix units
+# fp32: six products of bf16, and two without matrix units
 FP32_FLOPS = 60e12
 
 

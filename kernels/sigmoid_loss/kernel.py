@@ -75,10 +75,10 @@ def _last_halves(x, BY_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _join(pair):
-    # (1 + p) (1 + q) - 1, exact for small p and q
+def _join(pair, SHIFT: tl.constexpr):
+    """Of p and q, (1 + p) (1 + q) - 1, exact for small ones; all three times 2^SHIFT."""
     p, q = pair
-    return p + q * (1.0 + p)
+    return p + q * (1.0 + p * (1.0 / (1 << SHIFT)))
 
 
 @triton.jit
@@ -93,43 +93,44 @@ def _groups(x, GROUP: tl.constexpr, BY_ROWS: tl.constexpr):
 
 @triton.jit
 def _pairs(
-    logits, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr
-):
-    """Of pairs with logits `[BN, W]`: G, the sum of their losses, and sums of G over groups.
+    logits, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+):  # fmt: skip
+    """Of pairs with logits + SHIFT `[BN, W]`: 2^SHIFT G, the sum of their losses, and sums of 2^SHIFT G over groups.
 
     The loss of GROUP pairs takes one logarithm: that of the product of 1 + e^logit. Logits are cut off where the
     product would overflow; what is above adds to the loss as it is, and G is 1 to 2^(-124 / GROUP). The sum of the
     losses is needed at once: its barriers keep the compiler from working on several blocks of columns at a time.
     """
-    low = tl.minimum(logits, 124.0 / GROUP)
+    low = tl.minimum(logits, (124.0 - SHIFT) / GROUP + SHIFT)
     e = _exp2(low, INTERPRETED)
     above = _groups(logits - low, GROUP, BY_ROWS)
     G, sums_g = e, above
     if GRADIENTS:
-        G = e * _reciprocal(1.0 + e, INTERPRETED)
+        G = e * _reciprocal(1.0 + e * (1.0 / (1 << SHIFT)), INTERPRETED)
         sums_g = _groups(G, GROUP, BY_ROWS)
-    q = _join(_halves(e))
-    q = _join(_neighbours(q))
+    q = _join(_halves(e), SHIFT)
+    q = _join(_neighbours(q), SHIFT)
     if GROUP == 8:
-        q = _join(_last_halves(q, BY_ROWS))
-    return G, tl.sum(_log1p(q, INTERPRETED) + above * LN2), sums_g
+        q = _join(_last_halves(q, BY_ROWS), SHIFT)
+    return G, tl.sum(_log1p(q * (1.0 / (1 << SHIFT)), INTERPRETED) + above * LN2), sums_g
 
 
 @triton.jit
-def _key(local, offset, end):
-    """Where a row or column is, seen from the tile's first row; NaN from end on. Exact near 0, where rows are."""
-    local = local.to(tl.float32)
-    return tl.where(local < end, local + offset, float("nan"))
+def _keys(row, first_row, n, positives):
+    """The column that matches a row, NaN for rows that are padding."""
+    return tl.where(row < n - first_row, (row + (first_row + positives)).to(tl.float32), float("nan"))
 
 
 @triton.jit
-def _logits(S, scale, bias, row_key, column_key, is_special, CHECKED: tl.constexpr):
+def _logits(S, scale, bias, row_key, column_key_at, is_special, CHECKED: tl.constexpr):
     """In a special tile, matching pairs (their keys are equal) and padding (a key is NaN) are left out."""
     logits = S * scale + bias
     if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
         if is_special:
+            key, column_key = row_key[:, None], tl.load(column_key_at)[None, :]
             # one instruction: "ordered and not equal"; `!=` would let NaN pass
-            counts = (row_key[:, None] < column_key[None, :]) | (row_key[:, None] > column_key[None, :])
+            counts = (key < column_key) | (key > column_key)
             logits = tl.where(counts, logits, LEFT_OUT)
     return logits
 
@@ -148,8 +149,8 @@ def _has_alike(SORTED, ids, BN: tl.constexpr):
 @triton.jit
 def _pairs_by_id(
     logits, row_ids_at, column_ids_at, has_alike, weight,
-    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
-    GRADIENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, SHIFT: tl.constexpr,
+    INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
 ):  # fmt: skip
     """`_pairs` without those that are alike; under WEIGHTED these in a second round, counted weight times."""
     if WEIGHTED:
@@ -161,7 +162,7 @@ def _pairs_by_id(
             if has_alike:
                 alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
                 shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
-            g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, INTERPRETED, GRADIENTS)
+            g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
             G += factor * g
             loss += factor * turn_loss
             sums_g += factor * turn_g
@@ -171,7 +172,7 @@ def _pairs_by_id(
         if has_alike:
             alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
             logits = tl.where(alike, LEFT_OUT, logits)
-        return _pairs(logits, GROUP, BY_ROWS, INTERPRETED, GRADIENTS)
+        return _pairs(logits, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
 
 
 @triton.jit
@@ -198,47 +199,38 @@ def _tile_of_program(BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
 @triton.jit
 def _cosines(
     X, Y, first_row, first_column, n, m, width,
-    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """S `[BN, BM]` in fp32. Rows beyond the end give anything finite."""
     # without it, a loop that may run no turn sets S to 0 twice: half an instruction a logit
     tl.assume(width > 0)
     S = tl.zeros((BN, BM), dtype=tl.float32)
-    if DESCRIPTORS:
-        for start in range(0, width, BD):
-            x, y = X.load([first_row, start]), Y.load([first_column, start])
-            if INTERPRETED:
-                x, y = x.to(tl.float32), y.to(tl.float32)
-            S = tl.dot(x, y.T, S, input_precision=PRECISION)
-    else:
+    if not DESCRIPTORS:
         # the last row again instead of a mask; 64 bits for where the tile is, 32 within it
         row = tl.minimum(tl.arange(0, BN), n - 1 - first_row)
         column = tl.minimum(tl.arange(0, BM), m - 1 - first_column)
         depth = tl.arange(0, BD)
         x_at = X + first_row.to(tl.int64) * width + (row[:, None] * width + depth[None, :])
         y_at = Y + first_column.to(tl.int64) * width + (column[:, None] * width + depth[None, :])
-        for start in range(0, width, BD):
-            if EVEN:
-                x, y = tl.load(x_at), tl.load(y_at)
-            else:
-                inside = depth[None, :] < width - start
-                x, y = tl.load(x_at, mask=inside, other=0.0), tl.load(y_at, mask=inside, other=0.0)
-            if INTERPRETED:
-                x, y = x.to(tl.float32), y.to(tl.float32)
-            S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION)
+    for start in range(0, width, BD):
+        if DESCRIPTORS:
+            x, y = X.load([first_row, start]), Y.load([first_column, start])
+        else:
+            x, y = tl.load(x_at), tl.load(y_at)
             x_at += BD
             y_at += BD
+        if INTERPRETED:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        # the factors have 16 bits: no precision is lost whatever is said here
+        S = tl.dot(x, y.T, S, input_precision="ieee")
     return S
 
 
 @triton.jit
 def _store(
-    G, g, first_row, first_column, stride_g, UNIT: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr
+    G, g, first_row, first_column, stride_g, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     dtype: tl.constexpr = G.dtype if DESCRIPTORS else G.dtype.element_ty
-    if UNIT != 1:
-        g *= UNIT
     if INTERPRETED and dtype == tl.bfloat16:
         bits = g.to(tl.int32, bitcast=True)
         g = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -253,18 +245,19 @@ def _store(
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def sigmoid_tile_kernel(
-    X, Y, SCALE, BIAS, G, SUMS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
+    X, Y, SCALE, BIAS, G, SUMS, COLUMN_KEYS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    EVEN: tl.constexpr, CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    GRADIENTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    HAS_IDS: tl.constexpr, WEIGHTED: tl.constexpr,
+    CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    GRADIENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, HAS_IDS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
 
-    X `[n, width]`, Y `[m, width]`, contiguous; G with room for whole tiles, row stride stride_g: pointers, or
-    descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`: of loss and of G.
-    positives: row i matches column i + positives; m or more for none. CHECKED: the call has matching pairs or tiles
-    that stick out; only such tiles pay for it. EVEN: width is a multiple of BD. G is stored times UNIT.
+    X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row stride
+    stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`: of loss
+    and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole tiles,
+    the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay for it.
+    G is stored times 2^SHIFT.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
     HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
     are left out; under WEIGHTED they count weight times. Else these four are not used.
@@ -274,40 +267,31 @@ def sigmoid_tile_kernel(
     if first_column >= m:
         # beyond the last column of the last band
         return
-    S = _cosines(
-        X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
-    )
-    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
+    S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
+    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E + SHIFT
     on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
-    # as floats here, once, and not anew for each block of columns
-    first_key = (first_column - first_row - positives).to(tl.float32)
-    end = (m - first_column).to(tl.float32)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    row_key = _key(row, 0.0, (n - first_row).to(tl.float32))
     if HAS_IDS:
         tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
         has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
+    row_key = _keys(row, first_row, n, positives)
     loss, sums_g = 0.0, 0.0
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        # what of a thread is fewer moves: on Blackwell it has one row and all columns, on Ampere more rows
-        moved = first_key + part * WIDTH
-        column_key = _key(column, 0.0 if DESCRIPTORS else moved, end - part * WIDTH)
-        key = row_key - moved if DESCRIPTORS else row_key
-        logits = _logits(parts[part], scale, bias, key, column_key, is_special, CHECKED)
+        logits = _logits(parts[part], scale, bias, row_key, COLUMN_KEYS + left + column, is_special, CHECKED)
         if HAS_IDS:
             g, part_loss, part_g = _pairs_by_id(
                 logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
-                WEIGHTED, GROUP, not DESCRIPTORS, INTERPRETED, GRADIENTS,
+                WEIGHTED, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS,
             )  # fmt: skip
         else:
-            g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, INTERPRETED, GRADIENTS)
+            g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS)
         loss += part_loss
         if GRADIENTS:
-            _store(G, g, first_row, left, stride_g, UNIT, DESCRIPTORS, INTERPRETED)
+            _store(G, g, first_row, left, stride_g, DESCRIPTORS, INTERPRETED)
             if HAS_IDS and DESCRIPTORS:
                 # at once, for the barriers: one a tile spills on Blackwell under Triton 3.6
                 part_g = tl.sum(part_g)
@@ -316,18 +300,19 @@ def sigmoid_tile_kernel(
     sums = SUMS + program * 2
     tl.store(sums, loss)
     if GRADIENTS:
-        tl.store(sums + 1, sums_g if HAS_IDS and DESCRIPTORS else tl.sum(sums_g))
+        sum_g = sums_g if HAS_IDS and DESCRIPTORS else tl.sum(sums_g)
+        tl.store(sums + 1, sum_g / (1 << SHIFT))
 
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def finish_kernel(
     X, Y, SCALE, BIAS, DX, DY, SUMS, n, m, width, positives,
-    BN: tl.constexpr, BD: tl.constexpr, GRADIENTS: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, GRADIENTS: tl.constexpr, SHIFT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """What is left after the products, for BN rows a program: the matching pairs in fp32, exactly, and the scale.
 
-    DX `[n, width]` holds UNIT G Y and becomes the gradient of the images; DY `[m, width]` gets UNIT g x of matching
+    DX `[n, width]` holds 2^SHIFT G Y and becomes the gradient of the images; DY `[m, width]` gets 2^SHIFT g x of matching
     pairs added (each of its rows has one writer). SUMS `[programs, 3]`: loss and g of matching pairs, and g S of all.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -356,10 +341,10 @@ def finish_kernel(
             inside = real & matches[:, None]
             x = tl.load(X + x_at + start, mask=real, other=0.0).to(tl.float32)
             y = tl.load(Y + y_at + start, mask=inside, other=0.0).to(tl.float32)
-            negatives = tl.load(DX + x_at + start, mask=real, other=0.0) / UNIT
+            negatives = tl.load(DX + x_at + start, mask=real, other=0.0) / (1 << SHIFT)
             cosine_sum += tl.sum(x * negatives, axis=1)
             tl.store(DX + x_at + start, (negatives + g[:, None] * y) * scale, mask=real)
             d_text = tl.load(DY + y_at + start, mask=inside, other=0.0)
-            tl.store(DY + y_at + start, d_text + g[:, None] * x * UNIT, mask=inside)
+            tl.store(DY + y_at + start, d_text + g[:, None] * x * (1 << SHIFT), mask=inside)
         tl.store(sums + 1, tl.sum(g))
         tl.store(sums + 2, tl.sum(cosine_sum))

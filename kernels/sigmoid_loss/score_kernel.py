@@ -13,7 +13,7 @@ from kernels.sigmoid_loss.kernel import (
     _cosines,
     _exp2,
     _has_alike,
-    _key,
+    _keys,
     _tile_of_program,
 )
 
@@ -35,10 +35,10 @@ def _losses(logits, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def score_tile_kernel(
-    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
+    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, COLUMN_KEYS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    EVEN: tl.constexpr, CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr, HAS_IDS: tl.constexpr,
+    CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN images and BM texts a program; arguments as those of `sigmoid_tile_kernel`.
 
@@ -48,15 +48,13 @@ def score_tile_kernel(
     first_row, first_column = _tile_of_program(BN, BM, BAND)
     if first_column >= m:
         return
-    S = _cosines(
-        X, Y, first_row, first_column, n, m, width, BN, BM, BD, EVEN, DESCRIPTORS, PRECISION, INTERPRETED
-    )
+    S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
     scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
     on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
     is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    row_key = _key(row, 0.0, (n - first_row).to(tl.float32))
+    row_key = _keys(row, first_row, n, positives)
     if HAS_IDS:
         tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
         has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
@@ -65,19 +63,19 @@ def score_tile_kernel(
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        column_key = _key(column, (left - first_row - positives).to(tl.float32), (m - left).to(tl.float32))
+        column_key_at = COLUMN_KEYS + left + column
         logits = parts[part] * scale + bias
         if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
             if is_special:
-                matches = row_key[:, None] == column_key[None, :]
+                key, column_key = row_key[:, None], tl.load(column_key_at)[None, :]
                 # neither is NaN
-                real = (row_key[:, None] <= column_key[None, :]) | (row_key[:, None] > column_key[None, :])
-                logits = tl.where(matches, -logits, tl.where(real, logits, LEFT_OUT))
+                real = (key <= column_key) | (key > column_key)
+                logits = tl.where(key == column_key, -logits, tl.where(real, logits, LEFT_OUT))
         losses = _losses(logits, INTERPRETED)
         if HAS_IDS:  # noqa: SIM102
             if has_alike:
                 alike = tl.load(X_IDS + first_row + row)[:, None] == tl.load(Y_IDS + left + column)[None, :]
-                matches = row_key[:, None] == column_key[None, :]
+                matches = row_key[:, None] == tl.load(column_key_at)[None, :]
                 losses = tl.where(alike & ~matches, weight * losses, losses)
         row_sums += losses
         tl.store(column_sums + part * WIDTH + column, tl.sum(losses, axis=0) * LN2)

@@ -20,11 +20,10 @@ class Tile(NamedTuple):
 # chosen by what they compile to (README): no spills; on Hopper and Blackwell, two programs fit a multiprocessor
 HOPPER = Tile(128, 128, 64, parts=4, group=8, warps=4, stages=3, descriptors=True)
 AMPERE = Tile(128, 128, 32, parts=4, group=8, warps=4, stages=4, descriptors=False)
-# three products of tf32 parts take the registers that a wider tile would need; group 4: G is 1 to 5e-10
-HOPPER_FP32 = Tile(128, 64, 32, parts=2, group=4, warps=4, stages=3, descriptors=True)
-AMPERE_FP32 = Tile(64, 64, 32, parts=2, group=4, warps=4, stages=3, descriptors=False)
-# rows that begin anywhere are loaded through registers
-UNALIGNED = Tile(128, 128, 32, parts=4, group=8, warps=8, stages=2, descriptors=False)
+# embeddings in fp32, whose factors are bf16: group 4, so that G is 1 to 5e-10
+HOPPER_FP32 = HOPPER._replace(group=4, parts=2)
+BLACKWELL_FP32 = HOPPER._replace(group=4)
+AMPERE_FP32 = AMPERE._replace(group=4, parts=2, warps=8, stages=3)
 # the interpreter's time goes by the number of programs and not by their size
 INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=False)
 
@@ -32,19 +31,16 @@ INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=
 _PRODUCT_TILES = ((256, 1.0), (192, 0.97), (128, 0.9))
 
 
-def choose_tile(capability: tuple[int, int], element_size: int, *, aligned: bool) -> Tile:
-    """The tile for a GPU. aligned: rows of the embeddings begin at multiples of 16 bytes, as descriptors need."""
-    has_descriptors = capability[0] in (9, 10) and aligned
+def choose_tile(capability: tuple[int, int], element_size: int) -> Tile:
+    """The tile for a GPU and embeddings of so many bytes a number."""
     if element_size == 4:
-        return HOPPER_FP32 if has_descriptors else AMPERE_FP32
-    if not aligned:
-        return UNALIGNED
-    return HOPPER if has_descriptors else AMPERE
+        return {9: HOPPER_FP32, 10: BLACKWELL_FP32}.get(capability[0], AMPERE_FP32)
+    return HOPPER if capability[0] in (9, 10) else AMPERE
 
 
 def choose_warps(tile: Tile, *, weighted: bool) -> int:
     """Twice the warps where the second round that weighted pairs take would spill."""
-    return 8 if weighted and tile == AMPERE else tile.warps
+    return 8 if weighted and tile in (AMPERE, HOPPER_FP32) else tile.warps
 
 
 def choose_chunk_rows(rows: int, width: int, multiprocessors: int) -> int:

@@ -13,6 +13,7 @@ from kernels.dispatch import device_of
 from kernels.products import multiply
 from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
 from kernels.sigmoid_loss.chunked import BlockGradients, Scores
+from kernels.sigmoid_loss.factors import image_factors, text_factors
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
@@ -22,8 +23,8 @@ from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, cho
 _FINISH = (8, 256)
 # tile columns, of texts, that all images of a chunk meet before the next ones
 _BAND = 8
-# fp16 ends at 6e-8: with this factor G keeps its digits down to a logit of -16
-_UNIT = {torch.float16: 1024, torch.bfloat16: 1, torch.float32: 1}
+# fp16 ends at 6e-8: times two to this power, G keeps its digits down to a logit of -16
+_SHIFT = {torch.float16: 10, torch.bfloat16: 0, torch.float32: 0}
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def sigmoid_loss_block(
 
     images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
     i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
-    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that. ids: pairs that are alike.
+    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that; in fp32 also thrice the texts
+    and a chunk (`factors.py`). ids: pairs that are alike.
     """
     block = _Block(images, texts, scale, bias, positives, ids, tile)
     n, m, width = len(images), len(texts), images.shape[1]
@@ -60,7 +62,7 @@ def sigmoid_loss_block(
         multiply(g.T, chunk, out=text_gradients, keep=int(start > 0))
         totals += block.finish(chunk, start, gradients, text_gradients)
     loss, bias_gradient, scale_gradient = totals.unbind()
-    text_gradients.mul_(block.scale / block.unit)
+    text_gradients.mul_(block.scale / (1 << block.shift))
     return BlockGradients(loss, image_gradients, text_gradients, scale_gradient, bias_gradient)
 
 
@@ -125,13 +127,16 @@ class _Block:
     ) -> None:
         self.images, self.texts = images.contiguous(), texts.contiguous()
         self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
-        self.unit = _UNIT[images.dtype]
+        self.shift = _SHIFT[images.dtype]
         self._positives = positives
         self._is_weighted = ids is not None and ids.weight != 0
         self._tile, self._rows = _choose(self.images, self.texts, tile)
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
+        self._text_factors = text_factors(self.texts, self._tile.depth)
+        column_keys = torch.arange(len(texts), dtype=torch.float32, device=texts.device)
+        self._column_keys = _fill_tiles(column_keys, self._tile.texts, float("nan"))
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
@@ -156,16 +161,16 @@ class _Block:
         sums = torch.zeros(grid[0] * grid[1], 2, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
+        X, Y = image_factors(chunk, tile.depth), self._text_factors
         with device_of(chunk.device):
             sigmoid_tile_kernel[grid](
-                self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
-                sums if G is None else self._destination(G), sums, row_ids, sorted_ids,
-                column_ids, n, m, chunk.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
+                self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
+                sums if G is None else self._destination(G), sums, self._column_keys, row_ids, sorted_ids,
+                column_ids, n, m, X.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                EVEN=tile.descriptors or chunk.shape[1] % tile.depth == 0,
                 CHECKED=has_edge or self._positives is not None,
-                GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, UNIT=self.unit,
-                PRECISION=_precision(), INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
+                GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, SHIFT=self.shift,
+                INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 WEIGHTED=self._is_weighted,
                 num_warps=choose_warps(tile, weighted=self._is_weighted), num_stages=tile.stages,
                 enable_fp_fusion=True,
@@ -180,16 +185,15 @@ class _Block:
         column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
         has_edge = n % tile.images != 0 or m % tile.texts != 0
+        X, Y = image_factors(chunk, tile.depth), self._text_factors
         with device_of(chunk.device):
             score_tile_kernel[self._grid(n, m)](
-                self._source(chunk, tile.images), self._source(self.texts, tile.texts), self.scale, self.bias,
-                row_sums, column_sums, row_ids, sorted_ids, column_ids,
-                n, m, chunk.shape[1], self._offset(start), weight,
+                self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
+                row_sums, column_sums, self._column_keys, row_ids, sorted_ids, column_ids,
+                n, m, X.shape[1], self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                EVEN=tile.descriptors or chunk.shape[1] % tile.depth == 0,
-                CHECKED=has_edge or self._positives is not None,
-                DESCRIPTORS=tile.descriptors, PRECISION=_precision(), INTERPRETED=self._is_interpreted,
-                HAS_IDS=self._ids is not None,
+                CHECKED=has_edge or self._positives is not None, DESCRIPTORS=tile.descriptors,
+                INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
         return row_sums.sum(0, dtype=torch.float64)[:n], column_sums.sum(0, dtype=torch.float64)[:m]
@@ -206,7 +210,7 @@ class _Block:
                 sums if image_gradients is None else image_gradients,
                 sums if text_gradients is None else text_gradients,
                 sums, len(chunk), len(self.texts), chunk.shape[1], self._offset(start),
-                BN=_FINISH[0], BD=_FINISH[1], GRADIENTS=image_gradients is not None, UNIT=self.unit,
+                BN=_FINISH[0], BD=_FINISH[1], GRADIENTS=image_gradients is not None, SHIFT=self.shift,
                 INTERPRETED=self._is_interpreted,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
@@ -238,8 +242,8 @@ class _Block:
         return TensorDescriptor.from_tensor(G, [self._tile.images, self._tile.texts // self._tile.parts])
 
 
-def _fill_tiles(ids: Tensor, side: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(ids, (0, -len(ids) % side), value=value)
+def _fill_tiles(places: Tensor, side: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(places, (0, -len(places) % side), value=value)
 
 
 def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
@@ -265,8 +269,3 @@ def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _precision() -> str:
-    """How fp32 is multiplied; "tf32x3" is three products of parts, as good as fp32. No effect on bf16 and fp16."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -38,11 +38,7 @@ def be_like_a_gpu(setattr):
 
 def all_samples():
     return {
-        str(block): block
-        for op in OPS
-        for weight in (None, 0.0, 0.5)
-        for is_aligned in (True, False)
-        for block in [BlockSample(op, weight, is_aligned)]
+        str(block): block for op in OPS for weight in (None, 0.0, 0.5) for block in [BlockSample(op, weight)]
     } | {"linear_cross_entropy": chunks._sample}
 
 
@@ -57,7 +53,7 @@ def test_every_sample_passes(name):
 def test_the_whole_sample_passes(monkeypatch):
     monkeypatch.undo()
     # measured in the interpreter: sums 6e-8, gradients 1.5e-3, in fp32 3e-7, in fp16 2e-4
-    assert is_right("sigmoid_loss", DEVICE, torch.bfloat16, BlockSample(OPS[0], None, is_aligned=True))
+    assert is_right("sigmoid_loss", DEVICE, torch.bfloat16, BlockSample(OPS[0], None))
 
 
 def losses(dtype=torch.bfloat16):

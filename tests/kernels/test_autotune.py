@@ -19,9 +19,9 @@ from kernels.sigmoid_loss.autotune import (
     tune,
 )
 from kernels.sigmoid_loss.chunked import BlockGradients
-from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, UNALIGNED, choose_chunk_rows
+from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, choose_chunk_rows
 
-CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768, is_aligned=True)
+CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768)
 SLOW_TILE, WIDE = HOPPER, TILES[HOPPER][1]
 
 
@@ -80,7 +80,7 @@ def test_each_case_has_a_file_of_its_own(tmp_path):
         CASE._replace(**{name: value})
         for name, value in [
             ("gpu", "NVIDIA A100-SXM4-40GB"), ("triton", "3.6.0"), ("dtype", "float16"), ("width", 1152),
-            ("images", 1024), ("texts", 1024), ("is_aligned", False),
+            ("images", 1024), ("texts", 1024),
         ]
     ]  # fmt: skip
     files = {cache_file(case) for case in cases}
@@ -241,7 +241,6 @@ def test_processes_that_tune_at_once_leave_one_whole_file(monkeypatch, caplog):
 def test_every_default_has_candidates_and_is_the_first():
     assert all(tiles[0] == default for default, tiles in TILES.items())
     assert len(set().union(*TILES.values())) == sum(map(len, TILES.values()))
-    assert TILES[UNALIGNED] == (UNALIGNED,)
 
 
 def test_blackwell_is_not_offered_the_tile_that_spills_there():

@@ -17,7 +17,7 @@ def test_triton_kernels_equal_the_reference():
 
 
 def chosen(tensor):
-    sample = BlockSample("sigmoid_loss_block", None, is_aligned=True)
+    sample = BlockSample("sigmoid_loss_block", None)
     return implementation(tensor, str(sample), sample)
 
 
@@ -56,8 +56,8 @@ def test_chunks_are_bounded(width, multiprocessors):
 
 
 def test_tiles_by_gpu():
-    assert choose_tile((9, 0), 2, aligned=True) == choose_tile((10, 0), 2, aligned=True) == tiles.HOPPER
-    assert choose_tile((9, 0), 2, aligned=False) == tiles.UNALIGNED
-    assert choose_tile((8, 0), 2, aligned=True) == choose_tile((12, 0), 2, aligned=True) == tiles.AMPERE
-    assert choose_tile((9, 0), 4, aligned=True) == tiles.HOPPER_FP32
-    assert choose_tile((8, 6), 4, aligned=True) == tiles.AMPERE_FP32
+    assert choose_tile((9, 0), 2) == choose_tile((10, 0), 2) == tiles.HOPPER
+    assert choose_tile((8, 0), 2) == choose_tile((12, 0), 2) == tiles.AMPERE
+    assert choose_tile((9, 0), 4) == tiles.HOPPER_FP32
+    assert choose_tile((10, 0), 4) == tiles.BLACKWELL_FP32
+    assert choose_tile((8, 6), 4) == tiles.AMPERE_FP32
