@@ -1,13 +1,15 @@
 """The README.md of a written model: its sizes, how it was trained as far as the source says, and how to use it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from siglip_train.errors import UserError
+from siglip_train.interop.files import read_json
 from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.models.siglip import SiglipConfig
+from siglip_train.records import read_records
 
 _FRONT = {
     "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
@@ -81,10 +83,16 @@ texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
 
 
 def training_facts(source: Path) -> dict[str, Any]:
-    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty."""
+    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty.
+
+    Raises `UserError` where a file that says it is damaged; the last line of metrics.jsonl may be.
+    """
     record = source / "conversion.json"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8")).get("training", {})
+        training = read_json(record).get("training", {})
+        if not isinstance(training, dict):
+            raise UserError(f"{record}: training is no JSON object")
+        return training
     run = run_folder(source)
     if run is None:
         return {}
@@ -134,17 +142,14 @@ def _progress(source: Path, run: Path) -> dict[str, Any]:
     state = next((path for path in states if path.is_file()), None)
     if state is None:
         return {}
-    progress = json.loads(state.read_text(encoding="utf-8"))
+    progress = read_json(state)
     facts = {"steps": progress.get("step"), "pairs seen": progress.get("samples_seen")}
     return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.get("step"))}
 
 
 def _last_evaluation(path: Path, step: int | None) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_records(path):
         if step is None or record.get("step", 0) <= step:
             found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
     return found

@@ -124,6 +124,7 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         weights=report,
         tokenizer=Path(tokenizer.name).name if tokenizer else None,
         left_out=[name for name in state if _is_left_out(name, request.part)],
+        training=training_facts(source),
         classes=head.classes if head else None,
     )
     with _aside(destination) as folder:
@@ -131,7 +132,6 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         if tokenizer and request.target != "native":
             write_fast_tokenizer(tokenizer, folder)
         conversion.made_up = form.write(folder, state, description)
-        conversion.training = training_facts(source)
         _compare(folder, files, head, form, tokenizer, conversion, pictures=request.pictures)
         (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
         write_card(folder, destination.name, description.config, asdict(conversion))

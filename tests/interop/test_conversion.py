@@ -313,6 +313,30 @@ def test_pictures_of_the_users_own(native: Path, tmp_path: Path) -> None:
         convert(native, tmp_path / "other", Request("native", pictures=folder))
 
 
+def test_what_a_killed_run_or_a_bad_copy_left_of_the_facts(native: Path, tmp_path: Path) -> None:
+    """The line of metrics that was being written is passed over; a damaged file of facts is one line."""
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    shutil.copytree(native, checkpoint / "weights")
+    (run / "checkpoints" / "LAST").write_text("step-00000002\n")
+    (run / "config.yaml").write_text("global_batch_size: 24\n")
+    (checkpoint / "state.json").write_text('{"step": 2, "samples_seen": 48}')
+    (run / "metrics.jsonl").write_text('{"step": 2, "val/held_out/acc1": 0.25}\n{"step": 3, "val/held_o')
+    convert(run, tmp_path / "copy", Request("native"))
+    card = (tmp_path / "copy" / "README.md").read_text()
+    for row in ("| pairs of a global batch | 24 |", "| steps | 2 |", "| val/held_out/acc1 | 0.25 |"):
+        assert row in card
+    for file in (checkpoint / "state.json", run / "conversion.json"):
+        for text in ('{"st', "[]", "\xff"):
+            file.write_text(text, encoding="latin-1")
+            with pytest.raises(UserError, match=rf"{file.name}"):
+                convert(run, tmp_path / "other", Request("native"))
+    (run / "conversion.json").write_text('{"training": 3}')
+    with pytest.raises(UserError, match=r"conversion\.json: training is no JSON object"):
+        convert(run, tmp_path / "other", Request("native"))
+    assert not (tmp_path / "other").exists()
+
+
 def mistakes(tmp_path: Path, native: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments after SRC and DST, and what is said."""
     bert = tmp_path / "bert"
