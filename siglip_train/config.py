@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train.checkpoint import CheckpointConfig
-from siglip_train.composition import build
 from siglip_train.data.pipeline import DataConfig
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.engine import EngineConfig
@@ -14,6 +13,7 @@ from siglip_train.metrics import LogConfig
 from siglip_train.models.adapters import AdapterConfig
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.optim import OptimConfig
+from siglip_train.typed import build
 
 
 @dataclass

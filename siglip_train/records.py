@@ -1,4 +1,4 @@
-"""Files of JSON that a run is still writing, or was killed while writing: what is whole is read, the rest passed over."""
+"""JSON that a run is still writing, or was killed while writing: what is whole is read, the rest passed over."""
 
 import json
 from pathlib import Path

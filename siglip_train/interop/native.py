@@ -7,19 +7,20 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, read_tensors, shortened, write_tensors
+from siglip_train.interop.files import read_json, read_tensors, section, shortened, write_tensors
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
+from siglip_train.typed import build
 
 FORMAT = "siglip_train"
 VERSION = 1
@@ -33,8 +34,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model")
 _TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 Origin = Literal["native", "huggingface", "open_clip", "big_vision"]
-
-_Section = TypeVar("_Section", VisionConfig, TextConfig, TextRules)
+Resize = Literal["bilinear", "bicubic"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Description:
     config: SiglipConfig
     tokenizer: Path | None = None
     rules: TextRules = field(default_factory=TextRules)
-    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    resize: Resize = "bilinear"
     origin: Origin = "native"
 
 
@@ -57,6 +57,42 @@ class ModelFiles(NamedTuple):
 
     description: Description
     state: dict[str, Tensor]
+
+
+@dataclass
+class _Towers:
+    """Unlike `SiglipConfig`, without defaults."""
+
+    vision: VisionConfig
+    text: TextConfig
+
+
+@dataclass
+class _Tokenizer:
+    """The name of its file, beside which its rules stand."""
+
+    file: str | None
+
+
+@dataclass
+class _Image:
+    resize: Resize
+
+
+@dataclass
+class _Export:
+    """config.json."""
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    image: _Image
+
+
+@dataclass
+class _TokenizerConfig:
+    """What a conversion of ours adds to tokenizer_config.json, under `RULES_KEY`."""
+
+    text_rules: TextRules | None = None
 
 
 def parameter_shapes(config: SiglipConfig) -> dict[str, torch.Size]:
@@ -105,7 +141,7 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
 
 
 def read_export(folder: Path) -> ModelFiles:
-    """Read an export folder. Raises `UserError` for another version, unknown keys, or unfitting tensors."""
+    """Read an export folder. Raises `UserError` for another version, wrong keys or values, or unfitting tensors."""
     content = read_json(folder / "config.json")
     if content.get("version") != VERSION:
         raise UserError(
@@ -113,19 +149,16 @@ def read_export(folder: Path) -> ModelFiles:
             "update siglip-train"
         )
     where = folder / "config.json"
-    try:
-        model, tokenizer, image = content["model"], dict(content["tokenizer"]), content["image"]
-        file = tokenizer.pop("file")
-        description = Description(
-            SiglipConfig(
-                _section(VisionConfig, model["vision"], where), _section(TextConfig, model["text"], where)
-            ),
-            tokenizer=None if file is None else folder / file,
-            rules=_section(TextRules, tokenizer, where),
-            resize=image["resize"],
-        )
-    except KeyError as error:
-        raise UserError(f"{where} lacks {error}; export the model again") from error
+    export = section(_Export, content, where)
+    towers = section(_Towers, export.model, where, "model")
+    file = section(_Tokenizer, export.tokenizer, where, "tokenizer").file
+    rules = {name: value for name, value in export.tokenizer.items() if name != "file"}
+    description = Description(
+        SiglipConfig(towers.vision, towers.text),
+        tokenizer=None if file is None else folder / file,
+        rules=build(TextRules, rules, f"{where}: tokenizer"),
+        resize=export.image.resize,
+    )
     state = read_tensors(folder / "model.safetensors")
     check_fit(state, description.config, where=folder)
     return ModelFiles(description, state)
@@ -156,9 +189,9 @@ def tokenizer_in(folder: Path) -> Path | None:
 def stored_rules(folder: Path) -> TextRules | None:
     """The text rules that a conversion of ours wrote beside its tokenizer; None in anyone else's folder."""
     for path in (folder / "tokenizer_config.json", folder / TOKENIZER_FOLDER / "tokenizer_config.json"):
-        values = read_json(path).get(RULES_KEY) if path.is_file() else None
-        if values is not None:
-            return _section(TextRules, values, path)
+        rules = section(_TokenizerConfig, read_json(path), path).text_rules if path.is_file() else None
+        if rules is not None:
+            return rules
     return None
 
 
@@ -177,10 +210,3 @@ def _copy_tokenizer(source: Path | None, target: Path) -> str | None:
     for file in files:
         shutil.copyfile(file, target / (name if file == source else file.name))
     return name
-
-
-def _section(kind: type[_Section], values: dict[str, Any], where: Path) -> _Section:
-    unknown = values.keys() - {entry.name for entry in fields(kind)}
-    if unknown:
-        raise UserError(f"{where} has unknown keys: {shortened(unknown)}; is it of a newer siglip-train?")
-    return kind(**values)

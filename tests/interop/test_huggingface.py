@@ -197,6 +197,11 @@ def test_sharded_weights_read_as_one(folder: Path) -> None:
     state = read_huggingface(folder).state
     assert state.keys() == whole.keys()
     assert all(torch.equal(state[name], whole[name]) for name in whole)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": list(shards)}))
+    with pytest.raises(UserError, match=r"index\.json: weight_map: expected a mapping, got \['model-00001"):
+        read_huggingface(folder)
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002"):
         read_huggingface(folder)
@@ -241,6 +246,17 @@ WRONG_CONFIGS = [
     (lambda c: c["text_config"].update(layer_norm_eps=1e-5), "layer_norm_eps 1e-05"),
     (lambda c: c["vision_config"].update(vision_use_head=False), "vision_use_head"),
     (lambda c: c["text_config"].update(projection_size=7), "projection_size 7"),
+    (lambda c: c.update(vision_config=None), r"config\.json: vision_config: expected a mapping, got None"),
+    (
+        lambda c: c["vision_config"].update(hidden_size="128"),
+        r"vision_config\.hidden_size: expected int, got '128'",
+    ),
+    (
+        lambda c: c["text_config"].update(layer_norm_eps="small"),
+        "layer_norm_eps: expected float, got 'small'",
+    ),
+    (lambda c: c["text_config"].update(num_attention_heads=0), "text: heads must be at least 1, got 0"),
+    (lambda c: c["vision_config"].update(patch_size=-4), "vision: patch_size must be at least 1, got -4"),
 ]
 
 
