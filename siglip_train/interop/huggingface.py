@@ -1,9 +1,12 @@
 """Read a HuggingFace folder of a SigLIP model (model_type siglip) or a SigLIP 2 NaFlex model (siglip2)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
@@ -15,7 +18,10 @@ from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
 
-MODEL_TYPES = ("siglip", "siglip2")
+# the image-text class of each; SigLIP 2 of a fixed resolution is siglip as well
+_CLASSES = {"siglip": "SiglipModel", "siglip2": "Siglip2Model"}
+MODEL_TYPES = tuple(_CLASSES)
+_STEM = "vision_model.embeddings.patch_embedding.weight"
 
 _GELUS: dict[str, Gelu] = {"gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 _RESIZES: dict[int, Resize] = {2: "bilinear", 3: "bicubic"}
@@ -88,6 +94,7 @@ def read_huggingface(folder: Path) -> ModelFiles:
     tensors = read_tensors(folder / "model.safetensors")
     # a buffer in files of older transformers
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    _check_class(content, tensors, where)
     config = _config(content, "text_model.head.weight" in tensors, where=where)
     description = Description(
         config,
@@ -99,14 +106,28 @@ def read_huggingface(folder: Path) -> ModelFiles:
     return ModelFiles(description, translate(tensors, config, "huggingface", where=folder))
 
 
+def _check_class(content: _Model, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse what transformers refuses: another class, or a stem of patches that the class does not have."""
+    expected = _CLASSES[content.model_type]
+    for name in content.architectures or ():
+        if name != expected:
+            raise UserError(
+                f"{where}: a {name} is not {expected}, the image-text model of model_type {content.model_type}; "
+                "give the model it was made from, or correct the file"
+            )
+    stem = tensors.get(_STEM)
+    dimensions, kind = (2, "linear") if content.model_type == "siglip2" else (4, "a convolution")
+    if stem is not None and stem.ndim != dimensions:
+        other = next(name for name in MODEL_TYPES if name != content.model_type)
+        raise UserError(
+            f"{where}: model_type is {content.model_type}, whose stem of patches is {kind}, but {_STEM} is "
+            f"{list(stem.shape)}, as in {other}"
+        )
+
+
 def _config(content: _Model, projection: bool, *, where: Path) -> SiglipConfig:  # noqa: FBT001
     vision = section(_Vision, content.vision_config, where, "vision_config")
     text = section(_Text, content.text_config, where, "text_config")
-    for name in content.architectures or ():
-        if "Classification" in name:
-            raise UserError(
-                f"{where}: a {name} has no text tower; give the image-text model it was made from"
-            )
     if not vision.vision_use_head:
         raise UserError(f"{where}: vision_use_head is false, so this is no image-text model")
     grid = math.isqrt(max(0, vision.num_patches)) if content.model_type == "siglip2" else None

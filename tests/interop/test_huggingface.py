@@ -267,6 +267,42 @@ def test_models_that_are_no_siglip_are_refused(folder: Path, change: Callable, m
         read_huggingface(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "model_type", "message"),
+    [
+        ("hf_siglip_eps_detector", "siglip2", r"siglip2, whose stem .* is linear, but .*weight is \[32, 3, "),
+        (
+            "hf_siglip2_nf_p8_g4",
+            "siglip",
+            r"siglip, whose stem .* is a convolution, but .*weight is \[64, 192\]",
+        ),
+    ],
+)
+def test_a_stem_of_the_other_class_is_refused(
+    tmp_path: Path, name: str, model_type: str, message: str
+) -> None:
+    """As transformers does; fixed resolution and NaFlex share every other name."""
+    folder = shutil.copytree(golden_folder(name), tmp_path / "model")
+    grid = {"image_size": 32, "num_patches": 16}
+
+    def relabel(content: dict) -> None:
+        content.update(model_type=model_type, architectures=None)
+        content["vision_config"].update(grid)
+
+    edit_config(folder, relabel)
+    with pytest.raises(UserError, match=message):
+        read_huggingface(folder)
+
+
+@pytest.mark.parametrize("name", ["SiglipTextModel", "Siglip2Model", "SiglipVisionModel"])
+def test_a_class_that_is_not_the_image_text_model_is_refused(folder: Path, name: str) -> None:
+    edit_config(folder, lambda c: c.update(architectures=[name]))
+    with pytest.raises(
+        UserError, match=rf"a {name} is not SiglipModel, the image-text model of model_type siglip"
+    ):
+        read_huggingface(folder)
+
+
 def test_damaged_files_are_told(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
