@@ -37,7 +37,7 @@ class Config:
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
     init_from: a model to start from, in any format that `load_model` knows. init_skip: beginnings of the names of
-    parameters that it shall not give, `[text., logit_]` for a text tower of one's own. adapters: LoRA on that model,
+    parameters that it shall not give, `[text., logit_]` for a text tower of one's own, or of its own that are left over. adapters: LoRA on that model,
     null = none.
     """
 

@@ -1,7 +1,7 @@
 """Read a HuggingFace folder of a SigLIP model (model_type siglip) or a SigLIP 2 NaFlex model (siglip2)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,11 @@ class _TokenizerConfig:
     tokenizer_class: str | None = None
 
 
-def read_huggingface(folder: Path) -> ModelFiles:
+def read_huggingface(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
     """Read `config.json`, the weights (one file or several), and what there is of tokenizer and preprocessor.
 
-    Without preprocessor_config.json, images are resized as that model type does: bicubic, NaFlex bilinear.
+    Without preprocessor_config.json, images are resized as that model type does: bicubic, NaFlex bilinear. skip: as
+    `translate` takes it.
     Raises `UserError` for a model that differs from SigLIP, or tensors that do not fit the config.
     """
     where = folder / "config.json"
@@ -103,7 +104,7 @@ def read_huggingface(folder: Path) -> ModelFiles:
         resize=_resize(folder, content.model_type),
         origin="huggingface",
     )
-    return ModelFiles(description, translate(tensors, config, "huggingface", where=folder))
+    return ModelFiles(description, translate(tensors, config, "huggingface", where=folder, skip=skip))
 
 
 def _check_class(content: _Model, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -6,7 +6,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,8 +140,12 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
         os.replace(partial, folder)
 
 
-def read_export(folder: Path) -> ModelFiles:
-    """Read an export folder. Raises `UserError` for another version, wrong keys or values, or unfitting tensors."""
+def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
+    """Read an export folder.
+
+    skip: beginnings of names that may be missing or left over. Raises `UserError` for another version, wrong keys or
+    values, and unfitting tensors.
+    """
     content = read_json(folder / "config.json")
     if content.get("version") != VERSION:
         raise UserError(
@@ -160,13 +164,18 @@ def read_export(folder: Path) -> ModelFiles:
         resize=export.image.resize,
     )
     state = read_tensors(folder / "model.safetensors")
-    check_fit(state, description.config, where=folder)
+    check_fit(state, description.config, where=folder, skip=skip)
     return ModelFiles(description, state)
 
 
-def check_fit(state: Mapping[str, Tensor], config: SiglipConfig, *, where: Path) -> None:
-    """Raise a `UserError` that names every tensor which is missing, unexpected or of another shape."""
-    shapes = parameter_shapes(config)
+def check_fit(
+    state: Mapping[str, Tensor], config: SiglipConfig, *, where: Path, skip: Sequence[str] = ()
+) -> None:
+    """Raise a `UserError` that names every tensor which is missing, unexpected or of another shape, and not skipped."""
+    shapes = {
+        name: shape for name, shape in parameter_shapes(config).items() if not name.startswith(tuple(skip))
+    }
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(skip))}
     wrong = {name for name in shapes.keys() & state.keys() if state[name].shape != shapes[name]}
     complain(
         where, missing=shapes.keys() - state.keys(), unexpected=state.keys() - shapes.keys(), misshapen=wrong

@@ -1,6 +1,7 @@
 """Read a SigLIP model in open_clip's layout: a timm vision tower and open_clip's text tower."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -99,10 +100,11 @@ class _Preprocess:
     interpolation: Resize = "bicubic"
 
 
-def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFiles:
+def read_open_clip(path: Path, skip: Sequence[str] = (), *, vision: VisionConfig | None = None) -> ModelFiles:
     """Read a model from a folder with `open_clip_config.json`, or from a model JSON beside the weights.
 
-    vision: sizes of the vision tower, for a timm name that is no released `vit_<size>_patch<p>_siglip_<px>`.
+    skip: as `translate` takes it. vision: sizes of the vision tower, for a timm name that is no released
+    `vit_<size>_patch<p>_siglip_<px>`.
     Raises `UserError` for a model that differs from SigLIP, or tensors that do not fit the config.
     """
     config_path = path / CONFIG_FILE if path.is_dir() else path
@@ -128,7 +130,8 @@ def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFi
         resize=_resize(content.get("preprocess_cfg", {}), config_path),
         origin="open_clip",
     )
-    state = translate(read_tensors(folder / WEIGHTS_FILE), config, "open_clip", where=folder / WEIGHTS_FILE)
+    weights = folder / WEIGHTS_FILE
+    state = translate(read_tensors(weights), config, "open_clip", where=weights, skip=skip)
     return ModelFiles(description, state)
 
 

@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import siglip_train
 from siglip_train.errors import UserError
@@ -14,6 +16,7 @@ from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table
 from siglip_train.models.siglip import Siglip
 from tests.goldens import arrays, golden_folder
+from tests.interop.flax_layout import flax_arrays
 from tests.models.small import CONTEXT, small_config, small_model, some_pixels, some_tokens
 
 
@@ -63,7 +66,7 @@ def test_a_huggingface_folder_opens_without_tokenizer_but_cannot_tokenize(senten
     with torch.no_grad():
         image = loaded.model.encode_image(torch.from_numpy(inputs["pixel_values"]))
     torch.testing.assert_close(image, torch.from_numpy(expected["full/image_embeds"]), rtol=0, atol=2e-6)
-    with pytest.raises(UserError, match=r"hf_siglip_b8_i32 has no tokenizer.*tokenizer=PATH"):
+    with pytest.raises(UserError, match=r"hf_siglip_b8_i32 has no tokenizer: give one with tokenizer=PATH"):
         loaded.tokenize(["a cat"])
     given = load_model(folder, tokenizer=sentencepiece_model)
     tokens = given.tokenize(["a cat!"])
@@ -94,6 +97,19 @@ def test_an_open_clip_path_is_recognised(tmp_path: Path) -> None:
         # its timm name is invented: reading got as far as open_clip's own config
         with pytest.raises(UserError, match="vit_tiny64_patch8_siglip_32"):
             load_model(path)
+
+
+def test_a_file_of_weights_stands_for_its_folder(run_dir: Path, tmp_path: Path) -> None:
+    weights = run_dir / "checkpoints" / "step-00000010" / "weights" / "model.safetensors"
+    assert load_model(weights).model.logit_bias.item() == -10
+    load_model(golden_folder("hf_siglip_b8_i32") / "model.safetensors")
+    for name, config in (
+        ("model.safetensors", "config.json"),
+        ("open_clip_model.safetensors", "open_clip_config.json"),
+    ):
+        shutil.copy(weights, tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} holds weights alone: {config}, .* is not beside it"):
+            load_model(tmp_path / name)
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
@@ -169,6 +185,35 @@ def test_a_tower_that_is_skipped_keeps_its_own_values_and_may_be_another(export:
     assert all(torch.equal(after[name], start[name]) for name in report.loaded)
     with pytest.raises(UserError, match="no parameter of the model begins with 'txt'"):
         load_weights(model, export, skip=["text.", "txt"])
+
+
+def test_what_is_skipped_may_be_missing_or_left_over_in_every_format(export: Path, tmp_path: Path) -> None:
+    """By our name where the model has it, by the file's own where it has not."""
+    content = flax_arrays(small_model())
+    hf = shutil.copytree(golden_folder("hf_siglip_b8_i32"), tmp_path / "hf")
+    content["params/classifier/kernel"] = content.pop("params/img/MAPHead_0/probe")
+    np.savez(tmp_path / "arrays.npz", **content)
+    for folder, probe in ((hf, "vision_model.head.probe"), (export, "vision.pool.probe")):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["classifier.weight"] = tensors.pop(probe)
+        save_file(tensors, folder / "model.safetensors")
+    for path, config in (
+        (hf, load_model(golden_folder("hf_siglip_b8_i32")).model.config),
+        (export, small_config()),
+        (tmp_path / "arrays.npz", small_config()),
+    ):
+        model = Siglip(config)
+        for skip, message in (
+            ([], "missing: .*probe; unexpected"),
+            (["vision.pool."], "unexpected: classifier"),
+        ):
+            with pytest.raises(UserError, match=message):
+                load_weights(model, path, skip=skip)
+        before = model.vision.pool.probe.clone()
+        report = load_weights(model, path, skip=["vision.pool.", "classifier"])
+        assert torch.equal(model.vision.pool.probe, before)
+        assert "vision.pool.probe" in report.fresh
+        assert [name for name in report.unused if name.startswith("classifier")]
 
 
 def test_missing_and_left_over_tensors_are_named(export: Path) -> None:
