@@ -9,6 +9,7 @@ from siglip_train.errors import UserError
 from siglip_train.interop.files import read_json
 from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.models.siglip import SiglipConfig
+from siglip_train.models.vision import VisionConfig
 from siglip_train.records import read_records
 
 _FRONT = {
@@ -22,6 +23,13 @@ _KINDS = {
     "classifier": "A classifier of {classes} classes on the averaged tokens of the vision tower of a SigLIP model.",
 }
 _TAGS = ["siglip", "image-text", "vision"]
+
+# of transformers' pipeline for zero-shot classification, whatever the model says
+_PIPELINE_LENGTH = 64
+_NO_PIPELINE = """
+`transformers.pipeline("zero-shot-image-classification")` pads texts to {pads} tokens, and this model takes {length}:
+use the lines above.
+"""
 
 _USE = {
     "hf": """
@@ -129,9 +137,17 @@ def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[s
         _table(_sizes(config, conversion)),
         *(("## Training\n", _table(facts)) if facts else ()),
         f"## Use\n\n```python\n{use}\n```\n",
+        *_note(config.text.context_length, target, part),
         f"## Conversion\n\n{_comparison(conversion)}\n",
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _note(context_length: int, target: str, part: str) -> list[str]:
+    """What does not work although the pipeline_tag promises it."""
+    if (target, part) != ("hf", "model") or context_length == _PIPELINE_LENGTH:
+        return []
+    return [_NO_PIPELINE.strip().format(pads=_PIPELINE_LENGTH, length=context_length) + "\n"]
 
 
 def _progress(source: Path, run: Path) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
     vision, text = config.vision, config.text
     sizes = {
         "vision": f"width {vision.width}, depth {vision.depth}, {vision.heads} heads, MLP {vision.mlp_dim}",
-        "pictures": f"{vision.image_size} x {vision.image_size}, patches of {vision.patch_size}",
+        "pictures": f"{_extent(vision)}, patches of {vision.patch_size}",
     }
     if conversion["part"] != "model":
         return sizes | {"GELU": vision.gelu}
@@ -180,6 +196,12 @@ def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
         "tokens": f"{text.context_length} of a vocabulary of {text.vocab_size}",
         "parameters": f"{conversion['parameters'] / 1e6:.1f} M",
     }
+
+
+def _extent(vision: VisionConfig) -> str:
+    if vision.position_grid is None:
+        return f"{vision.image_size} x {vision.image_size}"
+    return f"of any shape (NaFlex), positions learned on a grid of {vision.position_grid} x {vision.position_grid}"
 
 
 def _naflex(config: SiglipConfig) -> str:
