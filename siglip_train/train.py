@@ -139,6 +139,11 @@ def run(values: dict[str, Any]) -> None:
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
     _announce(config, world, model, precision, loader.outlook(config.total_samples))
+    if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
+        log.info(
+            "a sigmoid loss near %.2f is to be expected at the start",
+            expected_initial_loss(config.global_batch_size),
+        )
     prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
     progress = _train(trainer, progress, prepare)
     if world.is_main:
@@ -367,11 +372,12 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
     )
     for line in data:
         log.info(line)
-    if config.objectives.get("sigmoid") is not None:
-        log.info(
-            "a sigmoid loss near %.2f is to be expected at the start",
-            expected_initial_loss(config.global_batch_size),
-        )
+
+
+def _begins_unlearned(progress: checkpoint.Progress) -> bool:
+    """Whether scale and bias have their initial values still: neither a checkpoint nor `init_from` gave others."""
+    given = {name.removeprefix(checkpoint.MODEL_PREFIX) for name in progress.pretrained}
+    return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import loop, train
+from siglip_train.checkpoint import Progress
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from tests.conftest import ROOT
@@ -277,6 +278,14 @@ def test_a_scale_beyond_all_floats_is_infinite_and_does_not_end_the_run_by_itsel
     assert loop._loss_metrics(trainer, report)["train/logit_scale"] == math.inf
 
 
+def test_the_loss_of_initial_values_is_announced_where_scale_and_bias_have_them() -> None:
+    tower = ("model.vision.position_table",)
+    assert train._begins_unlearned(Progress())
+    assert train._begins_unlearned(Progress(pretrained=tower))
+    assert not train._begins_unlearned(Progress(pretrained=(*tower, "model.logit_scale", "model.logit_bias")))
+    assert not train._begins_unlearned(Progress(step=3))
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     yield
@@ -333,6 +342,10 @@ MISTAKES = {
     "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
     "resume from nowhere": (["resume=nowhere"], "resume: there is no nowhere"),
     "resume from what is no run": (["resume={tmp}"], "is neither a checkpoint nor a run"),
+    "decay of weights that were not loaded": (
+        ["optim.decay_pretrained=false"],
+        "optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed",
+    ),
     "init from nowhere": (["init_from=nowhere"], "init_from: there is no nowhere"),
     "batch larger than the data": (["global_batch_size=100000", "total_samples=200000"], "100000"),
     "cuda without a GPU": (["device=cuda"], "cuda"),
