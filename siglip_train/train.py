@@ -63,7 +63,10 @@ def run(values: dict[str, Any]) -> None:
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
     model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
-    saved, progress = _load_weights(model, config, run_dir)
+    description = Description(
+        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
+    )
+    saved, progress = _load_weights(model, config, run_dir, description)
     engine.apply_speed_options(model, config.engine)
 
     precision = _precision(config, world)
@@ -88,9 +91,6 @@ def run(values: dict[str, Any]) -> None:
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
-    description = Description(
-        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
-    )
     checkpoints = checkpoint.Checkpoints(
         run_dir,
         config.checkpoint,
@@ -192,7 +192,7 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
 
 
 def _load_weights(
-    model: TrainingModel, config: Config, run_dir: Path
+    model: TrainingModel, config: Config, run_dir: Path, description: Description
 ) -> tuple[checkpoint.Saved | None, checkpoint.Progress]:
     """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised.
 
@@ -207,7 +207,7 @@ def _load_weights(
         return saved, saved.progress
     progress = checkpoint.Progress()
     if config.init_from is not None:
-        report = load_weights(model.model, config.init_from, skip=config.init_skip)
+        report = load_weights(model.model, config.init_from, skip=config.init_skip, inputs=description)
         log.info("init_from %s: %s", config.init_from, report)
         names = tuple(checkpoint.MODEL_PREFIX + name for name in (*report.loaded, *report.resampled))
         progress = progress._replace(pretrained=names)

@@ -22,9 +22,12 @@ import torch.distributed as dist
 from siglip_train import loop, train
 from siglip_train.checkpoint import Progress
 from siglip_train.interop.conversion import Request, convert
+from siglip_train.data.tokenizer import TextRules
 from siglip_train.interop.load import load_model
+from siglip_train.interop.native import Description, write_export
 from tests.conftest import ROOT
 from tests.forks import run_program
+from tests.models.small import small_model
 
 MODULE = "siglip_train.train"
 TRAIN = [sys.executable, "-m", MODULE]
@@ -369,11 +372,31 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     )
     overrides = [override.replace("{tmp}", str(tmp_path)) for override in overrides]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["siglip-train", *small_run, *run_dir, *overrides])
+    message = mistake([*small_run, *run_dir, *overrides], monkeypatch, capsys)
+    assert expected in message
+    assert len(message) < 400
+
+
+def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """The one line of a command that ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["siglip-train", *arguments])
     with pytest.raises(SystemExit) as leaving:
         train.main()
     assert leaving.value.code == 2
-    message = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
-    assert len(message) == 1
-    assert expected in message[0]
-    assert len(message[0]) < 400
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return message
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_would_read_texts_otherwise_than_its_start_is_told_what_to_set(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = small_model()
+    rules = TextRules(strip_punctuation=True, pad="eos")
+    write_export(tmp_path / "start", model.state_dict(), Description(model.config, rules=rules))
+    message = mistake(
+        [*small_run, f"run_dir={tmp_path}/run", f"init_from={tmp_path}/start"], monkeypatch, capsys
+    )
+    assert (
+        "set text_rules.strip_punctuation=true text_rules.pad=eos model.text.context_length=5, or" in message
+    )

@@ -16,9 +16,10 @@ from siglip_train.interop.big_vision import is_big_vision, read_big_vision
 from siglip_train.interop.files import read_json, refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
-from siglip_train.interop.native import ModelFiles, is_native, read_export
+from siglip_train.interop.native import Description, ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
 from siglip_train.interop.runs import newest_checkpoint
+from siglip_train.interop.same_inputs import check_inputs
 from siglip_train.models.siglip import Siglip
 
 # files of weights that stand for their folder, and the config that has to be there
@@ -126,12 +127,14 @@ def load_weights(
     resample: bool = True,
     fresh: Sequence[str] = (),
     skip: Sequence[str] = (),
+    inputs: Description | None = None,
 ) -> LoadReport:
     """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
 
     resample: resize position table and stem where image or patch size differ, as `fit_weights` says. fresh:
     beginnings of names that may keep their initial values where no tensor fits. skip: beginnings of names that keep
     them whatever fits, and need not be there; also of names of the file's own that the model has no place for.
+    inputs: how the model will get its texts and pictures, see `check_inputs`; None = that is not compared.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """
@@ -142,6 +145,8 @@ def load_weights(
             raise UserError(
                 f"init_skip: no parameter of the model begins with {beginning!r}, nor one of {path}"
             )
+    if inputs is not None:
+        check_inputs(files.description, inputs, path, skip)
     state, report = fit_weights(files, model.config, where=path, resample=resample, fresh=fresh, skip=skip)
     model.load_state_dict(state, strict=False)
     return report

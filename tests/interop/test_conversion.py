@@ -35,7 +35,7 @@ VOCABULARY = 400
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `siglip-data tokenizer` trains it."""
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.model"
-    train_tokenizer((CAPTIONS + list(probe._TEXTS)) * 20, path, TrainingOptions(VOCABULARY))
+    train_tokenizer((CAPTIONS + list(probe.TEXTS)) * 20, path, TrainingOptions(VOCABULARY))
     return path
 
 

@@ -1,15 +1,19 @@
 """`load_model` opens every format; `load_weights` starts a model from another and accounts for each tensor."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import siglip_train
+from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.interop.load import load_model, load_weights
 from siglip_train.interop.native import Description, write_export
@@ -228,6 +232,49 @@ def test_missing_and_left_over_tensors_are_named(export: Path) -> None:
 def test_weights_that_would_mean_something_else_are_refused(export: Path, key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"vision\.{key} .*set model\.vision\.{key}="):
         load_weights(small_model(**{key: value}), export)
+
+
+def train_characters(folder: Path, alphabet: str) -> Path:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([alphabet] * 20), model_prefix=str(folder / alphabet), model_type="char",
+        vocab_size=19, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / f"{alphabet}.model"
+
+
+def test_a_model_is_fed_as_it_was_or_the_difference_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = (train_characters(tmp_path, alphabet) for alphabet in ("aabbccddot", "ttooddccba"))
+    config, state = small_config(), small_model().state_dict()
+    rules = TextRules(strip_punctuation=True, pad="eos")
+    write_export(tmp_path / "x", state, Description(config, own, rules, resize="bicubic"))
+
+    def load(skip: list[str] = [], **given: Any) -> None:  # noqa: B006
+        inputs = Description(config, **{"tokenizer": own, "rules": rules, "resize": "bicubic", **given})
+        load_weights(Siglip(config), tmp_path / "x", skip=skip, inputs=inputs)
+
+    load()
+    assert caplog.messages == []
+    load(resize="bilinear", skip=["vision."])
+    assert caplog.messages == []
+    load(resize="bilinear")
+    (message,) = caplog.messages
+    assert message.endswith("the bicubic filter there, with the bilinear one here: data.resize=bicubic")
+    with pytest.raises(
+        UserError, match=r"set text_rules\.strip_punctuation=true text_rules\.pad=eos, or leave"
+    ):
+        load(rules=TextRules())
+    with pytest.raises(UserError, match=r"set text_rules\.lowercase=true, or leave"):
+        load(rules=replace(rules, lowercase=False))
+    with pytest.raises(
+        UserError,
+        match=rf"'a photo of a cat' becomes other tokens .*set tokenizer={tmp_path}/x/tokenizer.model",
+    ):
+        load(tokenizer=other)
+    load(rules=TextRules(), tokenizer=other, skip=["text."])
+    copy = shutil.copy(own, tmp_path / "copy.model")
+    load(tokenizer=copy)
 
 
 def test_a_huggingface_model_can_be_the_start(tmp_path: Path) -> None:
