@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from siglip_train import loop, train
 from siglip_train.checkpoint import Progress
-from siglip_train.interop.conversion import Request, convert
 from siglip_train.data.tokenizer import TextRules
+from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
 from tests.conftest import ROOT
@@ -169,6 +169,7 @@ def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_
     assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
     assert run(arguments).returncode == 0
     assert losses(tmp_path) == losses(finished)
+    assert (tmp_path / "log.txt").read_text().count("sigmoid loss near") == 1, "of the beginning alone"
 
 
 def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
