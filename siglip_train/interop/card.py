@@ -1,12 +1,12 @@
 """The README.md of a written model: its sizes, how it was trained as far as the source says, and how to use it."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json
+from siglip_train.interop.files import read_json, section
 from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.vision import VisionConfig
@@ -90,6 +90,21 @@ texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
 }
 
 
+@dataclass
+class _Record:
+    """conversion.json."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _State:
+    """state.json of a checkpoint."""
+
+    step: int
+    samples_seen: int
+
+
 def training_facts(source: Path) -> dict[str, Any]:
     """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty.
 
@@ -97,10 +112,7 @@ def training_facts(source: Path) -> dict[str, Any]:
     """
     record = source / "conversion.json"
     if record.is_file():
-        training = read_json(record).get("training", {})
-        if not isinstance(training, dict):
-            raise UserError(f"{record}: training is no JSON object")
-        return training
+        return section(_Record, read_json(record), record).training
     run = run_folder(source)
     if run is None:
         return {}
@@ -158,15 +170,15 @@ def _progress(source: Path, run: Path) -> dict[str, Any]:
     state = next((path for path in states if path.is_file()), None)
     if state is None:
         return {}
-    progress = read_json(state)
-    facts = {"steps": progress.get("step"), "pairs seen": progress.get("samples_seen")}
-    return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.get("step"))}
+    progress = section(_State, read_json(state), state)
+    facts = {"steps": progress.step, "pairs seen": progress.samples_seen}
+    return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.step)}
 
 
-def _last_evaluation(path: Path, step: int | None) -> dict[str, Any]:
+def _last_evaluation(path: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for record in read_records(path):
-        if step is None or record.get("step", 0) <= step:
+        if record.get("step", 0) <= step:
             found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
     return found
 

@@ -342,12 +342,12 @@ def test_what_a_killed_run_or_a_bad_copy_left_of_the_facts(native: Path, tmp_pat
     for row in ("| pairs of a global batch | 24 |", "| steps | 2 |", "| val/held_out/acc1 | 0.25 |"):
         assert row in card
     for file in (checkpoint / "state.json", run / "conversion.json"):
-        for text in ('{"st', "[]", "\xff"):
+        for text in ('{"st', "[]", "\xff", '{"step": "two", "samples_seen": 48, "training": []}'):
             file.write_text(text, encoding="latin-1")
             with pytest.raises(UserError, match=rf"{file.name}"):
                 convert(run, tmp_path / "other", Request("native"))
     (run / "conversion.json").write_text('{"training": 3}')
-    with pytest.raises(UserError, match=r"conversion\.json: training is no JSON object"):
+    with pytest.raises(UserError, match=r"conversion\.json: training: expected a mapping, got 3"):
         convert(run, tmp_path / "other", Request("native"))
     assert not (tmp_path / "other").exists()
 
