@@ -254,10 +254,10 @@ def sigmoid_tile_kernel(
     """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
 
     X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row
-    stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`: of
-    loss and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole tiles,
-    the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay for it.
-    G is stored times 2^SHIFT.
+    stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`:
+    of loss and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole
+    tiles, the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay
+    for it. G is stored times 2^SHIFT.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
     HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
     are left out; under WEIGHTED they count weight times. Else these four are not used.
