@@ -133,6 +133,22 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
             ],
             ["tasks.seen", "class_map", "label_sets"],
         ),
+        *(
+            (
+                ["checkpoint={export}", "evaluation=quickstart", f"tasks.{task}.max_samples=0"],
+                [task, "max_samples"],
+            )
+            for task in ("seen", "retrieval", "loss")
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.train=x",
+                "tasks.probes.test={{shards: x, max_samples: -1}}",
+            ],
+            ["tasks.probes", "max_samples", "-1"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],

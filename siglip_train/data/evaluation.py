@@ -67,6 +67,15 @@ class EvaluationSource:
     center: float = 1.0
     max_pixels: int = MAX_PIXELS
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, or null for all, got {self.max_samples}")
+        if self.border < 0 or self.max_pixels < 1:
+            raise ValueError("border must not be negative and max_pixels must be at least 1")
+        if not 0 < self.center <= 1:
+            raise ValueError(f"center must be above 0 and at most 1, got {self.center}")
+
 
 class EvaluationBatch(NamedTuple):
     """B rows, the same number in every batch of every rank; some may be fillers: a black image and nothing else.

@@ -72,20 +72,18 @@ class Retrieval:
     gallery: int = 12
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check what makes up the source."""
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            text=self.text,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed images and captions, rank both ways. All ranks."""
-        images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                text=self.text,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            )
-        )
+        images = encoder.encode_images(self._source)
         languages = self._embed_captions(images, encoder)
         # on every rank alike: 5k x 25k scores take a GPU milliseconds, less than sharing them out would
         device = encoder.world.device

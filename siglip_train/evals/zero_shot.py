@@ -1,7 +1,7 @@
 """Zero-shot classification: an image belongs to the class whose averaged prompt embedding is nearest."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -75,8 +75,16 @@ class ZeroShotClassification:
     gallery: int = 24
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check what makes up the source, and what says what is right."""
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            label=self.label,
+            group=self.group,
+            border=self.border,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
         if self.class_map is not None and self.label_sets is not None:
             raise ValueError("class_map and label_sets both say what is right: give one of them")
 
@@ -86,17 +94,7 @@ class ZeroShotClassification:
         names = self._class_names(folder)
         classes = class_embeddings(self._embed_prompts(encoder, names, folder))
         label = self.label or ("npy" if folder is not None and folder.type == "multilabel" else "cls")
-        images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                label=label,
-                group=self.group,
-                border=self.border,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            )
-        )
+        images = encoder.encode_images(replace(self._source, label=label))
         if label == "npy":
             return _multilabel(images, classes, encoder)
         truth = self._truth(images, names)
