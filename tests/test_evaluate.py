@@ -135,10 +135,16 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         ),
         *(
             (
-                ["checkpoint={export}", "evaluation=quickstart", f"tasks.{task}.max_samples=0"],
-                [task, "max_samples"],
+                ["checkpoint={export}", "evaluation=quickstart", f"tasks.{task}.{wrong}"],
+                [task, *wrong.split("=")],
             )
-            for task in ("seen", "retrieval", "loss")
+            for task, wrong in (
+                ("seen", "max_samples=0"),
+                ("retrieval", "max_samples=0"),
+                ("loss", "max_samples=0"),
+                ("seen", "bootstrap=-5"),
+                ("retrieval", "bootstrap=-5"),
+            )
         ),
         (
             [
@@ -148,6 +154,16 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
                 "tasks.probes.test={{shards: x, max_samples: -1}}",
             ],
             ["tasks.probes", "max_samples", "-1"],
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.train=x",
+                "tasks.probes.test=y",
+                "tasks.probes.bootstrap=-5",
+            ],
+            ["tasks.probes", "bootstrap", "-5"],
         ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),

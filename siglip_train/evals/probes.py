@@ -13,7 +13,7 @@ from siglip_train.data.select import as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics, seen_and_hits
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
-from siglip_train.evals.bootstrap import Share, confidence_intervals
+from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
 from siglip_train.evals.features import Features, Method, features_of
 from siglip_train.evals.few_shot import RidgeFewShot
 from siglip_train.evals.linear_probe import LinearProbe
@@ -42,7 +42,8 @@ class Probes:
     bootstrap: int = 0
 
     def __post_init__(self) -> None:
-        """Check the sources."""
+        """Check ranges and the sources."""
+        check_resamples(self.bootstrap)
         self.methods = {
             name: method for name, method in (_methods() | self.methods).items() if method is not None
         }

@@ -11,7 +11,7 @@ from siglip_train.data.folders import benchmark_folder
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
-from siglip_train.evals.bootstrap import Share, confidence_intervals
+from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
 from siglip_train.evals.gallery import spread
 from siglip_train.evals.ranking import best_ranks, recall_at
 from siglip_train.evals.retrieval_details import Texts, found_images, found_texts, similarity
@@ -72,7 +72,8 @@ class Retrieval:
     gallery: int = 12
 
     def __post_init__(self) -> None:
-        """Check what makes up the source."""
+        """Check ranges and what makes up the source."""
+        check_resamples(self.bootstrap)
         self._source = EvaluationSource(
             shards=self.shards,
             image=self.image,

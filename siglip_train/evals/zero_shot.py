@@ -19,6 +19,7 @@ from siglip_train.evals.accuracy import (
     seen_and_hits,
 )
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
+from siglip_train.evals.bootstrap import check_resamples
 from siglip_train.evals.gallery import spread, thumbnail
 from siglip_train.evals.label_sets import (
     Truth,
@@ -75,7 +76,8 @@ class ZeroShotClassification:
     gallery: int = 24
 
     def __post_init__(self) -> None:
-        """Check what makes up the source, and what says what is right."""
+        """Check ranges, what makes up the source, and what says what is right."""
+        check_resamples(self.bootstrap)
         self._source = EvaluationSource(
             shards=self.shards,
             image=self.image,
