@@ -14,7 +14,15 @@ from siglip_train.composition import build, instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import (
+    Encoder,
+    Evaluation,
+    Evaluator,
+    check_all,
+    flat_metrics,
+    run_all,
+    write_evaluations,
+)
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
@@ -65,6 +73,7 @@ def run(values: dict[str, Any]) -> None:
     nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
     tasks = instantiate_all(nodes, "tasks")
     output = _writable_output(config)
+    check_all(tasks, "tasks")
     world = init_world(config.device)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
     encoder = Encoder(

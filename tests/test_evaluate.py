@@ -165,6 +165,10 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
             ],
             ["tasks.probes", "bootstrap", "-5"],
         ),
+        (
+            ["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shards=nowhere.tar"],
+            ["tasks.seen: no shard matches nowhere.tar"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],

@@ -349,6 +349,14 @@ MISTAKES = {
     "grid without its size": (["objectives.sigmoid.exchange=grid"], "exchange is 'grid': choose auto, ring"),
     "unknown exchange dtype": (["objectives.sigmoid.exchange_dtype=fp8"], "choose fp32 or bf16"),
     "task with an unknown field": (["evaluation.tasks.seen.shard=x"], "evaluation.tasks.seen"),
+    "task without its shards": (
+        ["evaluation.tasks.loss.shards=nowhere/*.tar"],
+        "evaluation.tasks.loss: no shard matches nowhere/*.tar",
+    ),
+    "task without its class names": (
+        ["evaluation.tasks.seen.classnames=nowhere.txt"],
+        "evaluation.tasks.seen: cannot read the class names in nowhere.txt",
+    ),
     "width the heads do not divide": (["model.vision.heads=5"], "heads"),
     "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
     "resume from nowhere": (["resume=nowhere"], "resume: there is no nowhere"),

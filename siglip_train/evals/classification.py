@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics
@@ -41,6 +41,10 @@ class HeadAccuracy:
             max_samples=self.max_samples,
             select=as_selection(self.select),
         )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Classify every image. All ranks."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder, class_folder_names
 from siglip_train.data.select import as_selection
 from siglip_train.errors import UserError
@@ -54,6 +54,11 @@ class Probes:
             center: (replace(self._train, center=center), replace(self._test, center=center))
             for center in dict.fromkeys(method.center for method in self.methods.values())
         }
+
+    def check(self) -> None:
+        """Find the shards of both sets."""
+        check_found(self._train)
+        check_found(self._test)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed both sets, then train and measure every method on all ranks alike. All ranks."""

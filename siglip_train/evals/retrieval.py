@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import Caption, EvaluationSource
+from siglip_train.data.evaluation import Caption, EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
@@ -81,6 +81,10 @@ class Retrieval:
             max_samples=self.max_samples,
             select=as_selection(self.select),
         )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed images and captions, rank both ways. All ranks."""

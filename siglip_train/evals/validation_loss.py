@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import sigmoid_loss
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
@@ -41,6 +41,10 @@ class ValidationLoss:
             max_samples=self.max_samples,
             select=as_selection(self.select),
         )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed the pairs and take the loss block by block. All ranks."""

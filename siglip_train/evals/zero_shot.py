@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import BenchmarkFolder, benchmark_folder, class_folder_names
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
@@ -26,6 +26,7 @@ from siglip_train.evals.label_sets import (
     labelled_truth,
     mapped_truth,
     read_class_map,
+    read_json,
     read_label_sets,
     target_tensor,
 )
@@ -90,6 +91,17 @@ class ZeroShotClassification:
         if self.class_map is not None and self.label_sets is not None:
             raise ValueError("class_map and label_sets both say what is right: give one of them")
 
+    def check(self) -> None:
+        """Find the shards, and read the files about classes, templates and labels."""
+        check_found(self._source)
+        folder = benchmark_folder(self.shards)
+        self._class_names(folder)
+        self._templates(folder)
+        if self.class_map is not None:
+            read_class_map(self.class_map)
+        if self.label_sets is not None:
+            read_json(self.label_sets)
+
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed prompts and images, compare. All ranks."""
         folder = benchmark_folder(self.shards)
@@ -138,9 +150,12 @@ class ZeroShotClassification:
             )
         return names
 
-    def _embed_prompts(self, encoder: Encoder, names: list[str], folder: BenchmarkFolder | None) -> Tensor:
+    def _templates(self, folder: BenchmarkFolder | None) -> list[str]:
         found = folder.templates if folder is not None else None
-        templates = read_templates(self.templates or found or "openai")
+        return read_templates(self.templates or found or "openai")
+
+    def _embed_prompts(self, encoder: Encoder, names: list[str], folder: BenchmarkFolder | None) -> Tensor:
+        templates = self._templates(folder)
         prompts = [fill(template, name) for name in names for template in templates]
         if self.canonical:
             prompts = [canonicalise(prompt) for prompt in prompts]
