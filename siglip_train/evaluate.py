@@ -74,6 +74,7 @@ def run(values: dict[str, Any]) -> None:
     tasks = instantiate_all(nodes, "tasks")
     output = _writable_output(config)
     check_all(tasks, "tasks")
+    _make_benchmark_dir(config)
     world = init_world(config.device)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
     encoder = Encoder(
@@ -119,7 +120,26 @@ def _writable_output(config: EvaluateConfig) -> Path:
     output = Path(config.output) if config.output else folder / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"output: cannot write {output}; give output=FILE.json in a folder that exists")
+    if output == _report_beside(output):
+        raise UserError(f"output: {output} is where the report goes; give output=FILE.json for the numbers")
     return output
+
+
+def _report_beside(output: Path) -> Path:
+    return output.with_suffix(".html")
+
+
+def _make_benchmark_dir(config: EvaluateConfig) -> None:
+    """Make the folder of `benchmark_dir` at once, for the same reason."""
+    if config.benchmark_dir is None:
+        return
+    folder = Path(config.benchmark_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"benchmark_dir: cannot make {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"benchmark_dir: cannot write into {folder}")
 
 
 def _precision(wanted: str, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -146,7 +166,7 @@ def _write(
         write_evaluations(checkpoint / "evaluations", evaluations)
         return write_report(checkpoint)
     sections = {task: evaluation._asdict() for task, evaluation in evaluations.items()}
-    return write_evaluation_report(output.with_suffix(".html"), checkpoint.resolve().name, sections)
+    return write_evaluation_report(_report_beside(output), checkpoint.resolve().name, sections)
 
 
 if __name__ == "__main__":
