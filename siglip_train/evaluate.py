@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import omegaconf
 import torch
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from siglip_train.evals.base import (
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
-from siglip_train.interop.runs import read_heads
+from siglip_train.interop.runs import read_heads, run_config
 from siglip_train.report import write_evaluation_report, write_report
 
 
@@ -99,12 +98,9 @@ def run(values: dict[str, Any]) -> None:
 
 def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
     """Read the tasks that a run evaluated itself with, for a command that names none."""
-    path = checkpoint / "config.yaml"
-    tasks: dict[str, Any] = {}
-    if path.is_file():
-        content = plain(omegaconf.OmegaConf.load(path))  # type: ignore[arg-type]
-        tasks = (content.get("evaluation") or {}).get("tasks") or {}
-    if not tasks:
+    evaluation = run_config(checkpoint).get("evaluation") if (checkpoint / "config.yaml").is_file() else None
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    if not tasks or not isinstance(tasks, dict):
         raise UserError(
             f"nothing to evaluate: give evaluation=NAME (a file of conf/evaluation); {checkpoint} brings no tasks"
         )

@@ -199,6 +199,23 @@ def refused(arguments: list[str], monkeypatch, capsys) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (": : [", "cannot read {run}/config.yaml"),
+        ("- 1", "{run}/config.yaml holds no config"),
+        ("evaluation: 3", "{run} brings no tasks"),
+        ("evaluation: {tasks: [1]}", "{run} brings no tasks"),
+        ("evaluation: {tasks: null}", "{run} brings no tasks"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_named(
+    tmp_path: Path, monkeypatch, capsys, content: str, words: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert words.format(run=tmp_path) in refused([f"checkpoint={tmp_path}"], monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_benchmark_dir_that_cannot_be_made_is_named_before_anything_is_loaded(
     export: Path, places: list[str], tmp_path: Path, monkeypatch, capsys, place: str
