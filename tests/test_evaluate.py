@@ -110,7 +110,10 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["evaluation=quickstart"], ["checkpoint"]),
         (["checkpoint=/nowhere", "evaluation=quickstart"], ["/nowhere"]),
         (["checkpoint={export}"], ["evaluation=NAME"]),
-        (["checkpoint={export}", "evaluation=nothing"], ["evaluation", "nothing", "benchmark, coco_retrieval, "]),
+        (
+            ["checkpoint={export}", "evaluation=nothing"],
+            ["evaluation", "nothing", "benchmark, coco_retrieval, "],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
         (["checkpoint={export}", "evaluation=coco_retrieval"], ["tasks.coco.shards=…"]),
