@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder, flat_metrics, run_all
 from siglip_train.evals.retrieval import Retrieval
 from siglip_train.evals.zero_shot import ZeroShotClassification
-from siglip_train.interop.clip_benchmark import load_clip
+from siglip_train.interop.clip_benchmark import load_clip, register
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip, SiglipConfig
@@ -208,6 +209,25 @@ def test_retrieval_equals_open_clips(export: str, sets: dict[str, str]) -> None:
             assert metrics[f"{direction}_recall@{k}"] == expected[f"{theirs}_R@{k}"]
         for rank in ("mean_rank", "median_rank"):
             assert metrics[f"{direction}_{rank}"] == pytest.approx(expected[f"{theirs}_{rank}"], abs=1e-9)
+
+
+def test_clip_benchmark_knows_our_models_once_registered(
+    export: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("clip_benchmark", reason="CLIP_benchmark is not installed")
+    from clip_benchmark import cli, models
+
+    register()
+    register()
+    assert models.MODEL_TYPES.count("siglip_train") == 1
+    model, transform, tokenizer = models.load_clip("siglip_train", "", export, cache_dir=None, device="cpu")
+    picture, ours = Image.new("RGB", (40, 30), (9, 99, 199)), load_model(export)
+    with torch.inference_mode():
+        found = model.encode_image(transform(picture)[None], normalize=True)
+        torch.testing.assert_close(found, ours.model.encode_image(ours.preprocess(picture)))
+    assert torch.equal(tokenizer("a dog"), ours.tokenize(["a dog"]))
+    monkeypatch.setattr("sys.argv", ["clip_benchmark", "eval", "--model_type", "siglip_train"])
+    assert cli.get_parser_args()[1].model_type == "siglip_train"
 
 
 class Loader(list):
