@@ -95,6 +95,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, inner, path)
     if origin is dict:
+        # null takes away what an experiment brings: Hydra merges {} into it, which changes nothing
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise UserError(f"{path}: expected a mapping, got {value!r}")
         return {str(key): _convert(item, inner[1], _join(path, key)) for key, item in value.items()}
@@ -172,6 +174,10 @@ def _first_cause(error: BaseException, config_class: type) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    options = getattr(error, "options", None)
+    if options:
+        # a file that is not there; below stand the options, a line each, and where they were looked for
+        return f"{lines[0]} (there are: {', '.join(options)})"
     key = getattr(error, "full_key", None)
     if key and "not in" in lines[0]:
         return f"{key}: no such key{_suggest(key, _all_keys(defaults_of(config_class)))}"
