@@ -215,8 +215,13 @@ def ratio_table(table: Sequence[Row], baselines: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def write_report(table: Sequence[Row], baselines: Mapping[str, str], notes: Sequence[str]) -> Path:
-    """Write `results/<theme>_<hardware>_<yyyymm>.md`: the table of this run, its machine and its notes."""
+def write_report(
+    table: Sequence[Row],
+    baselines: Mapping[str, str],
+    notes: Sequence[str],
+    draw: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `results/<theme>_<hardware>_<yyyymm>.md`: the table of this run, its machine, its notes and its plot."""
     first = table[0]
     name = "-".join("".join(c if c.isalnum() else " " for c in first.hardware).split()).lower()
     path = RESULTS / f"{first.theme}_{name}_{first.date[:7].replace('-', '')}.md"
@@ -227,6 +232,9 @@ def write_report(table: Sequence[Row], baselines: Mapping[str, str], notes: Sequ
         f"{first.threads} threads.",
         "",
     ]
+    if draw is not None:
+        draw(path.with_suffix(".svg"))
+        head += [f"![{first.theme}]({path.stem}.svg)", ""]
     path.write_text(
         "\n".join([*head, ratio_table(table, baselines), "", *(f"- {note}" for note in notes), ""])
     )
@@ -244,13 +252,20 @@ def shares_of_products(table: Sequence[Row]) -> list[str]:
     return notes
 
 
-def finish(table: Sequence[Row], baselines: Mapping[str, str], notes: Sequence[str], *, save: bool) -> None:
-    """Print the ratios; with `save`, keep the rows and the report."""
+def finish(
+    table: Sequence[Row],
+    baselines: Mapping[str, str],
+    notes: Sequence[str],
+    *,
+    save: bool,
+    draw: Callable[[Path], None] | None = None,
+) -> None:
+    """Print the ratios; with `save`, keep the rows and the report, and what `draw` writes to a path beside it."""
     print(ratio_table(table, baselines))
     for note in notes:
         print(f"- {note}")
     if save:
-        print(f"kept in {append(table)} and {write_report(table, baselines, notes)}")
+        print(f"kept in {append(table)} and {write_report(table, baselines, notes, draw)}")
 
 
 class _OtherProcesses:

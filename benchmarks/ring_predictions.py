@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from drawing import drawn
+
 from kernels.sigmoid_loss.cost_model import Links, Plan, Sizes, choose, plans, seconds
 
 GPUS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -61,29 +63,23 @@ def _line(gpus: int, rows: int) -> str:
 
 def draw_predictions(path: Path) -> None:
     """Draw the table, a panel a case, on logarithmic axes."""
-    # here: the table needs no matplotlib
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "siglip"  # the same file for the same figures
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(CASES), figsize=(14, 4.2), sharey=False)
-    for panel, (title, rows) in zip(panels, CASES, strict=True):
-        found = {gpus: times(_sizes(gpus, rows(gpus))) for gpus in GPUS}
-        for name in COLUMNS:
-            points = [(gpus, found[gpus][name][0]) for gpus in GPUS if name in found[gpus]]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        panel.plot(
-            GPUS, [_products(gpus, rows(gpus)) for gpus in GPUS], "k:", linewidth=1, label="products alone"
-        )
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("GPUs")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms, predicted")
-    panels[-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with drawn(path, columns=len(CASES), size=(14, 4.2)) as (panels,):
+        for panel, (title, rows) in zip(panels, CASES, strict=True):
+            found = {gpus: times(_sizes(gpus, rows(gpus))) for gpus in GPUS}
+            for name in COLUMNS:
+                points = [(gpus, found[gpus][name][0]) for gpus in GPUS if name in found[gpus]]
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            panel.plot(
+                GPUS,
+                [_products(gpus, rows(gpus)) for gpus in GPUS],
+                "k:",
+                linewidth=1,
+                label="products alone",
+            )
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_title(title, fontsize=10)
+            panel.set_xlabel("GPUs")
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("ms, predicted")
+        panels[-1].legend(fontsize=8)

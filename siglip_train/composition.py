@@ -83,6 +83,10 @@ def _first_cause(error: BaseException, config_class: type) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    options = getattr(error, "options", None)
+    if options:
+        # a file that is not there; below stand the options, a line each, and where they were looked for
+        return f"{lines[0]} (there are: {', '.join(options)})"
     key = getattr(error, "full_key", None)
     if key and "not in" in lines[0]:
         return f"{key}: no such key{suggest(key, _all_keys(defaults_of(config_class)))}"

@@ -18,7 +18,7 @@ from siglip_train.typed import build
 
 @dataclass
 class EvaluationConfig:
-    """Evaluations inside a run: `tasks` are `_target_` nodes by name; every_steps=0 evaluates at the end only."""
+    """Evaluations inside a run: `tasks` are `_target_` nodes by name, null = none; every_steps=0: at the end only."""
 
     every_steps: int = 0
     batch_size: int = 64

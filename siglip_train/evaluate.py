@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import omegaconf
 import torch
 from rich.console import Console
 
@@ -14,11 +13,19 @@ from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluation, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import (
+    Encoder,
+    Evaluation,
+    Evaluator,
+    check_all,
+    flat_metrics,
+    run_all,
+    write_evaluations,
+)
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
-from siglip_train.interop.runs import read_heads
+from siglip_train.interop.runs import read_heads, run_config
 from siglip_train.report import write_evaluation_report, write_report
 from siglip_train.typed import build
 
@@ -66,6 +73,8 @@ def run(values: dict[str, Any]) -> None:
     nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
     tasks = instantiate_all(nodes, "tasks")
     output = _writable_output(config)
+    check_all(tasks, "tasks")
+    _make_benchmark_dir(config)
     world = init_world(config.device)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
     encoder = Encoder(
@@ -90,12 +99,9 @@ def run(values: dict[str, Any]) -> None:
 
 def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
     """Read the tasks that a run evaluated itself with, for a command that names none."""
-    path = checkpoint / "config.yaml"
-    tasks: dict[str, Any] = {}
-    if path.is_file():
-        content = plain(omegaconf.OmegaConf.load(path))  # type: ignore[arg-type]
-        tasks = (content.get("evaluation") or {}).get("tasks") or {}
-    if not tasks:
+    evaluation = run_config(checkpoint).get("evaluation") if (checkpoint / "config.yaml").is_file() else None
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    if not tasks or not isinstance(tasks, dict):
         raise UserError(
             f"nothing to evaluate: give evaluation=NAME (a file of conf/evaluation); {checkpoint} brings no tasks"
         )
@@ -111,7 +117,26 @@ def _writable_output(config: EvaluateConfig) -> Path:
     output = Path(config.output) if config.output else folder / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"output: cannot write {output}; give output=FILE.json in a folder that exists")
+    if output == _report_beside(output):
+        raise UserError(f"output: {output} is where the report goes; give output=FILE.json for the numbers")
     return output
+
+
+def _report_beside(output: Path) -> Path:
+    return output.with_suffix(".html")
+
+
+def _make_benchmark_dir(config: EvaluateConfig) -> None:
+    """Make the folder of `benchmark_dir` at once, for the same reason."""
+    if config.benchmark_dir is None:
+        return
+    folder = Path(config.benchmark_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"benchmark_dir: cannot make {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"benchmark_dir: cannot write into {folder}")
 
 
 def _precision(wanted: str, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -138,7 +163,7 @@ def _write(
         write_evaluations(checkpoint / "evaluations", evaluations)
         return write_report(checkpoint)
     sections = {task: evaluation._asdict() for task, evaluation in evaluations.items()}
-    return write_evaluation_report(output.with_suffix(".html"), checkpoint.resolve().name, sections)
+    return write_evaluation_report(_report_beside(output), checkpoint.resolve().name, sections)
 
 
 if __name__ == "__main__":

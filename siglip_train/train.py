@@ -26,7 +26,7 @@ from siglip_train.distributed.collectives import any_rank, barrier, broadcast_ob
 from siglip_train.distributed.setup import World, init_world, leave_world
 from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.base import Encoder, Evaluator, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
@@ -62,6 +62,7 @@ def run(values: dict[str, Any]) -> None:
 
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
+    check_all(tasks, "evaluation.tasks")
     model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
     description = Description(
         config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize

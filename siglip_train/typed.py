@@ -59,6 +59,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(value, inner, path)
     if origin is dict:
+        # null takes away what an experiment brings: Hydra merges {} into it, which changes nothing
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise UserError(f"{path}: expected a mapping, got {_shown(value)}")
         return {str(key): _convert(item, inner[1], join(path, key)) for key, item in value.items()}

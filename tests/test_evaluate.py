@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from siglip_train.evaluate import main
+from siglip_train import evaluate as evaluate_module
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -110,7 +110,10 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["evaluation=quickstart"], ["checkpoint"]),
         (["checkpoint=/nowhere", "evaluation=quickstart"], ["/nowhere"]),
         (["checkpoint={export}"], ["evaluation=NAME"]),
-        (["checkpoint={export}", "evaluation=nothing"], ["evaluation", "nothing"]),
+        (
+            ["checkpoint={export}", "evaluation=nothing"],
+            ["evaluation", "nothing", "benchmark, coco_retrieval, "],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),
         (["checkpoint={export}", "evaluation=coco_retrieval"], ["tasks.coco.shards=…"]),
@@ -133,25 +136,97 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
             ],
             ["tasks.seen", "class_map", "label_sets"],
         ),
+        *(
+            (
+                ["checkpoint={export}", "evaluation=quickstart", f"tasks.{task}.{wrong}"],
+                [task, *wrong.split("=")],
+            )
+            for task, wrong in (
+                ("seen", "max_samples=0"),
+                ("retrieval", "max_samples=0"),
+                ("loss", "max_samples=0"),
+                ("seen", "bootstrap=-5"),
+                ("retrieval", "bootstrap=-5"),
+            )
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.train=x",
+                "tasks.probes.test={{shards: x, max_samples: -1}}",
+            ],
+            ["tasks.probes", "max_samples", "-1"],
+        ),
+        (
+            [
+                "checkpoint={export}",
+                "evaluation=probes",
+                "tasks.probes.train=x",
+                "tasks.probes.test=y",
+                "tasks.probes.bootstrap=-5",
+            ],
+            ["tasks.probes", "bootstrap", "-5"],
+        ),
+        (
+            ["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shards=nowhere.tar"],
+            ["tasks.seen: no shard matches nowhere.tar"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "output=/nowhere/a.json"], ["/nowhere/a.json"]),
+        (
+            ["checkpoint={export}", "evaluation=quickstart", "output=res.html"],
+            ["output", "res.html", "report"],
+        ),
         (["checkpoint={export}", "evaluation=quickstart", "tasks.seen.shard=x"], ["tasks.seen", "shard"]),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_loaded(
     export: Path, monkeypatch, capsys, arguments: list[str], words: list[str]
 ) -> None:
+    message = refused([argument.format(export=export) for argument in arguments], monkeypatch, capsys)
+    for word in words:
+        assert word in message
+
+
+def refused(arguments: list[str], monkeypatch, capsys) -> str:
+    """The error line of a command that must end before a model is loaded."""
     # in this process, as each start of a new one takes seconds
+    monkeypatch.setattr(evaluate_module, "load_model", None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(
-        sys, "argv", ["siglip-eval", *(argument.format(export=export) for argument in arguments)]
-    )
+    monkeypatch.setattr(sys, "argv", ["siglip-eval", *arguments])
     with pytest.raises(SystemExit) as leaving:
-        main()
+        evaluate_module.main()
     assert leaving.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
-    for word in words:
-        assert word in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (": : [", "cannot read {run}/config.yaml"),
+        ("- 1", "{run}/config.yaml holds no config"),
+        ("evaluation: 3", "{run} brings no tasks"),
+        ("evaluation: {tasks: [1]}", "{run} brings no tasks"),
+        ("evaluation: {tasks: null}", "{run} brings no tasks"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_named(
+    tmp_path: Path, monkeypatch, capsys, content: str, words: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert words.format(run=tmp_path) in refused([f"checkpoint={tmp_path}"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_benchmark_dir_that_cannot_be_made_is_named_before_anything_is_loaded(
+    export: Path, places: list[str], tmp_path: Path, monkeypatch, capsys, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [f"checkpoint={export}", *places, f"benchmark_dir={tmp_path}/{place}"]
+    assert f"benchmark_dir: cannot make {tmp_path}/{place}" in refused(arguments, monkeypatch, capsys)
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_missing_shards_end_in_a_line_and_status_2(export: Path, places: list[str]) -> None:

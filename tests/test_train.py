@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import torch.distributed as dist
 
 from siglip_train import loop, train
 from siglip_train.checkpoint import Progress
+from siglip_train.config import Config
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
+from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.forks import run_program
 from tests.models.small import small_model
@@ -297,6 +300,23 @@ def one_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = (ROOT / "README.md").read_text().partition("## Train on your own shards")[2]
+    command = section.split("```")[1].replace("\\\n", " ")
+    composed: list[dict] = []
+    monkeypatch.setattr(train, "run", composed.append)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    train.main()
+    config = build(Config, composed[0])
+    web, other = config.data.sources.values()
+    assert web.shards == "/data/web/{00000..41455}.tar"
+    assert other.text == {"txt": 0.7, "json:title": 0.3}
+    assert config.evaluation.tasks == {}
+    assert "data/tiny" not in str(composed[0])
+
+
 MISTAKES = {
     "unknown key": (["optim.lrr=1"], "optim.lrr"),
     "unknown experiment": (["experiment=nothing"], "nothing"),
@@ -342,6 +362,14 @@ MISTAKES = {
     "grid without its size": (["objectives.sigmoid.exchange=grid"], "exchange is 'grid': choose auto, ring"),
     "unknown exchange dtype": (["objectives.sigmoid.exchange_dtype=fp8"], "choose fp32 or bf16"),
     "task with an unknown field": (["evaluation.tasks.seen.shard=x"], "evaluation.tasks.seen"),
+    "task without its shards": (
+        ["evaluation.tasks.loss.shards=nowhere/*.tar"],
+        "evaluation.tasks.loss: no shard matches nowhere/*.tar",
+    ),
+    "task without its class names": (
+        ["evaluation.tasks.seen.classnames=nowhere.txt"],
+        "evaluation.tasks.seen: cannot read the class names in nowhere.txt",
+    ),
     "width the heads do not divide": (["model.vision.heads=5"], "heads"),
     "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
     "resume from nowhere": (["resume=nowhere"], "resume: there is no nowhere"),

@@ -253,11 +253,11 @@ def sigmoid_tile_kernel(
 ):  # fmt: skip
     """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
 
-    X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row stride
-    stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`: of loss
-    and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole tiles,
-    the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay for it.
-    G is stored times 2^SHIFT.
+    X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row
+    stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`:
+    of loss and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole
+    tiles, the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay
+    for it. G is stored times 2^SHIFT.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
     HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
     are left out; under WEIGHTED they count weight times. Else these four are not used.
@@ -312,8 +312,9 @@ def finish_kernel(
 ):  # fmt: skip
     """What is left after the products, for BN rows a program: the matching pairs in fp32, exactly, and the scale.
 
-    DX `[n, width]` holds 2^SHIFT G Y and becomes the gradient of the images; DY `[m, width]` gets 2^SHIFT g x of matching
-    pairs added (each of its rows has one writer). SUMS `[programs, 3]`: loss and g of matching pairs, and g S of all.
+    DX `[n, width]` holds 2^SHIFT G Y and becomes the gradient of the images; DY `[m, width]` gets 2^SHIFT g x of
+    matching pairs added (each of its rows has one writer). SUMS `[programs, 3]`: loss and g of matching pairs, and g S
+    of all.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     column = row + positives

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from siglip_train.data.shards import RawSample, ShardReader, ShardSet
 from siglip_train.data.tar import identity
 from siglip_train.distributed.collectives import broadcast_object, is_distributed
 from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 # per process; as many as there are shards in a window of small ones
 _OPEN = 512
@@ -60,9 +63,7 @@ def embedding(file: Path, sample: int) -> NDArray[np.float16] | None:
 
 @functools.lru_cache(_OPEN)
 def _rows(file: Path) -> NDArray[np.float16]:
-    rows = np.load(file, mmap_mode="r", allow_pickle=False)
-    assert rows.ndim == 2, (file, rows.shape)
-    return rows
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def keep(rows: NDArray[np.float16], file: Path) -> None:
@@ -87,7 +88,7 @@ class Missing(NamedTuple):
 
 
 def missing(shards: Sequence[Missing], folder: Path) -> list[Missing]:
-    """Those of `shards` whose file is not in the folder, which is made; each file once.  # all ranks
+    """Those of `shards` whose file is not in the folder, which is made, or is damaged; each file once.  # all ranks
 
     Raises `UserError` where the folder cannot be made.
     """
@@ -99,12 +100,30 @@ def missing(shards: Sequence[Missing], folder: Path) -> list[Missing]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = absent(by_file.values(), folder)
+            damaged = sorted(file for file in by_file.keys() - set(files) if _is_damaged(by_file[file]))
+            if damaged:
+                _LOG.warning(
+                    "image embeddings: %d files in %s are damaged, such as %s, and are made again",
+                    len(damaged), folder, damaged[0].name,
+                )  # fmt: skip
+            files += damaged
         except OSError as error:
             failure = f"data.embedding_dir: cannot make {folder}: {error.strerror}"
     files, failure = broadcast_object((files, failure))
     if failure:
         raise UserError(failure)
     return [by_file[file] for file in files]
+
+
+def _is_damaged(shard: Missing) -> bool:
+    """Whether a file holds other than the rows of its shard: a copy was interrupted, or a disk was full."""
+    if not shard.samples:
+        return False
+    try:
+        rows = np.load(shard.file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return True
+    return rows.ndim != 2 or len(rows) != shard.samples or rows.dtype != np.float16
 
 
 def absent(shards: Iterable[Missing], folder: Path) -> list[Path]:

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from siglip_train.batch import Images
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
-from siglip_train.data.folders import benchmark_folder, class_folder
+from siglip_train.data.folders import benchmark_folder, class_folder, class_folder_names
 from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
-from siglip_train.data.locations import short_name
+from siglip_train.data.locations import check_local, short_name
 from siglip_train.data.pipeline import extensions
 from siglip_train.data.samples import Field
 from siglip_train.data.select import EVERYTHING, Selection
@@ -66,6 +66,15 @@ class EvaluationSource:
     border: int = 0
     center: float = 1.0
     max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, or null for all, got {self.max_samples}")
+        if self.border < 0 or self.max_pixels < 1:
+            raise ValueError("border must not be negative and max_pixels must be at least 1")
+        if not 0 < self.center <= 1:
+            raise ValueError(f"center must be above 0 and at most 1, got {self.center}")
 
 
 class EvaluationBatch(NamedTuple):
@@ -313,6 +322,15 @@ def build_picture_loader(
     batches = _Batches(samples, source, transform, range(len(samples)), batch_size)
     turns = math.ceil(len(samples) / (batch_size * world_size))
     return EvaluationLoader(batches, len(samples), range(rank, turns * world_size, world_size), workers)
+
+
+def check_found(source: EvaluationSource) -> None:
+    """Raise `UserError` where shards of a set are not there. Nothing is opened, and nothing remote is asked."""
+    benchmark = benchmark_folder(source.shards)
+    if benchmark is not None:
+        check_local(benchmark.shards())
+    elif not class_folder_names(source.shards):
+        check_local(source.shards)
 
 
 def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:

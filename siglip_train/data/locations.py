@@ -29,16 +29,22 @@ def expand(shards: str | list[str]) -> list[str]:
 
     Raises `UserError` that names the pattern nothing matches.
     """
-    patterns = [shards] if isinstance(shards, str) else list(shards)
-    found = [
-        shard
-        for pattern in patterns
-        for part in str(pattern).split("::")
-        for shard in _expand_one(part.strip())
-    ]
+    found = [shard for pattern in _patterns(shards) for shard in _expand_one(pattern)]
     if not found:
         raise UserError("the list of shards is empty; give a path, brace list, glob or URL")
     return found
+
+
+def check_local(shards: str | list[str]) -> None:
+    """Raise `UserError` that names a local path or pattern nothing matches; URLs and commands are not asked."""
+    for pattern in _patterns(shards):
+        if not is_remote(pattern):
+            _expand_one(pattern)
+
+
+def _patterns(shards: str | list[str]) -> list[str]:
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    return [part.strip() for pattern in patterns for part in str(pattern).split("::")]
 
 
 def _expand_one(pattern: str) -> list[str]:

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.client import HTTPResponse
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 from siglip_train.data.locations import filesystem_of, is_http, is_pipe
@@ -40,7 +41,9 @@ def source(shard: str, position: int, known: Start, timeout: float) -> tuple[Ite
         command = shard[len("pipe:") :]
         # a session of its own, so that its children can be killed with it
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
-        return _from_command(process), lambda: _kill(process)
+        # also at the end of this process, which waits for no thread
+        kill = Finalize(None, _kill, args=(process,), exitpriority=1)
+        return _from_command(process, kill), kill
     if is_http(shard):
         # who waits gives up first, and says why; the connection ends later, and the thread with it
         return _from_http(shard, position, 2 * timeout), lambda: None
@@ -53,14 +56,16 @@ def _kill(process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _from_command(process: subprocess.Popen) -> Items:
+def _from_command(process: subprocess.Popen, kill: Finalize) -> Items:
     yield Start("")
     assert process.stdout is not None
     with process.stdout as stream:
         while data := stream.read1(_CHUNK):  # type: ignore[attr-defined]
             yield data
-    if process.wait() != 0:
-        raise OSError(f"the command ended with status {process.returncode}")
+    status = process.wait()
+    kill.cancel()
+    if status != 0:
+        raise OSError(f"the command ended with status {status}")
 
 
 def _from_http(shard: str, position: int, timeout: float) -> Items:

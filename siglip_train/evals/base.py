@@ -71,6 +71,9 @@ class _Row(NamedTuple):
 class Evaluator(Protocol):
     """A task. Its constructor takes plain keyword values; `run` is called by all ranks together."""
 
+    def check(self) -> None:
+        """Raise `UserError` for a file that it reads and that is missing or damaged. Cheap: no sample is read."""
+
     def run(self, encoder: "Encoder") -> Evaluation:
         """Measure the encoder's model."""
 
@@ -206,6 +209,18 @@ def _finite(embeddings: Tensor, what: str) -> Tensor:
             f"the model's embeddings of {what} are not finite: the run diverged or the weights are damaged"
         )
     return embeddings
+
+
+def check_all(tasks: Mapping[str, Evaluator], path: str) -> None:
+    """Check the files of every task, before hours are spent on what it measures.
+
+    Raises `UserError` naming the task as `path.NAME`.
+    """
+    for name, task in tasks.items():
+        try:
+            task.check()
+        except UserError as error:
+            raise UserError(f"{path}.{name}: {error}") from None
 
 
 def run_all(tasks: dict[str, Evaluator], encoder: Encoder) -> dict[str, Evaluation]:

@@ -18,6 +18,12 @@ class Share(NamedTuple):
     trials: Tensor
 
 
+def check_resamples(resamples: int) -> None:
+    """Raise ValueError for a `bootstrap` that is no number of resamples; 0 = no intervals are wanted."""
+    if resamples < 0:
+        raise ValueError(f"bootstrap must not be negative, got {resamples}")
+
+
 def confidence_intervals(shares: Mapping[str, Share], resamples: int) -> dict[str, float]:
     """Give `<metric>_low` and `<metric>_high`, the ends of a 95 % percentile interval, for every metric.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics
@@ -33,8 +33,18 @@ class HeadAccuracy:
     select: Selection | dict[str, Any] = field(default_factory=Selection)
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check what makes up the source."""
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            label=self.label,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Classify every image. All ranks."""
@@ -45,13 +55,7 @@ class HeadAccuracy:
             return head.logits(ForwardPass(encoder.model, Batch(images, no_texts)))  # [B, C]
 
         images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                label=self.label,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            ),
+            self._source,
             scores,
         )
         labels = single_labels(images)

@@ -41,12 +41,6 @@ class Method(Protocol):
         """Give the ranks `[m]` of the test images' classes, by name and repetition, and numbers to log."""
 
 
-def check_center(center: float) -> None:
-    """Raise ValueError for a share that is none."""
-    if not 0 < center <= 1:
-        raise ValueError("center must be above 0 and at most 1")
-
-
 def whitened(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and scale both `[n, E]`, `[m, E]` by the mean and deviation + 1e-5 of train; fp64, as big_vision does."""
     train, test = train.double(), test.double()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip_train.evals.features import Features, check_center, whitened
+from siglip_train.evals.features import Features, whitened
 
 # so large that the bias is hardly regularised
 _BIAS_FEATURE = 100.0
@@ -29,7 +29,6 @@ class RidgeFewShot:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_center(self.center)
         if min(self.shots, default=0) < 1 or self.seeds < 1 or self.l2 <= 0:
             raise ValueError("shots and seeds must be at least 1 and l2 above 0")
 

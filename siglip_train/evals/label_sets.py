@@ -85,7 +85,7 @@ def read_label_sets(path: str, keys: Sequence[str]) -> list[LabelSet]:
     keys: `shard/key` or longer paths; their last part counts. An image that the file does not name has no label.
     Raises UserError where no key, or for a list any key, is one that the file can know.
     """
-    content = _read_json(path)
+    content = read_json(path)
     names = [key.rsplit("/", 1)[-1] for key in keys]
     if isinstance(content, list):
         numbers = [_validation_number(name, path) for name in names]
@@ -116,7 +116,7 @@ def read_class_map(path: str) -> dict[str, LabelSet]:
     """
     if Path(path).is_dir():
         return _read_objectnet(Path(path))
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"class_map: {path} holds no object {{class: label or [label, …]}}")
     return {name: _as_labels(labels, path) for name, labels in content.items()}
@@ -124,11 +124,11 @@ def read_class_map(path: str) -> dict[str, LabelSet]:
 
 def _read_objectnet(folder: Path) -> dict[str, LabelSet]:
     """Join ObjectNet's tables: folder -> its name -> names in ImageNet, `; ` between them -> their numbers."""
-    folders = _read_json(folder / "folder_to_objectnet_label.json")
-    names = _read_json(folder / "objectnet_to_imagenet_1k.json")
+    folders = read_json(folder / "folder_to_objectnet_label.json")
+    names = read_json(folder / "objectnet_to_imagenet_1k.json")
     lines = _read_text(folder / "imagenet_to_label_2012_v2").splitlines()
     # the lines are in the order of 2012's ids, everyone's class lists in the order of WordNet's
-    order = _read_json(folder / "pytorch_to_imagenet_2012_id.json")
+    order = read_json(folder / "pytorch_to_imagenet_2012_id.json")
     try:
         numbers = {lines[line].strip(): int(label) for label, line in order.items()}
         return {
@@ -149,7 +149,8 @@ def _as_labels(value: Any, path: str) -> LabelSet:
     return tuple(values)
 
 
-def _read_json(path: str | Path) -> Any:
+def read_json(path: str | Path) -> Any:
+    """Give the content of a JSON file. Raises UserError where it cannot be read or is none."""
     try:
         return json.loads(_read_text(path))
     except ValueError as error:

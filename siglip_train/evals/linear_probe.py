@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siglip_train.evals.features import Features, check_center
+from siglip_train.evals.features import Features
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,6 @@ class LinearProbe:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_center(self.center)
         if not self.l2 or min(self.l2) <= 0 or not 0 < self.held_out < 1 or self.iterations < 1:
             raise ValueError("l2 must be above 0, held_out between 0 and 1, iterations at least 1")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siglip_train.evals.features import Features, check_center
+from siglip_train.evals.features import Features
 from siglip_train.evals.ranking import SCORES_AT_A_TIME
 
 
@@ -19,7 +19,6 @@ class NearestNeighbours:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_center(self.center)
         if self.k < 1 or self.temperature <= 0:
             raise ValueError("k must be at least 1 and temperature above 0")
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder, class_folder_names
 from siglip_train.data.select import as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics, seen_and_hits
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
-from siglip_train.evals.bootstrap import Share, confidence_intervals
+from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
 from siglip_train.evals.features import Features, Method, features_of
 from siglip_train.evals.few_shot import RidgeFewShot
 from siglip_train.evals.linear_probe import LinearProbe
@@ -42,25 +42,33 @@ class Probes:
     bootstrap: int = 0
 
     def __post_init__(self) -> None:
-        """Check the sources."""
+        """Check ranges and the sources."""
+        check_resamples(self.bootstrap)
         self.methods = {
             name: method for name, method in (_methods() | self.methods).items() if method is not None
         }
         if not self.methods:
             raise ValueError("every method is null")
-        self._sources = [_source(part) for part in (self.train, self.test)]
+        self._train, self._test = _source(self.train), _source(self.test)
+        self._cropped = {
+            center: (replace(self._train, center=center), replace(self._test, center=center))
+            for center in dict.fromkeys(method.center for method in self.methods.values())
+        }
+
+    def check(self) -> None:
+        """Find the shards of both sets."""
+        check_found(self._train)
+        check_found(self._test)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed both sets, then train and measure every method on all ranks alike. All ranks."""
-        names = [class_folder_names(source.shards) for source in self._sources]
+        names = [class_folder_names(source.shards) for source in (self._train, self._test)]
         if names[0] != names[1] and all(names):
-            raise UserError(
-                f"{self._sources[0].shards} and {self._sources[1].shards} have other class folders"
-            )
+            raise UserError(f"{self._train.shards} and {self._test.shards} have other class folders")
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {}
-        for center in dict.fromkeys(method.center for method in self.methods.values()):
-            train, test = self._embed(encoder, center)
+        for center, sources in self._cropped.items():
+            train, test = self._embed(encoder, *sources)
             features = features_of(train, test, encoder.world.device)
             for method in (each for each in self.methods.values() if each.center == center):
                 ranks, numbers = method.fit(features)
@@ -72,17 +80,18 @@ class Probes:
         details["counts"], metrics["n"] = test.counts, float(len(test.keys))
         return Evaluation(metrics, details if encoder.world.is_main else {})
 
-    def _embed(self, encoder: Encoder, center: float) -> tuple[ImageSet, ImageSet]:
-        """Give train and test, `center` of every picture. All ranks."""
-        sources = [replace(source, center=center) for source in self._sources]
-        train, test = (encoder.encode_images(source, encoder.pool_images) for source in sources)
-        both = set(train.keys) & set(test.keys)
-        if sources[0].shards == sources[1].shards and both:
+    def _embed(
+        self, encoder: Encoder, train: EvaluationSource, test: EvaluationSource
+    ) -> tuple[ImageSet, ImageSet]:
+        """Embed both sets. All ranks."""
+        images = [encoder.encode_images(source, encoder.pool_images) for source in (train, test)]
+        both = set(images[0].keys) & set(images[1].keys)
+        if train.shards == test.shards and both:
             raise UserError(
                 f"{len(both)} samples, such as {min(both)}, are in both train and test: "
                 "give them other shards, or a select with held_out and part=held_out for test"
             )
-        return train, test
+        return images[0], images[1]
 
     def _metrics(self, name: str, repetitions: list[Tensor], features: Features) -> dict[str, float]:
         labels = features.test_labels.cpu()
@@ -95,7 +104,7 @@ class Probes:
         return {f"{name}_{metric}": value for metric, value in metrics.items()}
 
     def _by_class(self, ranks: Tensor, features: Features) -> list[dict[str, Any]]:
-        shards = self._sources[1].shards
+        shards = self._test.shards
         folder = benchmark_folder(shards)
         names = class_folder_names(shards) or dict(enumerate(folder.classnames or [] if folder else []))
         seen, hits = seen_and_hits(ranks, features.test_labels.cpu())

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import Caption, EvaluationSource
+from siglip_train.data.evaluation import Caption, EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
-from siglip_train.evals.bootstrap import Share, confidence_intervals
+from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
 from siglip_train.evals.gallery import spread
 from siglip_train.evals.ranking import best_ranks, recall_at
 from siglip_train.evals.retrieval_details import Texts, found_images, found_texts, similarity
@@ -72,20 +72,23 @@ class Retrieval:
     gallery: int = 12
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check ranges and what makes up the source."""
+        check_resamples(self.bootstrap)
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            text=self.text,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed images and captions, rank both ways. All ranks."""
-        images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                text=self.text,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            )
-        )
+        images = encoder.encode_images(self._source)
         languages = self._embed_captions(images, encoder)
         # on every rank alike: 5k x 25k scores take a GPU milliseconds, less than sharing them out would
         device = encoder.world.device

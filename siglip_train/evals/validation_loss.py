@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import sigmoid_loss
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
@@ -31,20 +31,24 @@ class ValidationLoss:
     select: Selection | dict[str, Any] = field(default_factory=Selection)
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check ranges and what makes up the source."""
+        if self.reference_batch < 1:
+            raise ValueError(f"reference_batch must be at least 1, got {self.reference_batch}")
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            text=self.text,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed the pairs and take the loss block by block. All ranks."""
-        images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                text=self.text,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            )
-        )
+        images = encoder.encode_images(self._source)
         captions = [
             [caption.text for caption in captions if self.language in (None, caption.language)]
             for captions in images.captions

@@ -1,13 +1,13 @@
 """Zero-shot classification: an image belongs to the class whose averaged prompt embedding is nearest."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
+from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import BenchmarkFolder, benchmark_folder, class_folder_names
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
@@ -19,12 +19,14 @@ from siglip_train.evals.accuracy import (
     seen_and_hits,
 )
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
+from siglip_train.evals.bootstrap import check_resamples
 from siglip_train.evals.gallery import spread, thumbnail
 from siglip_train.evals.label_sets import (
     Truth,
     labelled_truth,
     mapped_truth,
     read_class_map,
+    read_json,
     read_label_sets,
     target_tensor,
 )
@@ -75,10 +77,30 @@ class ZeroShotClassification:
     gallery: int = 24
 
     def __post_init__(self) -> None:
-        """Check the selection."""
-        self.select = as_selection(self.select)
+        """Check ranges, what makes up the source, and what says what is right."""
+        check_resamples(self.bootstrap)
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            label=self.label,
+            group=self.group,
+            border=self.border,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
         if self.class_map is not None and self.label_sets is not None:
             raise ValueError("class_map and label_sets both say what is right: give one of them")
+
+    def check(self) -> None:
+        """Find the shards, and read the files about classes, templates and labels."""
+        check_found(self._source)
+        folder = benchmark_folder(self.shards)
+        self._class_names(folder)
+        self._templates(folder)
+        if self.class_map is not None:
+            read_class_map(self.class_map)
+        if self.label_sets is not None:
+            read_json(self.label_sets)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Embed prompts and images, compare. All ranks."""
@@ -86,17 +108,7 @@ class ZeroShotClassification:
         names = self._class_names(folder)
         classes = class_embeddings(self._embed_prompts(encoder, names, folder))
         label = self.label or ("npy" if folder is not None and folder.type == "multilabel" else "cls")
-        images = encoder.encode_images(
-            EvaluationSource(
-                shards=self.shards,
-                image=self.image,
-                label=label,
-                group=self.group,
-                border=self.border,
-                max_samples=self.max_samples,
-                select=as_selection(self.select),
-            )
-        )
+        images = encoder.encode_images(replace(self._source, label=label))
         if label == "npy":
             return _multilabel(images, classes, encoder)
         truth = self._truth(images, names)
@@ -138,9 +150,12 @@ class ZeroShotClassification:
             )
         return names
 
-    def _embed_prompts(self, encoder: Encoder, names: list[str], folder: BenchmarkFolder | None) -> Tensor:
+    def _templates(self, folder: BenchmarkFolder | None) -> list[str]:
         found = folder.templates if folder is not None else None
-        templates = read_templates(self.templates or found or "openai")
+        return read_templates(self.templates or found or "openai")
+
+    def _embed_prompts(self, encoder: Encoder, names: list[str], folder: BenchmarkFolder | None) -> Tensor:
+        templates = self._templates(folder)
         prompts = [fill(template, name) for name in names for template in templates]
         if self.canonical:
             prompts = [canonicalise(prompt) for prompt in prompts]

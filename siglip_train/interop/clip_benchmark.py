@@ -50,9 +50,19 @@ def load_clip(
 ) -> tuple[OpenClipModel, Callable[[Image.Image], Tensor], Callable[[str | list[str]], Tensor]]:
     """Open the model at `pretrained` as CLIP_benchmark's loaders do; their other arguments are taken and not used.
 
-    Put into `clip_benchmark.models.TYPE2FUNC` it makes our models known there. Raises UserError as `load_model` does.
+    Raises UserError as `load_model` does.
     """
     return open_clip_parts(load_model(pretrained, device=device))
+
+
+def register() -> None:
+    """Make `siglip_train` a model type of CLIP_benchmark in this process, which must have it installed."""
+    from clip_benchmark import models  # here, because it is no requirement of ours
+
+    models.TYPE2FUNC["siglip_train"] = load_clip
+    # the types it accepts are a copy made at its import
+    if "siglip_train" not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append("siglip_train")
 
 
 def open_clip_parts(

@@ -4,11 +4,14 @@ import contextlib
 import gzip
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import dedent
 
 import fsspec
 import pytest
@@ -134,8 +137,24 @@ def test_a_silent_command_is_killed_with_its_children(tmp_path: Path):
     pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", patience=Patience(1.5, 1))
     with pytest.raises(UnavailableShardError, match="silent"):
         quick.local_tar(f"pipe:printf begun; (sleep 60 & echo $! > {pid}; wait); echo")
+    _wait_for_the_end(int(pid.read_text()))
+
+
+def test_a_command_ends_with_the_process_that_reads_it():
+    script = """
+        from siglip_train.data.sources import Start, source
+        items, _ = source("pipe:echo $$; sleep 60", 0, Start(""), 1)
+        next(items)
+        print(next(items).decode())
+    """
+    # the command would hold a captured stderr open
+    run = subprocess.run([sys.executable, "-c", dedent(script)], stdout=subprocess.PIPE, check=True)
+    _wait_for_the_end(int(run.stdout))
+
+
+def _wait_for_the_end(pid: int) -> None:
     deadline = time.monotonic() + 20
-    while _is_running(int(pid.read_text())):
+    while _is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -73,6 +73,29 @@ def test_an_interrupted_computation_goes_on_with_the_shard_it_was_at(
     embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model, stop_at=0), tmp_path / "rows")
 
 
+def test_a_damaged_file_is_made_again_and_said(
+    tmp_path: Path, tokenizer: Tokenizer, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, model = write_shards(tmp_path / "shards", [5, 4, 6, 3]), frozen_model()
+    embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model), tmp_path / "rows")
+    assert "damaged" not in caplog.text
+    expected = {file: np.load(file) for file in (tmp_path / "rows").iterdir()}
+    whole, cut, empty, other = expected
+    cut.write_bytes(cut.read_bytes()[:-1])
+    empty.write_bytes(b"")
+    np.save(other, expected[other][1:])
+    kept = whole.stat().st_mtime_ns
+    loader = loader_of(tokenizer, cache, shards)
+    embed_pictures(loader, encoder_of(model), tmp_path / "rows")
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "3 files in" in said
+    assert whole.stat().st_mtime_ns == kept
+    for file, rows in expected.items():
+        np.testing.assert_allclose(np.load(file), rows, rtol=1e-3)
+    batches_of(loader, 6)
+    assert not any(name.startswith("bad/") for name in loader.counts)
+
+
 @pytest.mark.parametrize("order", ["shuffled", "resampled"])
 def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
     tmp_path: Path, tokenizer: Tokenizer, cache: str, order: str

@@ -121,6 +121,15 @@ def test_any_picture_is_at_hand_on_any_rank(tmp_path: Path):
         np.testing.assert_array_equal(np.asarray(loader.picture(number)), np.asarray(picture(number)))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_samples": 0}, {"max_samples": -1}, {"border": -1}, {"center": 0.0}, {"center": 1.5}, {"max_pixels": 0}],
+)  # fmt: skip
+def test_ranges_are_checked(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EvaluationSource("x.tar", **wrong)
+
+
 def test_a_set_without_a_complete_sample_is_an_error(tmp_path: Path):
     path = str(write_tar(tmp_path / "a.tar", without(sample("a"), "txt")))
     with pytest.raises(UserError, match=r"no complete sample .*1 no text"):

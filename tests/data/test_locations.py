@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.locations import beside, default_cache, expand
+from siglip_train.data.locations import beside, check_local, default_cache, expand
 from siglip_train.errors import UserError
 from tests.data.shard_files import write_shards
 
@@ -47,6 +47,13 @@ def test_every_way_to_write_shards(shards: Path):
 def test_what_matches_nothing_is_named(pattern: str | list[str], named: str):
     with pytest.raises(UserError, match=named):
         expand(pattern)
+
+
+def test_what_is_local_can_be_checked_without_a_network(shards: Path):
+    there = f"{shards}/*.tar"
+    check_local([there, f"http://nowhere.invalid/a.tar::{there}", "s3://nowhere/*.tar", "pipe:false"])
+    with pytest.raises(UserError, match=r"nowhere\.tar"):
+        check_local(f"{there}::nowhere.tar")
 
 
 def test_an_empty_folder_is_named(tmp_path: Path):

@@ -13,7 +13,8 @@ from siglip_train.data.evaluation import EvaluationSource
 from siglip_train.data.images import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
-from siglip_train.evals.base import Encoder, Evaluation, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.base import Encoder, Evaluation, check_all, flat_metrics, run_all, write_evaluations
+from siglip_train.evals.classification import HeadAccuracy
 from siglip_train.evals.linear_probe import LinearProbe
 from siglip_train.evals.probes import Probes
 from siglip_train.evals.retrieval import Retrieval
@@ -227,3 +228,13 @@ def test_written_evaluations_are_read_back(tmp_path):
     assert files == ["a.json", "b.json"]
     content = json.loads((tmp_path / "evaluations" / "a.json").read_text(encoding="utf-8"))
     assert content == {"task": "a", "step": 7, "metrics": {"acc1": 0.5}, "details": {"text": "ü"}}
+
+
+def test_tasks_find_their_shards_before_anything_is_embedded(tmp_path):
+    (tmp_path / "0.tar").touch()
+    for task in (Retrieval, ValidationLoss, HeadAccuracy):
+        task(shards=f"{tmp_path}/*.tar").check()
+        with pytest.raises(UserError, match=r"tasks\.x: no shard matches nowhere\.tar"):
+            check_all({"x": task(shards="nowhere.tar")}, "tasks")
+    with pytest.raises(UserError, match=r"nowhere\.tar"):
+        Probes(train=f"{tmp_path}/0.tar", test="nowhere.tar").check()

@@ -178,7 +178,7 @@ def test_ranges_are_checked():
         lambda: NearestNeighbours(k=0),
         lambda: RidgeFewShot(shots=[]),
         lambda: LinearProbe(held_out=1.0),
-        *(lambda kind=kind: kind(center=1.5) for kind in (NearestNeighbours, RidgeFewShot, LinearProbe)),
+        lambda: Probes(train="x", test="y", methods={"knn": NearestNeighbours(center=1.5)}),
         lambda: Probes(train="x", test={"shards": "y", "center": 0.5}),
         lambda: Probes(train="x", test="y", methods=dict.fromkeys(("knn", "few_shot", "linear"))),
     ):

@@ -49,3 +49,5 @@ def test_too_few_pairs_is_an_error_with_advice():
         ValidationLoss(shards="x.tar", reference_batch=5).run(encoder)
     with pytest.raises(UserError, match="in language 'fr'"):
         ValidationLoss(shards="x.tar", reference_batch=2, language="fr").run(encoder)
+    with pytest.raises(ValueError, match="reference_batch must be at least 1"):
+        ValidationLoss(shards="x.tar", reference_batch=0)

@@ -175,3 +175,20 @@ def test_a_benchmark_folder_says_everything(tmp_path):
     assert encoder.source.label == "npy"
     # class 0 is right at places 1 and 4 of its ranking, class 1 at 1 and 2, class 2 never
     assert metrics == {"mean_average_precision": pytest.approx(((1 + 2 / 4) / 2 + 1 + 0) / 3), "n": 4.0}
+
+
+def test_every_file_it_reads_can_be_checked_before(tmp_path):
+    folders = class_folders(tmp_path / "set", ["0", "1"])
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "map.json").write_text('{"0": 1}')
+    fits = {"shards": folders, "classnames": ["owl", "hen"], "templates": ["a {}"]}
+    ZeroShotClassification(**fits, label_sets=f"{tmp_path}/real.json").check()
+    ZeroShotClassification(**fits, class_map=f"{tmp_path}/map.json").check()
+    for name in ("shards", "classnames", "templates", "label_sets", "class_map"):
+        with pytest.raises(UserError, match=r"nowhere"):
+            ZeroShotClassification(**{**fits, name: f"{tmp_path}/nowhere"}).check()
+    # a set in CLIP_benchmark's layout, one of its shards gone
+    (tmp_path / "set" / "test").mkdir()
+    (tmp_path / "set" / "test" / "nshards.txt").write_text("1")
+    with pytest.raises(UserError, match=r"no shard matches .*test/0\.tar"):
+        ZeroShotClassification(**fits).check()

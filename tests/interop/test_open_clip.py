@@ -186,7 +186,7 @@ REFUSED = [
     (lambda c: c["model_cfg"]["text_cfg"].pop("width"), r"json lacks text_cfg\.width"),
     (lambda c: c["model_cfg"]["text_cfg"].pop("context_length"), r"json lacks text_cfg\.context_length"),
     (lambda c: c["model_cfg"]["text_cfg"].update(layers="2"), "text_cfg.layers: expected int, got '2'"),
-    (lambda c: c["model_cfg"]["text_cfg"].update(norm_kwargs=None), "norm_kwargs: expected a mapping"),
+    (lambda c: c["model_cfg"]["text_cfg"].update(norm_kwargs=1e-6), "norm_kwargs: expected a mapping"),
 ]
 
 
