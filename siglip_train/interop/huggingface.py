@@ -63,8 +63,8 @@ class _Model:
 
     model_type: str
     architectures: list[str] | None = None
-    vision_config: dict[str, Any] = field(default_factory=dict)
-    text_config: dict[str, Any] = field(default_factory=dict)
+    vision_config: Any = field(default_factory=dict)
+    text_config: Any = field(default_factory=dict)
 
 
 @dataclass
