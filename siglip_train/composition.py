@@ -1,17 +1,15 @@
-"""Hydra in, dataclasses out: compose YAML and overrides, then check every key and type once.
+"""Hydra in, plain values out: compose YAML and overrides; defaults of dataclasses, and the objects that nodes name.
 
 Below the entry points there are only plain dataclasses. Defaults live in them and nowhere else: Hydra is handed
 their values as its base config, so that `--cfg job` shows all keys and a typo is an error.
 """
 
 import dataclasses
-import difflib
 import os
 import sys
-import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import hydra
 import omegaconf
@@ -19,9 +17,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 
 from siglip_train.errors import UserError
+from siglip_train.typed import REQUIRED, join, suggest
 
-T = TypeVar("T")
-REQUIRED = "???"  # OmegaConf's mark for a value that must be given
 CONFIG_MODULE = "pkg://conf"
 
 
@@ -48,94 +45,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def build(config_class: type[T], values: Any, path: str = "") -> T:
-    """Make the dataclass `config_class` from a plain mapping, checking keys and types.
-
-    Raises `UserError` naming the key, the value and what was expected.
-    """
-    where = path or "the config"
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a group of keys, got {values!r}")
-    hints = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{_join(path, key)}: no such key{_suggest(key, fields)}")
-    arguments = {}
-    for name, field in fields.items():
-        if name in values and values[name] != REQUIRED:
-            arguments[name] = _convert(values[name], hints[name], _join(path, name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{_join(path, name)}: a value is required, give {_join(path, name)}=…")
-    try:
-        return config_class(**arguments)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
-def _suggest(key: Any, names: Any) -> str:
-    close = difflib.get_close_matches(str(key), [str(name) for name in names], n=1)
-    return f", did you mean {close[0]}?" if close else f" (there are: {', '.join(map(str, names))})"
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or dataclasses.is_dataclass(hint):
-        return value if hint is Any else build(hint, value, path)  # type: ignore[arg-type]
-    if origin is Literal:
-        if value in inner:
-            return value
-        raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, inner))}")
-    if origin in (types.UnionType, typing.Union):
-        return _convert_union(value, inner, path)
-    if origin is dict:
-        # null takes away what an experiment brings: Hydra merges {} into it, which changes nothing
-        value = {} if value is None else value
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: expected a mapping, got {value!r}")
-        return {str(key): _convert(item, inner[1], _join(path, key)) for key, item in value.items()}
-    if origin in (list, tuple):
-        return origin(_convert_items(value, inner, path))
-    return _convert_scalar(value, hint, path)
-
-
-def _convert_items(value: Any, inner: tuple, path: str) -> list[Any]:
-    """The items of list[T], or of tuple[T, T] whose length is checked."""
-    if not isinstance(value, list | tuple) or (len(inner) > 1 and len(value) != len(inner)):
-        raise UserError(
-            f"{path}: expected a list{f' of {len(inner)}' if len(inner) > 1 else ''}, got {value!r}"
-        )
-    return [_convert(item, inner[0], f"{path}[{index}]") for index, item in enumerate(value)]
-
-
-def _convert_union(value: Any, options: tuple, path: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    errors = []
-    for option in (option for option in options if option is not type(None)):
-        try:
-            return _convert(value, option, path)
-        except UserError as error:
-            errors.append(str(error))
-    raise UserError(errors[0])
-
-
-def _convert_scalar(value: Any, hint: type, path: str) -> Any:
-    # bool is a subclass of int, and YAML reads 1e-3 as text but 1.0e-3 as a number
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
 
 
 def run_hydra(
@@ -180,16 +89,16 @@ def _first_cause(error: BaseException, config_class: type) -> str:
         return f"{lines[0]} (there are: {', '.join(options)})"
     key = getattr(error, "full_key", None)
     if key and "not in" in lines[0]:
-        return f"{key}: no such key{_suggest(key, _all_keys(defaults_of(config_class)))}"
+        return f"{key}: no such key{suggest(key, _all_keys(defaults_of(config_class)))}"
     return " ".join(lines[:2])
 
 
 def _all_keys(values: dict[str, Any], path: str = "") -> list[str]:
     keys = []
     for name, value in values.items():
-        keys.append(_join(path, name))
+        keys.append(join(path, name))
         if isinstance(value, dict):
-            keys += _all_keys(value, _join(path, name))
+            keys += _all_keys(value, join(path, name))
     return keys
 
 

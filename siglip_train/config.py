@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train.checkpoint import CheckpointConfig
-from siglip_train.composition import build
 from siglip_train.data.pipeline import DataConfig
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.engine import EngineConfig
@@ -14,6 +13,7 @@ from siglip_train.metrics import LogConfig
 from siglip_train.models.adapters import AdapterConfig
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.optim import OptimConfig
+from siglip_train.typed import build
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Config:
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
     init_from: a model to start from, in any format that `load_model` knows. init_skip: beginnings of the names of
-    parameters that it shall not give, `[text., logit_]` for a text tower of one's own. adapters: LoRA on that model,
-    null = none.
+    parameters that it shall not give, `[text., logit_]` for a text tower of one's own, or of tensors of its own that
+    are left over. adapters: LoRA on that model, null = none.
     """
 
     model: SiglipConfig
@@ -91,6 +91,8 @@ def parse(values: dict[str, Any]) -> Config:
         raise UserError(f"init_from: there is no {config.init_from}")
     if config.adapters is not None and config.init_from is None:
         raise UserError("adapters: they adapt a trained model, so init_from=PATH is needed")
+    if not config.optim.decay_pretrained and config.init_from is None:
+        raise UserError("optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed")
     if config.resume not in (None, "auto") and not Path(config.resume).exists():
         raise UserError(f"resume: there is no {config.resume}; resume=auto continues run_dir where it can")
     return config

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from siglip_train.composition import build, instantiate_all, plain, run_hydra
+from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
@@ -27,6 +27,7 @@ from siglip_train.evals.table import result_tables
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
 from siglip_train.report import write_evaluation_report, write_report
+from siglip_train.typed import build
 
 
 @dataclass

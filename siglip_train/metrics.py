@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from siglip_train.errors import UserError
+from siglip_train.records import parse_record, read_text
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +70,10 @@ class MetricWriter:
 
 def _drop_after(path: Path, step: int) -> None:
     """Remove records past the step a run resumes from: they will be written again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # the line that was being written when the run was killed
+    lines = read_text(path).splitlines()
+    # without the line that was being written when the run was killed
+    records = [(line, record) for line in lines if (record := parse_record(line)) is not None]
+    kept = [line for line, record in records if record.get("step", math.inf) <= step]
     if len(kept) < len(lines):
         log.info(
             "metrics.jsonl: %d records past step %d are dropped and written anew",

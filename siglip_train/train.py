@@ -64,7 +64,10 @@ def run(values: dict[str, Any]) -> None:
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
     check_all(tasks, "evaluation.tasks")
     model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
-    saved, progress = _load_weights(model, config, run_dir)
+    description = Description(
+        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
+    )
+    saved, progress = _load_weights(model, config, run_dir, description)
     engine.apply_speed_options(model, config.engine)
 
     precision = _precision(config, world)
@@ -89,9 +92,6 @@ def run(values: dict[str, Any]) -> None:
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
-    description = Description(
-        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
-    )
     checkpoints = checkpoint.Checkpoints(
         run_dir,
         config.checkpoint,
@@ -140,6 +140,11 @@ def run(values: dict[str, Any]) -> None:
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
     _announce(config, world, model, precision, loader.outlook(config.total_samples))
+    if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
+        log.info(
+            "a sigmoid loss near %.2f is to be expected at the start",
+            expected_initial_loss(config.global_batch_size),
+        )
     prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
     progress = _train(trainer, progress, prepare)
     if world.is_main:
@@ -188,7 +193,7 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
 
 
 def _load_weights(
-    model: TrainingModel, config: Config, run_dir: Path
+    model: TrainingModel, config: Config, run_dir: Path, description: Description
 ) -> tuple[checkpoint.Saved | None, checkpoint.Progress]:
     """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised.
 
@@ -203,7 +208,7 @@ def _load_weights(
         return saved, saved.progress
     progress = checkpoint.Progress()
     if config.init_from is not None:
-        report = load_weights(model.model, config.init_from, skip=config.init_skip)
+        report = load_weights(model.model, config.init_from, skip=config.init_skip, inputs=description)
         log.info("init_from %s: %s", config.init_from, report)
         names = tuple(checkpoint.MODEL_PREFIX + name for name in (*report.loaded, *report.resampled))
         progress = progress._replace(pretrained=names)
@@ -368,11 +373,12 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
     )
     for line in data:
         log.info(line)
-    if config.objectives.get("sigmoid") is not None:
-        log.info(
-            "a sigmoid loss near %.2f is to be expected at the start",
-            expected_initial_loss(config.global_batch_size),
-        )
+
+
+def _begins_unlearned(progress: checkpoint.Progress) -> bool:
+    """Whether scale and bias have their initial values still: neither a checkpoint nor `init_from` gave others."""
+    given = {name.removeprefix(checkpoint.MODEL_PREFIX) for name in progress.pretrained}
+    return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 
 
 if __name__ == "__main__":

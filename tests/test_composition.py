@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import pytest
 
-from siglip_train.composition import build, defaults_of, instantiate, instantiate_all
+from siglip_train.composition import defaults_of, instantiate, instantiate_all
 from siglip_train.errors import UserError
+from siglip_train.typed import build
 
 
 @dataclass

@@ -21,12 +21,16 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import loop, train
-from siglip_train.composition import build
+from siglip_train.checkpoint import Progress
 from siglip_train.config import Config
+from siglip_train.data.tokenizer import TextRules
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
+from siglip_train.interop.native import Description, write_export
+from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.forks import run_program
+from tests.models.small import small_model
 
 MODULE = "siglip_train.train"
 TRAIN = [sys.executable, "-m", MODULE]
@@ -168,6 +172,7 @@ def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_
     assert (tmp_path / "checkpoints" / "LAST").read_text().strip() == "step-00000004"
     assert run(arguments).returncode == 0
     assert losses(tmp_path) == losses(finished)
+    assert (tmp_path / "log.txt").read_text().count("sigmoid loss near") == 1, "of the beginning alone"
 
 
 def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
@@ -280,6 +285,14 @@ def test_a_scale_beyond_all_floats_is_infinite_and_does_not_end_the_run_by_itsel
     assert loop._loss_metrics(trainer, report)["train/logit_scale"] == math.inf
 
 
+def test_the_loss_of_initial_values_is_announced_where_scale_and_bias_have_them() -> None:
+    tower = ("model.vision.position_table",)
+    assert train._begins_unlearned(Progress())
+    assert train._begins_unlearned(Progress(pretrained=tower))
+    assert not train._begins_unlearned(Progress(pretrained=(*tower, "model.logit_scale", "model.logit_bias")))
+    assert not train._begins_unlearned(Progress(step=3))
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     yield
@@ -361,6 +374,10 @@ MISTAKES = {
     "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
     "resume from nowhere": (["resume=nowhere"], "resume: there is no nowhere"),
     "resume from what is no run": (["resume={tmp}"], "is neither a checkpoint nor a run"),
+    "decay of weights that were not loaded": (
+        ["optim.decay_pretrained=false"],
+        "optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed",
+    ),
     "init from nowhere": (["init_from=nowhere"], "init_from: there is no nowhere"),
     "batch larger than the data": (["global_batch_size=100000", "total_samples=200000"], "100000"),
     "cuda without a GPU": (["device=cuda"], "cuda"),
@@ -384,11 +401,31 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     )
     overrides = [override.replace("{tmp}", str(tmp_path)) for override in overrides]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["siglip-train", *small_run, *run_dir, *overrides])
+    message = mistake([*small_run, *run_dir, *overrides], monkeypatch, capsys)
+    assert expected in message
+    assert len(message) < 400
+
+
+def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """The one line of a command that ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["siglip-train", *arguments])
     with pytest.raises(SystemExit) as leaving:
         train.main()
     assert leaving.value.code == 2
-    message = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
-    assert len(message) == 1
-    assert expected in message[0]
-    assert len(message[0]) < 400
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return message
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_would_read_texts_otherwise_than_its_start_is_told_what_to_set(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = small_model()
+    rules = TextRules(strip_punctuation=True, pad="eos")
+    write_export(tmp_path / "start", model.state_dict(), Description(model.config, rules=rules))
+    message = mistake(
+        [*small_run, f"run_dir={tmp_path}/run", f"init_from={tmp_path}/start"], monkeypatch, capsys
+    )
+    assert (
+        "set text_rules.strip_punctuation=true text_rules.pad=eos model.text.context_length=5, or" in message
+    )

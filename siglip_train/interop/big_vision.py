@@ -7,7 +7,7 @@ nor which tokenizer belongs to it: those are what big_vision's own configuration
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,24 @@ _SIGLIP_2_VOCABULARY = 256000
 
 
 def is_big_vision(path: Path) -> bool:
-    """Whether `path` is an archive of numpy arrays, whatever its name."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
+    """Whether `path` is an archive of numpy arrays, whatever its name. Raises `UserError` for one without its end."""
+    if not path.is_file():
+        return False
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise UserError(f"{path} is a damaged archive, its end is missing; copy the file again")
         return False
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
-def read_big_vision(path: Path) -> ModelFiles:
+def read_big_vision(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
     """Read an `.npz`. The optimizer's state in a training checkpoint of big_vision is passed over.
 
-    Raises `UserError` for damaged files and arrays, and for tensors that are missing or left over.
+    skip: as `translate` takes it. Raises `UserError` for damaged files and arrays, and for tensors that are missing or
+    left over.
     """
     arrays = _unstacked(_read(path), path)
     config = _config(arrays, path)
@@ -54,7 +60,7 @@ def read_big_vision(path: Path) -> ModelFiles:
     description = Description(
         config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"), origin="big_vision"
     )
-    return ModelFiles(description, translate(tensors, config, "big_vision", where=path))
+    return ModelFiles(description, translate(tensors, config, "big_vision", where=path, skip=skip))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """The README.md of a written model: its sizes, how it was trained as far as the source says, and how to use it."""
 
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from siglip_train.interop.files import read_json, section
 from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.models.siglip import SiglipConfig
+from siglip_train.models.vision import VisionConfig
+from siglip_train.records import read_records
 
 _FRONT = {
     "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
@@ -20,6 +23,13 @@ _KINDS = {
     "classifier": "A classifier of {classes} classes on the averaged tokens of the vision tower of a SigLIP model.",
 }
 _TAGS = ["siglip", "image-text", "vision"]
+
+# of transformers' pipeline for zero-shot classification, whatever the model says
+_PIPELINE_LENGTH = 64
+_NO_PIPELINE = """
+`transformers.pipeline("zero-shot-image-classification")` pads texts to {pads} tokens, and this model takes {length}:
+use the lines above.
+"""
 
 _USE = {
     "hf": """
@@ -80,11 +90,29 @@ texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
 }
 
 
+@dataclass
+class _Record:
+    """conversion.json."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _State:
+    """state.json of a checkpoint."""
+
+    step: int
+    samples_seen: int
+
+
 def training_facts(source: Path) -> dict[str, Any]:
-    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty."""
+    """What the run around a checkpoint, or the record of an earlier conversion, says of the training; else empty.
+
+    Raises `UserError` where a file that says it is damaged; the last line of metrics.jsonl may be.
+    """
     record = source / "conversion.json"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8")).get("training", {})
+        return section(_Record, read_json(record), record).training
     run = run_folder(source)
     if run is None:
         return {}
@@ -121,9 +149,17 @@ def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[s
         _table(_sizes(config, conversion)),
         *(("## Training\n", _table(facts)) if facts else ()),
         f"## Use\n\n```python\n{use}\n```\n",
+        *_note(config.text.context_length, target, part),
         f"## Conversion\n\n{_comparison(conversion)}\n",
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _note(context_length: int, target: str, part: str) -> list[str]:
+    """What does not work although the pipeline_tag promises it."""
+    if (target, part) != ("hf", "model") or context_length == _PIPELINE_LENGTH:
+        return []
+    return [_NO_PIPELINE.strip().format(pads=_PIPELINE_LENGTH, length=context_length) + "\n"]
 
 
 def _progress(source: Path, run: Path) -> dict[str, Any]:
@@ -134,18 +170,15 @@ def _progress(source: Path, run: Path) -> dict[str, Any]:
     state = next((path for path in states if path.is_file()), None)
     if state is None:
         return {}
-    progress = json.loads(state.read_text(encoding="utf-8"))
-    facts = {"steps": progress.get("step"), "pairs seen": progress.get("samples_seen")}
-    return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.get("step"))}
+    progress = section(_State, read_json(state), state)
+    facts = {"steps": progress.step, "pairs seen": progress.samples_seen}
+    return {**facts, **_last_evaluation(run / "metrics.jsonl", progress.step)}
 
 
-def _last_evaluation(path: Path, step: int | None) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _last_evaluation(path: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if step is None or record.get("step", 0) <= step:
+    for record in read_records(path):
+        if record.get("step", 0) <= step:
             found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
     return found
 
@@ -165,7 +198,7 @@ def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
     vision, text = config.vision, config.text
     sizes = {
         "vision": f"width {vision.width}, depth {vision.depth}, {vision.heads} heads, MLP {vision.mlp_dim}",
-        "pictures": f"{vision.image_size} x {vision.image_size}, patches of {vision.patch_size}",
+        "pictures": f"{_extent(vision)}, patches of {vision.patch_size}",
     }
     if conversion["part"] != "model":
         return sizes | {"GELU": vision.gelu}
@@ -175,6 +208,12 @@ def _sizes(config: SiglipConfig, conversion: dict[str, Any]) -> dict[str, Any]:
         "tokens": f"{text.context_length} of a vocabulary of {text.vocab_size}",
         "parameters": f"{conversion['parameters'] / 1e6:.1f} M",
     }
+
+
+def _extent(vision: VisionConfig) -> str:
+    if vision.position_grid is None:
+        return f"{vision.image_size} x {vision.image_size}"
+    return f"of any shape (NaFlex), positions learned on a grid of {vision.position_grid} x {vision.position_grid}"
 
 
 def _naflex(config: SiglipConfig) -> str:

@@ -62,6 +62,9 @@ class Request:
             raise UserError(f"part {self.part} has a form in hf only, not in {self.target}")
         if self.part != "classifier" and (self.objective, self.class_names) != (None, None):
             raise UserError("--objective and --classnames are for --part classifier")
+        for option, size in (("--image-size", self.image_size), ("--patch-size", self.patch_size)):
+            if size is not None and size < 1:
+                raise UserError(f"{option} must be at least 1, got {size}")
 
 
 @dataclass
@@ -124,6 +127,7 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         weights=report,
         tokenizer=Path(tokenizer.name).name if tokenizer else None,
         left_out=[name for name in state if _is_left_out(name, request.part)],
+        training=training_facts(source),
         classes=head.classes if head else None,
     )
     with _aside(destination) as folder:
@@ -131,7 +135,6 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         if tokenizer and request.target != "native":
             write_fast_tokenizer(tokenizer, folder)
         conversion.made_up = form.write(folder, state, description)
-        conversion.training = training_facts(source)
         _compare(folder, files, head, form, tokenizer, conversion, pictures=request.pictures)
         (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
         write_card(folder, destination.name, description.config, asdict(conversion))
@@ -143,6 +146,10 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
 def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFiles, LoadReport]:
     """The weights at the size that is wanted."""
     vision = files.description.config.vision
+    if request.image_size is not None and vision.position_grid is not None:
+        raise UserError(
+            f"--image-size has nothing to resample in {source}: a NaFlex model reads its positions at any grid"
+        )
     wanted = replace(
         vision,
         patch_size=request.patch_size or vision.patch_size,

@@ -4,14 +4,18 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from siglip_train.errors import UserError
+from siglip_train.typed import build, join
+
+T = TypeVar("T")
 
 # names under which torch weights are found in place of safetensors
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -28,6 +32,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def section(kind: type[T], values: Any, where: Path, key: str = "") -> T:
+    """The object `values`, which stands under `key` in the JSON file `where`, as the dataclass `kind`.
+
+    Keys that the class lacks are passed over: other libraries keep more than is read here. Raises a `UserError` with
+    file and key for a value that is absent or of another type.
+    """
+    entries = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    if isinstance(values, dict):
+        for name, entry in entries.items():
+            if name not in values and entry.default is entry.default_factory is MISSING:
+                raise UserError(f"{where} lacks {join(key, name)}")
+        values = {name: value for name, value in values.items() if name in entries}
+    try:
+        return build(kind, values, key)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@dataclass
+class _Index:
+    """Of weights in several files: which file has a tensor."""
+
+    weight_map: dict[str, str]
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; where it was split, all files that `<path>.index.json` names."""
     index = path.with_name(path.name + ".index.json")
@@ -35,7 +64,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return _read_one(path)
     if index.is_file():
         tensors: dict[str, Tensor] = {}
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+        for name in sorted(set(section(_Index, read_json(index), index).weight_map.values())):
             tensors.update(_read_one(path.with_name(name)))
         return tensors
     pickles = [file for pattern in _PICKLES for file in path.parent.glob(pattern)]

@@ -16,10 +16,14 @@ from siglip_train.interop.big_vision import is_big_vision, read_big_vision
 from siglip_train.interop.files import read_json, refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
-from siglip_train.interop.native import ModelFiles, is_native, read_export
+from siglip_train.interop.native import Description, ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
 from siglip_train.interop.runs import newest_checkpoint
+from siglip_train.interop.same_inputs import check_inputs
 from siglip_train.models.siglip import Siglip
+
+# files of weights that stand for their folder, and the config that has to be there
+_CONFIGS = {WEIGHTS_FILE: CONFIG_FILE, "model.safetensors": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class LoadedModel:
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """int64 `[n, context_length]`, as `model.encode_text` takes it."""
         if self.tokenizer is None:
-            raise UserError(f"{self.source} has no tokenizer: give one, load_model(..., tokenizer=PATH)")
+            raise UserError(f"{self.source} has no tokenizer: give one with tokenizer=PATH")
         tokens = self.tokenizer(texts)
         vocab_size = self.model.config.text.vocab_size
         if tokens.numel() and int(tokens.max()) >= vocab_size:
@@ -80,25 +84,29 @@ def load_model(
     )
 
 
-def read_model(path: Path) -> ModelFiles:
-    """Description and weights of a model in any format that `load_model` knows."""
+def read_model(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
+    """Description and weights of a model in any format that `load_model` knows.
+
+    skip: beginnings of our names, which may be missing, and of the file's own, which may be left over.
+    """
     if not path.exists():
         raise UserError(f"there is no model at {path}: the path does not exist")
     if is_big_vision(path):
-        return read_big_vision(path)
+        return read_big_vision(path, skip)
     if path.is_file():
         refuse_pickle(path)
-    if path.is_file() and path.name == WEIGHTS_FILE:
-        path = path.parent
-    folder = _weights_folder(path)
-    if (folder / CONFIG_FILE).is_file() or folder.suffix == ".json":
-        return read_open_clip(folder)
+    beside = _CONFIGS.get(path.name) if path.is_file() else None
+    if beside and not (path.parent / beside).is_file():
+        raise UserError(f"{path} holds weights alone: {beside}, which says their sizes, is not beside it")
+    folder = path.parent if beside else _weights_folder(path)
+    if beside != "config.json" and ((folder / CONFIG_FILE).is_file() or folder.suffix == ".json"):
+        return read_open_clip(folder, skip)
     if is_native(folder):
-        return read_export(folder)
+        return read_export(folder, skip)
     if (folder / "config.json").is_file():
         model_type = read_json(folder / "config.json").get("model_type")
         if model_type in MODEL_TYPES:
-            return read_huggingface(folder)
+            return read_huggingface(folder, skip)
         raise UserError(f"{folder}: model_type {model_type} is not supported, only {', '.join(MODEL_TYPES)}")
     raise UserError(
         f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
@@ -119,21 +127,26 @@ def load_weights(
     resample: bool = True,
     fresh: Sequence[str] = (),
     skip: Sequence[str] = (),
+    inputs: Description | None = None,
 ) -> LoadReport:
     """Start `model` from the weights at `path`, in any format `load_model` knows; an error changes nothing.
 
     resample: resize position table and stem where image or patch size differ, as `fit_weights` says. fresh:
     beginnings of names that may keep their initial values where no tensor fits. skip: beginnings of names that keep
-    them whatever fits.
+    them whatever fits, and need not be there; also of names of the file's own that the model has no place for.
+    inputs: how the model will get its texts and pictures, see `check_inputs`; None = that is not compared.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """
     path = Path(path).expanduser()
+    files = read_model(path, skip)
     for beginning in skip:
-        if not any(name.startswith(beginning) for name in model.state_dict()):
-            raise UserError(f"init_skip: no parameter of the model begins with {beginning!r}")
-    state, report = fit_weights(
-        read_model(path), model.config, where=path, resample=resample, fresh=fresh, skip=skip
-    )
+        if not any(name.startswith(beginning) for name in (*model.state_dict(), *files.state)):
+            raise UserError(
+                f"init_skip: no parameter of the model begins with {beginning!r}, nor one of {path}"
+            )
+    if inputs is not None:
+        check_inputs(files.description, inputs, path, skip)
+    state, report = fit_weights(files, model.config, where=path, resample=resample, fresh=fresh, skip=skip)
     model.load_state_dict(state, strict=False)
     return report

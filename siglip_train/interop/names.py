@@ -5,7 +5,7 @@ of n equal parts along the first dimension, where a format fuses projections. bi
 `kernel`, those of a LayerNorm `scale`.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -147,17 +147,26 @@ def _places_of(ours: Container[str], config: SiglipConfig, convention: Conventio
 
 
 def translate(
-    tensors: Mapping[str, Tensor], config: SiglipConfig, convention: Convention, *, where: Path
+    tensors: Mapping[str, Tensor],
+    config: SiglipConfig,
+    convention: Convention,
+    *,
+    where: Path,
+    skip: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Weights of another convention as a state dict of ours, in fp32.
 
-    Raises `UserError` with the names that are missing, left over, or not of the shape which the config says.
+    skip: beginnings of our names, which are left out and may be missing, and of theirs, which may be left over and keep
+    their own. Raises `UserError` with the names that are missing, left over, or not of the shape which the config says.
     """
     shapes = parameter_shapes(config)
-    wanted = _places_of(shapes, config, convention)
+    known = _places_of(shapes, config, convention)
+    wanted = {ours: place for ours, place in known.items() if not ours.startswith(tuple(skip))}
+    extra = tensors.keys() - {place.name for place in known.values()}
+    allowed = {name for name in extra if name.startswith(tuple(skip))}
     needed = {place.name for place in wanted.values()}
-    complain(where, missing=needed - tensors.keys(), unexpected=tensors.keys() - needed)
-    state, misshapen = {}, set()
+    complain(where, missing=needed - tensors.keys(), unexpected=extra - allowed)
+    state, misshapen = {name: tensors[name] for name in sorted(allowed)}, set()
     for ours, place in wanted.items():
         tensor = _as_linear(tensors[place.name])
         parts = tensor.tensor_split(place.parts) if place.parts > 1 else (tensor,)

@@ -6,20 +6,21 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, read_tensors, shortened, write_tensors
+from siglip_train.interop.files import read_json, read_tensors, section, shortened, write_tensors
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
+from siglip_train.typed import build
 
 FORMAT = "siglip_train"
 VERSION = 1
@@ -33,8 +34,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model")
 _TOKENIZER_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 Origin = Literal["native", "huggingface", "open_clip", "big_vision"]
-
-_Section = TypeVar("_Section", VisionConfig, TextConfig, TextRules)
+Resize = Literal["bilinear", "bicubic"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Description:
     config: SiglipConfig
     tokenizer: Path | None = None
     rules: TextRules = field(default_factory=TextRules)
-    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    resize: Resize = "bilinear"
     origin: Origin = "native"
 
 
@@ -57,6 +57,42 @@ class ModelFiles(NamedTuple):
 
     description: Description
     state: dict[str, Tensor]
+
+
+@dataclass
+class _Towers:
+    """Unlike `SiglipConfig`, without defaults."""
+
+    vision: VisionConfig
+    text: TextConfig
+
+
+@dataclass
+class _Tokenizer:
+    """The name of its file, beside which its rules stand."""
+
+    file: str | None
+
+
+@dataclass
+class _Image:
+    resize: Resize
+
+
+@dataclass
+class _Export:
+    """config.json."""
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    image: _Image
+
+
+@dataclass
+class _TokenizerConfig:
+    """What a conversion of ours adds to tokenizer_config.json, under `RULES_KEY`."""
+
+    text_rules: TextRules | None = None
 
 
 def parameter_shapes(config: SiglipConfig) -> dict[str, torch.Size]:
@@ -104,8 +140,12 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
         os.replace(partial, folder)
 
 
-def read_export(folder: Path) -> ModelFiles:
-    """Read an export folder. Raises `UserError` for another version, unknown keys, or unfitting tensors."""
+def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
+    """Read an export folder.
+
+    skip: beginnings of names that may be missing or left over. Raises `UserError` for another version, wrong keys or
+    values, and unfitting tensors.
+    """
     content = read_json(folder / "config.json")
     if content.get("version") != VERSION:
         raise UserError(
@@ -113,27 +153,29 @@ def read_export(folder: Path) -> ModelFiles:
             "update siglip-train"
         )
     where = folder / "config.json"
-    try:
-        model, tokenizer, image = content["model"], dict(content["tokenizer"]), content["image"]
-        file = tokenizer.pop("file")
-        description = Description(
-            SiglipConfig(
-                _section(VisionConfig, model["vision"], where), _section(TextConfig, model["text"], where)
-            ),
-            tokenizer=None if file is None else folder / file,
-            rules=_section(TextRules, tokenizer, where),
-            resize=image["resize"],
-        )
-    except KeyError as error:
-        raise UserError(f"{where} lacks {error}; export the model again") from error
+    export = section(_Export, content, where)
+    towers = section(_Towers, export.model, where, "model")
+    file = section(_Tokenizer, export.tokenizer, where, "tokenizer").file
+    rules = {name: value for name, value in export.tokenizer.items() if name != "file"}
+    description = Description(
+        SiglipConfig(towers.vision, towers.text),
+        tokenizer=None if file is None else folder / file,
+        rules=build(TextRules, rules, f"{where}: tokenizer"),
+        resize=export.image.resize,
+    )
     state = read_tensors(folder / "model.safetensors")
-    check_fit(state, description.config, where=folder)
+    check_fit(state, description.config, where=folder, skip=skip)
     return ModelFiles(description, state)
 
 
-def check_fit(state: Mapping[str, Tensor], config: SiglipConfig, *, where: Path) -> None:
-    """Raise a `UserError` that names every tensor which is missing, unexpected or of another shape."""
-    shapes = parameter_shapes(config)
+def check_fit(
+    state: Mapping[str, Tensor], config: SiglipConfig, *, where: Path, skip: Sequence[str] = ()
+) -> None:
+    """Raise a `UserError` that names every tensor which is missing, unexpected or of another shape, and not skipped."""
+    shapes = {
+        name: shape for name, shape in parameter_shapes(config).items() if not name.startswith(tuple(skip))
+    }
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(skip))}
     wrong = {name for name in shapes.keys() & state.keys() if state[name].shape != shapes[name]}
     complain(
         where, missing=shapes.keys() - state.keys(), unexpected=state.keys() - shapes.keys(), misshapen=wrong
@@ -156,9 +198,9 @@ def tokenizer_in(folder: Path) -> Path | None:
 def stored_rules(folder: Path) -> TextRules | None:
     """The text rules that a conversion of ours wrote beside its tokenizer; None in anyone else's folder."""
     for path in (folder / "tokenizer_config.json", folder / TOKENIZER_FOLDER / "tokenizer_config.json"):
-        values = read_json(path).get(RULES_KEY) if path.is_file() else None
-        if values is not None:
-            return _section(TextRules, values, path)
+        rules = section(_TokenizerConfig, read_json(path), path).text_rules if path.is_file() else None
+        if rules is not None:
+            return rules
     return None
 
 
@@ -177,10 +219,3 @@ def _copy_tokenizer(source: Path | None, target: Path) -> str | None:
     for file in files:
         shutil.copyfile(file, target / (name if file == source else file.name))
     return name
-
-
-def _section(kind: type[_Section], values: dict[str, Any], where: Path) -> _Section:
-    unknown = values.keys() - {entry.name for entry in fields(kind)}
-    if unknown:
-        raise UserError(f"{where} has unknown keys: {shortened(unknown)}; is it of a newer siglip-train?")
-    return kind(**values)

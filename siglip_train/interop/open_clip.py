@@ -1,16 +1,16 @@
 """Read a SigLIP model in open_clip's layout: a timm vision tower and open_clip's text tower."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.interop.files import read_json, read_tensors
+from siglip_train.interop.files import read_json, read_tensors, section
 from siglip_train.interop.names import translate
-from siglip_train.interop.native import Description, ModelFiles, stored_rules, tokenizer_in
+from siglip_train.interop.native import Description, ModelFiles, Resize, stored_rules, tokenizer_in
 from siglip_train.models.layers import LAYER_NORM_EPS, Gelu
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -43,21 +43,81 @@ _LOCAL = "local-dir:"
 TRUNK = "trunk"
 
 
-def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFiles:
+@dataclass
+class Vision:
+    """The vision_cfg."""
+
+    timm_model_name: str = ""
+    timm_pool: str = ""
+    image_size: int | None = None
+
+
+@dataclass
+class Text:
+    """The text_cfg."""
+
+    context_length: int
+    vocab_size: int
+    width: int
+    heads: int
+    layers: int
+    mlp_ratio: float = 4.0
+    no_causal_mask: bool = False
+    pool_type: str = ""
+    norm_kwargs: dict[str, Any] = field(default_factory=dict)
+    act_kwargs: dict[str, Any] = field(default_factory=dict)
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    proj_type: str = "linear"
+    proj_bias: bool = False
+    quick_gelu: bool = False
+    hf_model_name: str | None = None
+
+
+@dataclass
+class _TrunkArguments:
+    """The model_args of a tower that is described to timm."""
+
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    act_layer: Literal["gelu_tanh", "gelu"]
+
+
+@dataclass
+class _Trunk:
+    model_args: dict[str, Any]
+
+
+@dataclass
+class _Preprocess:
+    """The preprocess_cfg."""
+
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Resize = "bicubic"
+
+
+def read_open_clip(path: Path, skip: Sequence[str] = (), *, vision: VisionConfig | None = None) -> ModelFiles:
     """Read a model from a folder with `open_clip_config.json`, or from a model JSON beside the weights.
 
-    vision: sizes of the vision tower, for a timm name that is no released `vit_<size>_patch<p>_siglip_<px>`.
+    skip: as `translate` takes it. vision: sizes of the vision tower, for a timm name that is no released
+    `vit_<size>_patch<p>_siglip_<px>`.
     Raises `UserError` for a model that differs from SigLIP, or tensors that do not fit the config.
     """
     config_path = path / CONFIG_FILE if path.is_dir() else path
     folder = config_path.parent
     content = read_json(config_path)
     model = content.get("model_cfg", content)
-    if not {"vision_cfg", "text_cfg"} <= model.keys():
+    if not isinstance(model, dict) or not {"vision_cfg", "text_cfg"} <= model.keys():
         raise UserError(f"{config_path} is no model config of open_clip: no vision_cfg and text_cfg")
+    text = section(Text, model["text_cfg"], config_path, "text_cfg")
     config = SiglipConfig(
-        vision or _vision_config(model["vision_cfg"], config_path),
-        _text_config(model["text_cfg"], config_path),
+        vision
+        or _vision_config(section(Vision, model["vision_cfg"], config_path, "vision_cfg"), config_path),
+        _text_config(text, config_path),
     )
     if model.get("embed_dim") != config.vision.width:
         raise UserError(
@@ -66,20 +126,21 @@ def read_open_clip(path: Path, *, vision: VisionConfig | None = None) -> ModelFi
     description = Description(
         config,
         tokenizer=tokenizer_in(folder),
-        rules=stored_rules(folder) or _rules(model["text_cfg"]),
+        rules=stored_rules(folder) or _rules(text),
         resize=_resize(content.get("preprocess_cfg", {}), config_path),
         origin="open_clip",
     )
-    state = translate(read_tensors(folder / WEIGHTS_FILE), config, "open_clip", where=folder / WEIGHTS_FILE)
+    weights = folder / WEIGHTS_FILE
+    state = translate(read_tensors(weights), config, "open_clip", where=weights, skip=skip)
     return ModelFiles(description, state)
 
 
-def _vision_config(values: Mapping[str, Any], where: Path) -> VisionConfig:
-    name = values.get("timm_model_name", "")
+def _vision_config(values: Vision, where: Path) -> VisionConfig:
+    name = values.timm_model_name
     if name.startswith(_LOCAL):
         return _described_trunk(name.removeprefix(_LOCAL), where)
     match = _TIMM_NAME.fullmatch(name)
-    if match is None or match["size"] not in _TIMM_SIZES or values.get("timm_pool") != "map":
+    if match is None or match["size"] not in _TIMM_SIZES or values.timm_pool != "map":
         raise UserError(f"{where}: vision tower {name!r} is not one of timm's SigLIP towers with pool map")
     width, depth, mlp_dim, heads = _TIMM_SIZES[match["size"]]
     config = VisionConfig(
@@ -91,27 +152,25 @@ def _vision_config(values: Mapping[str, Any], where: Path) -> VisionConfig:
         heads=heads,
         gelu=_timm_gelu(match["size"], int(match["patch"]), int(match["image"])),
     )
-    return replace(config, image_size=values.get("image_size") or config.image_size)
+    return replace(config, image_size=values.image_size or config.image_size)
 
 
 def _described_trunk(path: str, where: Path) -> VisionConfig:
     """The tower that the folder `trunk` beside the config describes, wherever that folder once was."""
     described = where.parent / TRUNK / "config.json"
-    arguments = read_json(described if described.is_file() else Path(path) / "config.json").get(
-        "model_args", {}
+    if not described.is_file():
+        described = Path(path) / "config.json"
+    trunk = section(_Trunk, read_json(described), described)
+    arguments = section(_TrunkArguments, trunk.model_args, described, "model_args")
+    return VisionConfig(
+        image_size=arguments.img_size,
+        patch_size=arguments.patch_size,
+        width=arguments.embed_dim,
+        depth=arguments.depth,
+        mlp_dim=int(arguments.embed_dim * arguments.mlp_ratio),
+        heads=arguments.num_heads,
+        gelu=_TIMM_ACTIVATIONS[arguments.act_layer],
     )
-    try:
-        return VisionConfig(
-            image_size=arguments["img_size"],
-            patch_size=arguments["patch_size"],
-            width=arguments["embed_dim"],
-            depth=arguments["depth"],
-            mlp_dim=int(arguments["embed_dim"] * arguments["mlp_ratio"]),
-            heads=arguments["num_heads"],
-            gelu=_TIMM_ACTIVATIONS[arguments["act_layer"]],
-        )
-    except KeyError as error:
-        raise UserError(f"{described}: model_args do not say {error}; convert the model again") from error
 
 
 def trunk_path(folder: Path) -> str:
@@ -141,36 +200,35 @@ def _timm_gelu(size: str, patch: int, image: int) -> Literal["tanh", "erf"]:
     return "tanh" if is_tanh else "erf"
 
 
-def _text_config(values: Mapping[str, Any], where: Path) -> TextConfig:
-    projection = values.get("proj_type", "linear") != "none"
+def _text_config(values: Text, where: Path) -> TextConfig:
+    projection = values.proj_type != "none"
     required = {
-        "no_causal_mask": values.get("no_causal_mask", False) is True,
-        "pool_type last": values.get("pool_type") == "last",
-        f"norm_kwargs.eps {LAYER_NORM_EPS}": values.get("norm_kwargs", {}).get("eps") == LAYER_NORM_EPS,
-        "proj_bias": values.get("proj_bias", False) is True or not projection,
-        "no quick_gelu": not values.get("quick_gelu", False),
-        "no hf_model_name": not values.get("hf_model_name"),
+        "no_causal_mask": values.no_causal_mask,
+        "pool_type last": values.pool_type == "last",
+        f"norm_kwargs.eps {LAYER_NORM_EPS}": values.norm_kwargs.get("eps") == LAYER_NORM_EPS,
+        "proj_bias": values.proj_bias or not projection,
+        "no quick_gelu": not values.quick_gelu,
+        "no hf_model_name": not values.hf_model_name,
     }
     absent = [setting for setting, is_met in required.items() if not is_met]
     if absent:
         raise UserError(f"{where}: the text tower is not SigLIP's, which has {', '.join(absent)}")
-    width = values["width"]
     return TextConfig(
-        context_length=values["context_length"],
-        vocab_size=values["vocab_size"],
-        width=width,
-        depth=values["layers"],
-        mlp_dim=int(width * values.get("mlp_ratio", 4.0)),
-        heads=values["heads"],
-        gelu="tanh" if values.get("act_kwargs", {}).get("approximate") == "tanh" else "erf",
+        context_length=values.context_length,
+        vocab_size=values.vocab_size,
+        width=values.width,
+        depth=values.layers,
+        mlp_dim=int(values.width * values.mlp_ratio),
+        heads=values.heads,
+        gelu="tanh" if values.act_kwargs.get("approximate") == "tanh" else "erf",
         projection=projection,
     )
 
 
-def _rules(text: Mapping[str, Any]) -> TextRules:
+def _rules(text: Text) -> TextRules:
     """As open_clip cleans: it strips punctuation for SigLIP 2 as well, which the authors did not."""
-    is_siglip_2 = text["vocab_size"] == _SIGLIP_2_VOCABULARY
-    clean = text.get("tokenizer_kwargs", {}).get("clean", "canonicalize")
+    is_siglip_2 = text.vocab_size == _SIGLIP_2_VOCABULARY
+    clean = text.tokenizer_kwargs.get("clean", "canonicalize")
     return TextRules(
         lowercase=clean in ("lower", "canonicalize"),
         strip_punctuation=clean == "canonicalize",
@@ -178,11 +236,10 @@ def _rules(text: Mapping[str, Any]) -> TextRules:
     )
 
 
-def _resize(preprocess: Mapping[str, Any], where: Path) -> Literal["bilinear", "bicubic"]:
+def _resize(content: Any, where: Path) -> Resize:
+    preprocess = section(_Preprocess, content, where, "preprocess_cfg")
     for key in ("mean", "std"):
-        if any(value != 0.5 for value in preprocess.get(key) or ()):
-            raise UserError(f"{where}: {key} {preprocess[key]} is not supported, only 0.5")
-    interpolation = preprocess.get("interpolation", "bicubic")
-    if interpolation not in ("bilinear", "bicubic"):
-        raise UserError(f"{where}: interpolation {interpolation} is not supported, only bilinear and bicubic")
-    return interpolation
+        values = getattr(preprocess, key) or []
+        if any(value != 0.5 for value in values):
+            raise UserError(f"{where}: {key} {values} is not supported, only 0.5")
+    return preprocess.interpolation

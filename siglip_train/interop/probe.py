@@ -21,7 +21,7 @@ from siglip_train.objectives.forward_pass import ForwardPass
 EMBEDDING_LIMIT = 2e-5
 _MOST_PICTURES = 16
 _SIZES = ((320, 240), (97, 131), (224, 224), (500, 90))
-_TEXTS = (
+TEXTS = (
     "a photo of a cat",
     "Two dogs, one ball: a QUIET morning!",
     "ein roter Kreis über einem blauen Quadrat",
@@ -63,10 +63,10 @@ def make_probe(
     pixels = torch.stack(squares).reshape(-1, side, side, 3).permute(0, 3, 1, 2) / 127.5 - 1
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        shape = (len(_TEXTS), config.text.context_length)
+        shape = (len(TEXTS), config.text.context_length)
         tokens, texts = torch.randint(config.text.vocab_size, shape, generator=generator), []
     else:
-        tokens, texts = tokenizer(_TEXTS), list(_TEXTS)
+        tokens, texts = tokenizer(TEXTS), list(TEXTS)
     images = transform.batch([transform(picture) for picture in pictures])
     return Probe(pictures, images, pixels.contiguous(), texts, tokens)
 

@@ -1,12 +1,14 @@
 """What both towers are made of: attention, MLP, pre-LN block, encoder, MAP head, and their initial values."""
 
 import math
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from siglip_train.errors import UserError
 
 Gelu = Literal["tanh", "erf"]
 
@@ -15,6 +17,15 @@ LAYER_NORM_EPS = 1e-6
 
 # standard deviation of a unit normal cut at two standard deviations
 _CUT_NORMAL_STD = 0.87962566103423978
+
+
+def check_sizes(tower: str, config: Any) -> None:
+    """Raise a `UserError` for a size of a tower's config that is below 1, and for a width that heads do not divide."""
+    for name, size in vars(config).items():
+        if isinstance(size, int) and not isinstance(size, bool) and size < 1:
+            raise UserError(f"model.{tower}: {name} must be at least 1, got {size}")
+    if config.width % config.heads:
+        raise UserError(f"model.{tower}: width {config.width} must be a multiple of heads {config.heads}")
 
 
 @runtime_checkable

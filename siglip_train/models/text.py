@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from siglip_train.errors import UserError
-from siglip_train.models.layers import Encoder, Gelu, init_lecun
+from siglip_train.models.layers import Encoder, Gelu, check_sizes, init_lecun
 
 
 @dataclass
@@ -29,8 +29,7 @@ class TextConfig:
     projection: bool = True
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(f"model.text: width {self.width} must be a multiple of heads {self.heads}")
+        check_sizes("text", self)
 
 
 class TextFeatures(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from siglip_train.batch import Images
 from siglip_train.errors import UserError
-from siglip_train.models.layers import AttentionPool, Encoder, Gelu, init_lecun
+from siglip_train.models.layers import AttentionPool, Encoder, Gelu, check_sizes, init_lecun
 from siglip_train.models.positions import resample_positions
 
 
@@ -37,8 +37,7 @@ class VisionConfig:
     position_grid: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(f"model.vision: width {self.width} must be a multiple of heads {self.heads}")
+        check_sizes("vision", self)
         if self.image_size < self.patch_size:
             raise UserError(
                 f"model.vision: image_size {self.image_size} is smaller than patch_size {self.patch_size}"

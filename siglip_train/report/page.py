@@ -1,6 +1,5 @@
 """The page: reads the files of a run, puts the fragments in order, writes `report.html`."""
 
-import json
 import os
 from collections.abc import Mapping
 from html import escape
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError
+from siglip_train.records import parse_record, read_records, read_text
 from siglip_train.report.charts import short
 from siglip_train.report.curves import Row, duration, latest, training_charts, validation_charts
 from siglip_train.report.sections import shown, table, task_section, tiles
@@ -40,7 +40,7 @@ def _write(target: Path, page: str) -> Path:
 
 
 def _page(run_dir: Path) -> str:
-    rows = _read_lines(run_dir / "metrics.jsonl")
+    rows = read_records(run_dir / "metrics.jsonl")
     evaluations = _read_evaluations(run_dir / "evaluations")
     name = run_dir.resolve().name
     body = "".join(
@@ -70,24 +70,9 @@ def _document(name: str, body: str) -> str:
     )
 
 
-def _read_lines(path: Path) -> list[Row]:
-    return [row for line in _text(path).splitlines() if (row := _object(line))]
-
-
 def _read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: content for path in sorted(folder.glob("*.json")) if (content := _object(_text(path)))}
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError:
-        return None  # such as the last line of a run that was killed, or is being written now
-    return content if isinstance(content, dict) else None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = {path.stem: parse_record(read_text(path)) for path in sorted(folder.glob("*.json"))}
+    return {task: evaluation for task, evaluation in found.items() if evaluation}
 
 
 def _headline(rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> str:
@@ -126,5 +111,5 @@ def _whole(value: float) -> float:
 
 
 def _file(title: str, path: Path) -> str:
-    text = _text(path)
+    text = read_text(path)
     return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>" if text else ""

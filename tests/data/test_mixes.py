@@ -8,12 +8,13 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 
-from siglip_train.composition import build, defaults_of, plain
+from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
 from siglip_train.data.pipeline import DataConfig, Loader, build_loader
 from siglip_train.data.tokenizer import load_tokenizer
+from siglip_train.typed import build
 from tests.conftest import ROOT
 
 EMOJI = ROOT.parent / "shared" / "data" / "emoji_train"

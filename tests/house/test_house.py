@@ -10,11 +10,12 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 
-from siglip_train.composition import build, defaults_of, plain
+from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
 from siglip_train.data.pipeline import DataConfig
 from siglip_train.errors import UserError
 from siglip_train.runtime import check_kernels_package
+from siglip_train.typed import build
 from tests.conftest import ROOT
 
 PACKAGES = ("siglip_train", "kernels", "data_tools")

@@ -16,6 +16,7 @@ from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from siglip_train import convert as command
 from siglip_train.errors import UserError
 from siglip_train.interop import conversion, probe
+from siglip_train.interop.card import write_card
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model, read_model
 from siglip_train.interop.native import Description, write_export
@@ -34,7 +35,7 @@ VOCABULARY = 400
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `siglip-data tokenizer` trains it."""
     path = tmp_path_factory.mktemp("tokenizer") / "bpe.model"
-    train_tokenizer((CAPTIONS + list(probe._TEXTS)) * 20, path, TrainingOptions(VOCABULARY))
+    train_tokenizer((CAPTIONS + list(probe.TEXTS)) * 20, path, TrainingOptions(VOCABULARY))
     return path
 
 
@@ -115,6 +116,20 @@ def test_big_vision_to_native_to_hf(tmp_path: Path) -> None:
     state, expected = read_model(tmp_path / "hf").state, build(naflex=True).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["Siglip2Model"]
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "| of any shape (NaFlex), positions learned on a grid of 4 x 4, patches of 4 |" in card
+
+
+def test_the_card_says_where_the_pipeline_of_its_tag_does_not_work(hf: Path, native: Path) -> None:
+    """transformers' pipeline pads to 64 tokens, whatever the model takes."""
+    assert "pads texts to 64 tokens, and this model takes 12" in (hf / "README.md").read_text()
+    config = read_model(native).description.config
+    config.text.context_length = 64
+    record = json.loads((hf / "conversion.json").read_text())
+    folder = native.parent / "card"
+    folder.mkdir()
+    write_card(folder, "card", config, record)
+    assert "pipeline(" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["hf_siglip_b8_i32", "hf_siglip_so14_i42", "hf_siglip2_nf_p8_g4"])
@@ -313,6 +328,30 @@ def test_pictures_of_the_users_own(native: Path, tmp_path: Path) -> None:
         convert(native, tmp_path / "other", Request("native", pictures=folder))
 
 
+def test_what_a_killed_run_or_a_bad_copy_left_of_the_facts(native: Path, tmp_path: Path) -> None:
+    """The line of metrics that was being written is passed over; a damaged file of facts is one line."""
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    shutil.copytree(native, checkpoint / "weights")
+    (run / "checkpoints" / "LAST").write_text("step-00000002\n")
+    (run / "config.yaml").write_text("global_batch_size: 24\n")
+    (checkpoint / "state.json").write_text('{"step": 2, "samples_seen": 48}')
+    (run / "metrics.jsonl").write_text('{"step": 2, "val/held_out/acc1": 0.25}\n{"step": 3, "val/held_o')
+    convert(run, tmp_path / "copy", Request("native"))
+    card = (tmp_path / "copy" / "README.md").read_text()
+    for row in ("| pairs of a global batch | 24 |", "| steps | 2 |", "| val/held_out/acc1 | 0.25 |"):
+        assert row in card
+    for file in (checkpoint / "state.json", run / "conversion.json"):
+        for text in ('{"st', "[]", "\xff", '{"step": "two", "samples_seen": 48, "training": []}'):
+            file.write_text(text, encoding="latin-1")
+            with pytest.raises(UserError, match=rf"{file.name}"):
+                convert(run, tmp_path / "other", Request("native"))
+    (run / "conversion.json").write_text('{"training": 3}')
+    with pytest.raises(UserError, match=r"conversion\.json: training: expected a mapping, got 3"):
+        convert(run, tmp_path / "other", Request("native"))
+    assert not (tmp_path / "other").exists()
+
+
 def mistakes(tmp_path: Path, native: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments after SRC and DST, and what is said."""
     bert = tmp_path / "bert"
@@ -354,6 +393,18 @@ def mistakes(tmp_path: Path, native: Path) -> dict[str, tuple[list[str], str]]:
         "patch size": (
             [str(native), new, "--to", "hf", "--patch-size", "999"],
             "smaller than patch_size 999",
+        ),
+        "negative patch size": (
+            [str(native), new, "--to", "hf", "--patch-size", "-4"],
+            "--patch-size must be at least 1, got -4",
+        ),
+        "no image size": (
+            [str(native), new, "--to", "hf", "--image-size", "0"],
+            "--image-size must be at least 1, got 0",
+        ),
+        "image size of any grid": (
+            [str(golden_folder("hf_siglip2_nf_p8_g4")), new, "--to", "hf", "--image-size", "64"],
+            "--image-size has nothing to resample",
         ),
     }
 

@@ -197,6 +197,11 @@ def test_sharded_weights_read_as_one(folder: Path) -> None:
     state = read_huggingface(folder).state
     assert state.keys() == whole.keys()
     assert all(torch.equal(state[name], whole[name]) for name in whole)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": list(shards)}))
+    with pytest.raises(UserError, match=r"index\.json: weight_map: expected a mapping, got \['model-00001"):
+        read_huggingface(folder)
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002"):
         read_huggingface(folder)
@@ -241,6 +246,17 @@ WRONG_CONFIGS = [
     (lambda c: c["text_config"].update(layer_norm_eps=1e-5), "layer_norm_eps 1e-05"),
     (lambda c: c["vision_config"].update(vision_use_head=False), "vision_use_head"),
     (lambda c: c["text_config"].update(projection_size=7), "projection_size 7"),
+    (lambda c: c.update(vision_config=None), "vision_config: expected a group of keys, got None"),
+    (
+        lambda c: c["vision_config"].update(hidden_size="128"),
+        r"vision_config\.hidden_size: expected int, got '128'",
+    ),
+    (
+        lambda c: c["text_config"].update(layer_norm_eps="small"),
+        "layer_norm_eps: expected float, got 'small'",
+    ),
+    (lambda c: c["text_config"].update(num_attention_heads=0), "text: heads must be at least 1, got 0"),
+    (lambda c: c["vision_config"].update(patch_size=-4), "vision: patch_size must be at least 1, got -4"),
 ]
 
 
@@ -248,6 +264,42 @@ WRONG_CONFIGS = [
 def test_models_that_are_no_siglip_are_refused(folder: Path, change: Callable, message: str) -> None:
     edit_config(folder, change)
     with pytest.raises(UserError, match=message):
+        read_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "message"),
+    [
+        ("hf_siglip_eps_detector", "siglip2", r"siglip2, whose stem .* is linear, but .*weight is \[32, 3, "),
+        (
+            "hf_siglip2_nf_p8_g4",
+            "siglip",
+            r"siglip, whose stem .* is a convolution, but .*weight is \[64, 192\]",
+        ),
+    ],
+)
+def test_a_stem_of_the_other_class_is_refused(
+    tmp_path: Path, name: str, model_type: str, message: str
+) -> None:
+    """As transformers does; fixed resolution and NaFlex share every other name."""
+    folder = shutil.copytree(golden_folder(name), tmp_path / "model")
+    grid = {"image_size": 32, "num_patches": 16}
+
+    def relabel(content: dict) -> None:
+        content.update(model_type=model_type, architectures=None)
+        content["vision_config"].update(grid)
+
+    edit_config(folder, relabel)
+    with pytest.raises(UserError, match=message):
+        read_huggingface(folder)
+
+
+@pytest.mark.parametrize("name", ["SiglipTextModel", "Siglip2Model", "SiglipVisionModel"])
+def test_a_class_that_is_not_the_image_text_model_is_refused(folder: Path, name: str) -> None:
+    edit_config(folder, lambda c: c.update(architectures=[name]))
+    with pytest.raises(
+        UserError, match=rf"a {name} is not SiglipModel, the image-text model of model_type siglip"
+    ):
         read_huggingface(folder)
 
 

@@ -1,19 +1,26 @@
 """`load_model` opens every format; `load_weights` starts a model from another and accounts for each tensor."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import siglip_train
+from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.interop.load import load_model, load_weights
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table
 from siglip_train.models.siglip import Siglip
 from tests.goldens import arrays, golden_folder
+from tests.interop.flax_layout import flax_arrays
 from tests.models.small import CONTEXT, small_config, small_model, some_pixels, some_tokens
 
 
@@ -63,7 +70,7 @@ def test_a_huggingface_folder_opens_without_tokenizer_but_cannot_tokenize(senten
     with torch.no_grad():
         image = loaded.model.encode_image(torch.from_numpy(inputs["pixel_values"]))
     torch.testing.assert_close(image, torch.from_numpy(expected["full/image_embeds"]), rtol=0, atol=2e-6)
-    with pytest.raises(UserError, match=r"hf_siglip_b8_i32 has no tokenizer.*tokenizer=PATH"):
+    with pytest.raises(UserError, match=r"hf_siglip_b8_i32 has no tokenizer: give one with tokenizer=PATH"):
         loaded.tokenize(["a cat"])
     given = load_model(folder, tokenizer=sentencepiece_model)
     tokens = given.tokenize(["a cat!"])
@@ -94,6 +101,19 @@ def test_an_open_clip_path_is_recognised(tmp_path: Path) -> None:
         # its timm name is invented: reading got as far as open_clip's own config
         with pytest.raises(UserError, match="vit_tiny64_patch8_siglip_32"):
             load_model(path)
+
+
+def test_a_file_of_weights_stands_for_its_folder(run_dir: Path, tmp_path: Path) -> None:
+    weights = run_dir / "checkpoints" / "step-00000010" / "weights" / "model.safetensors"
+    assert load_model(weights).model.logit_bias.item() == -10
+    load_model(golden_folder("hf_siglip_b8_i32") / "model.safetensors")
+    for name, config in (
+        ("model.safetensors", "config.json"),
+        ("open_clip_model.safetensors", "open_clip_config.json"),
+    ):
+        shutil.copy(weights, tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} holds weights alone: {config}, .* is not beside it"):
+            load_model(tmp_path / name)
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
@@ -171,6 +191,35 @@ def test_a_tower_that_is_skipped_keeps_its_own_values_and_may_be_another(export:
         load_weights(model, export, skip=["text.", "txt"])
 
 
+def test_what_is_skipped_may_be_missing_or_left_over_in_every_format(export: Path, tmp_path: Path) -> None:
+    """By our name where the model has it, by the file's own where it has not."""
+    content = flax_arrays(small_model())
+    hf = shutil.copytree(golden_folder("hf_siglip_b8_i32"), tmp_path / "hf")
+    content["params/classifier/kernel"] = content.pop("params/img/MAPHead_0/probe")
+    np.savez(tmp_path / "arrays.npz", **content)
+    for folder, probe in ((hf, "vision_model.head.probe"), (export, "vision.pool.probe")):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["classifier.weight"] = tensors.pop(probe)
+        save_file(tensors, folder / "model.safetensors")
+    for path, config in (
+        (hf, load_model(golden_folder("hf_siglip_b8_i32")).model.config),
+        (export, small_config()),
+        (tmp_path / "arrays.npz", small_config()),
+    ):
+        model = Siglip(config)
+        for skip, message in (
+            ([], "missing: .*probe; unexpected"),
+            (["vision.pool."], "unexpected: classifier"),
+        ):
+            with pytest.raises(UserError, match=message):
+                load_weights(model, path, skip=skip)
+        before = model.vision.pool.probe.clone()
+        report = load_weights(model, path, skip=["vision.pool.", "classifier"])
+        assert torch.equal(model.vision.pool.probe, before)
+        assert "vision.pool.probe" in report.fresh
+        assert [name for name in report.unused if name.startswith("classifier")]
+
+
 def test_missing_and_left_over_tensors_are_named(export: Path) -> None:
     with pytest.raises(UserError, match=r"vision.cls_token \(missing\)"):
         load_weights(small_model(pool="cls"), export)
@@ -183,6 +232,49 @@ def test_missing_and_left_over_tensors_are_named(export: Path) -> None:
 def test_weights_that_would_mean_something_else_are_refused(export: Path, key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"vision\.{key} .*set model\.vision\.{key}="):
         load_weights(small_model(**{key: value}), export)
+
+
+def train_characters(folder: Path, alphabet: str) -> Path:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([alphabet] * 20), model_prefix=str(folder / alphabet), model_type="char",
+        vocab_size=19, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / f"{alphabet}.model"
+
+
+def test_a_model_is_fed_as_it_was_or_the_difference_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = (train_characters(tmp_path, alphabet) for alphabet in ("aabbccddot", "ttooddccba"))
+    config, state = small_config(), small_model().state_dict()
+    rules = TextRules(strip_punctuation=True, pad="eos")
+    write_export(tmp_path / "x", state, Description(config, own, rules, resize="bicubic"))
+
+    def load(skip: list[str] = [], **given: Any) -> None:  # noqa: B006
+        inputs = Description(config, **{"tokenizer": own, "rules": rules, "resize": "bicubic", **given})
+        load_weights(Siglip(config), tmp_path / "x", skip=skip, inputs=inputs)
+
+    load()
+    assert caplog.messages == []
+    load(resize="bilinear", skip=["vision."])
+    assert caplog.messages == []
+    load(resize="bilinear")
+    (message,) = caplog.messages
+    assert message.endswith("the bicubic filter there, with the bilinear one here: data.resize=bicubic")
+    with pytest.raises(
+        UserError, match=r"set text_rules\.strip_punctuation=true text_rules\.pad=eos, or leave"
+    ):
+        load(rules=TextRules())
+    with pytest.raises(UserError, match=r"set text_rules\.lowercase=true, or leave"):
+        load(rules=replace(rules, lowercase=False))
+    with pytest.raises(
+        UserError,
+        match=rf"'a photo of a cat' becomes other tokens .*set tokenizer={tmp_path}/x/tokenizer.model",
+    ):
+        load(tokenizer=other)
+    load(rules=TextRules(), tokenizer=other, skip=["text."])
+    copy = shutil.copy(own, tmp_path / "copy.model")
+    load(tokenizer=copy)
 
 
 def test_a_huggingface_model_can_be_the_start(tmp_path: Path) -> None:

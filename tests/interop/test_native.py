@@ -104,7 +104,29 @@ def test_unknown_and_missing_keys_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match="registers"):
         read_export(folder)
     edit(folder, model={"vision": model["vision"]})
-    with pytest.raises(UserError, match="lacks 'text'"):
+    with pytest.raises(UserError, match=r"config\.json lacks model\.text"):
+        read_export(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("vision", "gelu", "relu", r"model\.vision\.gelu: 'relu' is not one of 'tanh', 'erf'"),
+        ("vision", "width", "a", r"model\.vision\.width: expected int, got 'a'"),
+        ("text", "depth", 0, "model.text: depth must be at least 1, got 0"),
+        ("image", "resize", "lanczos", r"image\.resize: 'lanczos' is not one of"),
+        ("tokenizer", "lowercase", "no", r"tokenizer\.lowercase: expected bool, got 'no'"),
+        ("tokenizer", "stemming", True, r"tokenizer\.stemming: no such key"),
+        ("tokenizer", "file", 3, r"tokenizer\.file: expected str, got 3"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(
+    folder: Path, part: str, key: str, value: object, message: str
+) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (content["model"][part] if part in content["model"] else content[part])[key] = value
+    edit(folder, **content)
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
         read_export(folder)
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from siglip_train.errors import UserError
-from siglip_train.interop.open_clip import WEIGHTS_FILE, _text_config, _vision_config, read_open_clip
+from siglip_train.interop.files import section
+from siglip_train.interop.open_clip import (
+    WEIGHTS_FILE,
+    Text,
+    Vision,
+    _text_config,
+    _vision_config,
+    read_open_clip,
+)
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.vision import VisionConfig, patchify
 from tests.goldens import arrays, golden_folder
@@ -101,7 +109,8 @@ def their_configs() -> Path:
 def test_released_configs_are_understood(their_configs: Path, name: str) -> None:
     path = their_configs / f"{name}.json"
     content = json.loads(path.read_text())
-    vision, text = _vision_config(content["vision_cfg"], path), _text_config(content["text_cfg"], path)
+    vision = _vision_config(section(Vision, content["vision_cfg"], path), path)
+    text = _text_config(section(Text, content["text_cfg"], path), path)
     expected_vision, expected_text = RELEASED[name]
     sizes = (vision.gelu, vision.width, vision.depth, vision.mlp_dim, vision.patch_size, vision.image_size)
     assert sizes == expected_vision
@@ -116,7 +125,7 @@ def test_every_released_config_has_the_gelu_of_its_timm_model(their_configs: Pat
     seen = {}
     for path in sorted(their_configs.glob("ViT-*SigLIP*.json")):
         values = json.loads(path.read_text())["vision_cfg"]
-        seen[values["timm_model_name"]] = _vision_config(values, path)
+        seen[values["timm_model_name"]] = _vision_config(section(Vision, values, path), path)
     assert len(seen) >= 14
     for name, config in seen.items():
         with torch.device("meta"):
@@ -170,8 +179,14 @@ REFUSED = [
     (lambda c: c["model_cfg"]["text_cfg"].pop("proj_bias"), "proj_bias"),
     (lambda c: c["model_cfg"].update(embed_dim=32), "embed_dim"),
     (lambda c: c["preprocess_cfg"].update(mean=[0.48, 0.46, 0.41]), "mean"),
-    (lambda c: c["preprocess_cfg"].update(interpolation="random"), "interpolation random"),
+    (lambda c: c["preprocess_cfg"].update(interpolation="random"), r"interpolation: 'random' is not one of"),
     (lambda c: c.update(model_cfg={}), "no model config of open_clip"),
+    (lambda c: c.update(model_cfg="x"), "no model config of open_clip"),
+    (lambda c: c.update(preprocess_cfg=[]), "preprocess_cfg: expected a group of keys, got"),
+    (lambda c: c["model_cfg"]["text_cfg"].pop("width"), r"json lacks text_cfg\.width"),
+    (lambda c: c["model_cfg"]["text_cfg"].pop("context_length"), r"json lacks text_cfg\.context_length"),
+    (lambda c: c["model_cfg"]["text_cfg"].update(layers="2"), "text_cfg.layers: expected int, got '2'"),
+    (lambda c: c["model_cfg"]["text_cfg"].update(norm_kwargs=1e-6), "norm_kwargs: expected a mapping"),
 ]
 
 
@@ -180,6 +195,12 @@ def test_models_that_are_no_siglip_are_refused(folder: Path, change: Callable, m
     change_config(folder, change)
     with pytest.raises(UserError, match=message):
         read_open_clip(folder, vision=vision_of("erf"))
+
+
+def test_a_vision_tower_of_another_kind_is_told(folder: Path) -> None:
+    change_config(folder, lambda c: c["model_cfg"].update(vision_cfg=None))
+    with pytest.raises(UserError, match="vision_cfg: expected a group of keys, got None"):
+        read_open_clip(folder)
 
 
 def test_an_unknown_timm_name_is_named(folder: Path) -> None:
