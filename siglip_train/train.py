@@ -31,6 +31,7 @@ from siglip_train.evals.table import result_tables
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
+from siglip_train.interop.runs import run_config
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.siglip import Siglip, flops_per_pair, passes
@@ -279,8 +280,7 @@ def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
     """Write config.yaml; where the run had one, say which keys have changed since."""
     path = run_dir / "config.yaml"
     if path.exists():
-        before = _flat(plain(omegaconf.OmegaConf.load(path)))  # type: ignore[arg-type]
-        after = _flat(values)
+        before, after = _flat(run_config(run_dir)), _flat(values)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 log.info(

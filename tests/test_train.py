@@ -173,6 +173,10 @@ def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_
     assert run(arguments).returncode == 0
     assert losses(tmp_path) == losses(finished)
     assert (tmp_path / "log.txt").read_text().count("sigmoid loss near") == 1, "of the beginning alone"
+    (tmp_path / "config.yaml").write_text("model: [")
+    damaged = run(arguments)
+    assert damaged.returncode == 2
+    assert f"error: cannot read {tmp_path / 'config.yaml'}" in damaged.stderr
 
 
 def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
