@@ -173,7 +173,7 @@ class _Collector:
         if wanted.headers_only:
             picture_header(looked.picture)
             return
-        image = decode(looked.picture)
+        image = decode(looked.picture, strict=True)
         if wanted.images:
             self.hashes[row], self.colours[row] = fingerprint(image)
 

@@ -22,7 +22,7 @@ from siglip_train.data.locations import is_remote
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would keep other samples
-FILTER_VERSION = 1
+FILTER_VERSION = 2
 # what was seen of each shard, while others are missing
 _STATE = ".filter"
 

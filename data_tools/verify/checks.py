@@ -153,7 +153,7 @@ class SampleChecks:
         size = None
         if data is not None:
             try:
-                size = decode(data).size
+                size = decode(data, strict=True).size
                 yield from self._extremes(*size)
                 yield from _size_faults(facts, *size)
             except SampleError as error:

@@ -73,6 +73,14 @@ def without(members: Members, kind: str) -> Members:
     return {name: data for name, data in members.items() if name != kind}
 
 
+def jpeg_with_a_hole() -> bytes:
+    """Half of its data is missing, its end is there: decoders fill the rest."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    return data[: len(data) // 2] + data[-2:]
+
+
 EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "picture gone": ("no image", lambda m: without(m, picture_kind(m))),
     "caption gone": ("no text", lambda m: without(m, "txt")),
@@ -80,6 +88,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "latin": ("not utf-8", lambda m: {**m, "txt": b"\xff\xfe\xfa"}),
     "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 80}),
     "half": ("broken image", lambda m: with_picture(m, m[picture_kind(m)][:200])),
+    "hole": ("damaged picture data", lambda m: with_picture(m, jpeg_with_a_hole())),
     "nothing": ("empty image", lambda m: with_picture(m, b"")),
     "bomb": ("image too large", lambda m: with_picture(m, bomb())),
     "dot": ("small picture", lambda m: with_picture(m, png(30, 8))),
