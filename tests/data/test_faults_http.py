@@ -180,7 +180,7 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
 def test_an_evaluation_goes_on_without_a_failed_shard(
     server: Faults, transform: ImageTransform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.cache.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
     server[NAMES[4]] = ["404", "..."]
     loader = build_evaluation_loader(EvaluationSource(_shards(server)), transform, batch_size=16)
     for _ in range(2):

@@ -356,7 +356,6 @@ def test_words_and_what_makes_captions_alike() -> None:
 
 
 def test_an_interrupted_run_goes_on(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats_command, "default_cache", lambda: tmp_path / "cache")
     measured: list[str] = []
 
     def run(name: str, most: int) -> dict:
@@ -368,6 +367,7 @@ def test_an_interrupted_run_goes_on(tiny_dir: Path, tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(stats_command, "measure_shard", counted)
         options = ["--tokenizer", str(tiny_dir / "tokenizer.model"), "--workers", "1"]
+        options += ["--cache-dir", str(tmp_path / "cache")]
         files = ["--json", str(tmp_path / f"{name}.json"), "--report", str(tmp_path / f"{name}.html")]
         try:
             main(["stats", str(tiny_dir / "train"), *options, *files])

@@ -345,6 +345,8 @@ def test_an_interrupted_run_goes_on(clean: Path, tmp_path: Path, monkeypatch: py
         (["{data}", "--report", "{data}"], "is a folder"),
         (["{data}", "--max-aspect", "0.5"], "--max-aspect"),
         (["{data}", "--allow", "7"], "share"),
+        (["http://nowhere/{{00.."], "cannot expand the braces"),
+        (["{data}", "--cache-dir", "{data}/../dataset.json/cache"], "cannot be the cache's folder"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, clean: Path, capsys: pytest.CaptureFixture) -> None:
@@ -352,3 +354,47 @@ def test_mistakes(arguments: list[str], message: str, clean: Path, capsys: pytes
         main(["verify", *[argument.format(data=clean) for argument in arguments]])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["stats", "verify"])
+def test_results_that_cannot_be_kept(
+    verb: str, clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / verb).write_text("in the way")
+    with pytest.raises(SystemExit) as leaving:
+        main([verb, str(clean), "--cache-dir", str(tmp_path)])
+    assert leaving.value.code == 2
+    assert f"error: cannot keep results in {tmp_path / verb}: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sift"], ["make-tiny"], ["tokenizer"], ["verify"], ["stats", ".", "--workers", "0"]]
+)
+def test_wrong_use_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert " ".join(["siglip-data", *arguments[: arguments != ["sift"]], "--help"]) in line
+
+
+@pytest.mark.parametrize(
+    ("verb", "target", "options"),
+    [
+        ("stats", "", []),
+        ("verify", "", []),
+        ("preview", "page.html", []),
+        ("filter", "out", []),
+        ("tokenizer", "new.model", ["--vocab-size", "500", "--text", "json:captions"]),
+        ("tokenizer", "{tiny}/tokenizer.model", ["--inspect"]),
+    ],
+)
+def test_copies_of_shards_are_kept_where_the_user_says(
+    verb: str, target: str, options: list[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    shard = tmp_path / "packed.tar.gz"
+    shard.write_bytes(gzip.compress(min((tiny_dir / "validation").glob("*.tar")).read_bytes(), 1))
+    places = [str(tmp_path / target.format(tiny=tiny_dir))] if target else []
+    main([verb, str(shard), *places, *options, "--cache-dir", str(tmp_path / "cache")])
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
