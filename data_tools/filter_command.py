@@ -78,7 +78,8 @@ def _add_joint(parser: argparse.ArgumentParser) -> None:
                        help="keep N samples of each caption, case and punctuation aside (1)")  # fmt: skip
     joint.add_argument("--balance", metavar="FILE", help="bring attributes to target shares (YAML or JSON)")
     joint.add_argument("--balance-as", choices=("subsample", "weights"), default="subsample",
-                       help="drop samples, or write json:balance_weight (%(default)s)")  # fmt: skip
+                       help="drop samples, or write json:balance_weight, which is for other trainers: siglip-train "
+                       "reads no weights (%(default)s)")  # fmt: skip
 
 
 def _bits(text: str) -> int:
