@@ -176,6 +176,8 @@ def _size_faults(facts: Mapping[str, Any], width: int, height: int) -> Iterator[
 
 
 def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
+    if not isinstance(facts.get("objects"), list | None):
+        yield SampleError("bad box", f"objects is {facts['objects']!r}, not a list")
     for box in boxes(facts):
         if not are_corners(box.corners):
             yield SampleError("bad box", f"{box.place} is {box.corners}, not x0 < x1, y0 < y1 in 0..1")
