@@ -151,9 +151,13 @@ class _Counted:
         self.texts = [(encodable(key) or language, encodable(text)) for key, text in self.texts]
         for name, text in self.texts:
             self._count_caption(name or "unknown", text)
-        if fault or not self.texts:
-            fields = ", ".join(field.text for field in self.measures.text)
-            raise fault or SampleError("empty caption", f"no text in {fields}")
+        if fault is not None:
+            raise fault
+        if not self.texts:
+            fields = self.measures.text
+            if not any(field.member in self.sample.members for field in fields):
+                raise SampleError("no text", "only " + ", ".join(self.sample.members))
+            raise SampleError("empty caption", f"no text in {', '.join(field.text for field in fields)}")
 
     def _count_caption(self, language: str, text: str) -> None:
         tally, measures = self.tally, self.measures
