@@ -8,7 +8,7 @@ from data_tools.arguments import add_cache_dir, positive
 from data_tools.preview.card import card
 from data_tools.preview.page import page
 from data_tools.preview.pick import pick
-from data_tools.whole_file import check_target, write_whole
+from data_tools.whole_file import check_targets, write_whole
 from siglip_train.data.locations import cache_folder
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.data.samples import Field
@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed is {arguments.seed}, but must be 0 or more")
     image = extensions(arguments.image)
     text = [Field.parse(name) for name in arguments.text]
-    check_target(arguments.page)
+    check_targets(arguments.page)
     cache = cache_folder(arguments.cache_dir)
     samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
     for reason in unreadable:

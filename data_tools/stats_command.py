@@ -15,7 +15,7 @@ from data_tools.stats.page import page
 from data_tools.stats.summary import summarise
 from data_tools.stats.tally import Tally
 from data_tools.stats.terminal import print_tables
-from data_tools.whole_file import check_target, write_whole
+from data_tools.whole_file import check_targets, write_whole
 from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.samples import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
@@ -80,8 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
         # a mistake there should show before any shard is read
         load_tokenizer(measures.tokenizer, TextRules(pad="eos"), measures.context_length)
     outputs = [path for path in (arguments.report, arguments.json) if path is not None]
-    for path in outputs:
-        check_target(path)
+    check_targets(*outputs)
     shown = _SHOWN if arguments.report else 0
     cache = cache_folder(arguments.cache_dir)
     tasks = plan(expand(arguments.shards), measures, cache, samples=arguments.samples, shown=shown)

@@ -14,7 +14,7 @@ from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from data_tools.tokens.captions import CaptionFields, draw_captions
 from data_tools.tokens.summary import print_table, summarise
 from data_tools.tokens.tally import InspectTask, Tally, Vocabulary, inspect_shard
-from data_tools.whole_file import check_target, write_whole
+from data_tools.whole_file import check_targets, write_whole
 from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     if not arguments.model.name.endswith(".model"):
         raise UserError(f"the tokenizer's file must be named NAME.model, not {arguments.model}")
-    check_target(arguments.model)
+    check_targets(arguments.model)
     if arguments.model.exists() and not arguments.force:
         raise UserError(
             f"{arguments.model} is there already: name another file, or add --force to replace it"
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_targets(arguments.json)
     length = arguments.context_length or _CONTEXT_LENGTH
     vocabulary = Vocabulary(str(arguments.model), length)
     where = CaptionFields(

@@ -9,7 +9,7 @@ from data_tools.progress import progress
 from data_tools.verify.checks import Rules
 from data_tools.verify.outcome import Outcome
 from data_tools.verify.survey import verify_shards
-from data_tools.whole_file import check_target
+from data_tools.whole_file import check_targets
 from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.errors import UserError
@@ -66,8 +66,7 @@ def add_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     rules = _rules(arguments)
-    for target in (arguments.report, arguments.index):
-        check_target(target)
+    check_targets(arguments.report, arguments.index)
     # a shard that two patterns name is one shard
     urls = list(dict.fromkeys(expand(arguments.shards)))
     cache = cache_folder(arguments.cache_dir)

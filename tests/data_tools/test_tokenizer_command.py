@@ -183,6 +183,7 @@ def test_captions_that_are_longer_than_the_library_likes_are_not_left_out(tmp_pa
         (["{data}/validation/*.tar", "{tmp}/t.bin"], "NAME.model"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--text", "json:nothing"], "no caption"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--vocab-size", "99999"], "cannot train"),
+        (["{data}/validation/*.tar", "{tmp}/t.model", "--vocab-size", "300"], "with --character-coverage"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--type", "words"], "unigram"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--character-coverage", "0.5"], "0.98"),
         (

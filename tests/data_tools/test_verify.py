@@ -85,6 +85,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "picture gone": ("no image", lambda m: without(m, picture_kind(m))),
     "caption gone": ("no text", lambda m: without(m, "txt")),
     "blank": ("empty caption", lambda m: {**m, "txt": b" \n"}),
+    "zeros": ("empty caption", lambda m: {**m, "txt": bytes(40)}),
     "latin": ("not utf-8", lambda m: {**m, "txt": b"\xff\xfe\xfa"}),
     "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 80}),
     "half": ("broken image", lambda m: with_picture(m, m[picture_kind(m)][:200])),
@@ -100,6 +101,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "coloured mask": ("broken mask", lambda m: {
         **m, "mask.png": png(*Image.open(io.BytesIO(m[picture_kind(m)])).size)}),
     "outside": ("bad box", lambda m: with_facts(m, objects=[{"label": "cat", "box": [0.5, 0.5, 1.2, 0.9]}])),
+    "no list": ("bad box", lambda m: with_facts(m, objects="cat")),
     "wide": ("wrong size", lambda m: with_facts(m, width=1)),
     "class gone": ("no label", lambda m: without(m, "cls")),
     "class name": ("bad label", lambda m: {**m, "cls": b"cat"}),
@@ -343,6 +345,7 @@ def test_an_interrupted_run_goes_on(clean: Path, tmp_path: Path, monkeypatch: py
         (["{data}", "--tokenizer", "nowhere.model"], "nowhere.model"),
         (["{data}", "--text", "json:"], "json field"),
         (["{data}", "--report", "{data}"], "is a folder"),
+        (["{data}", "--report", "{data}/a.json", "--index", "{data}/../validation/a.json"], "for two files"),
         (["{data}", "--max-aspect", "0.5"], "--max-aspect"),
         (["{data}", "--allow", "7"], "share"),
         (["http://nowhere/{{00.."], "cannot expand the braces"),
