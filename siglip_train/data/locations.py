@@ -32,7 +32,7 @@ def cache_folder(named: str | Path | None) -> Path:
     except OSError as error:
         # found later, it would look like a fault of every shard
         raise UserError(
-            f"{folder} cannot be the cache's folder: {error.strerror}; name another one"
+            f"{folder} cannot be the cache's folder: {error.strerror}; name another one (data.cache_dir, --cache-dir)"
         ) from error
     return folder
 
