@@ -20,6 +20,13 @@ def share(text: str) -> float:
     return value
 
 
+def add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache-dir`, which `cache_folder` turns into the folder."""
+    parser.add_argument(
+        "--cache-dir", metavar="FOLDER", help="for downloads and unpacked shards, as in data.cache_dir"
+    )
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add `--workers`."""
     parser.add_argument(

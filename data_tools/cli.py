@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from data_tools import (
     filter_command,
@@ -12,7 +13,7 @@ from data_tools import (
     tokenizer_command,
     verify_command,
 )
-from siglip_train.errors import exit_on_user_error
+from siglip_train.errors import UserError, exit_on_user_error
 
 VERBS = (
     make_tiny,
@@ -25,9 +26,16 @@ VERBS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, which argparse hides below its usage; the parsers of the verbs are such too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help shows what it takes)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command-line parser with every verb."""
-    parser = argparse.ArgumentParser(prog="siglip-data", description="Offline tools for image-text shards.")
+    """The command-line parser with every verb, which raises `UserError`."""
+    parser = _Parser(prog="siglip-data", description="Offline tools for image-text shards.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for verb in VERBS:
         verb.add_command(commands)

@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, positive
+from data_tools.arguments import add_cache_dir, add_workers, positive
 from data_tools.filtering.decide import Joint
 from data_tools.filtering.look import Wanted
 from data_tools.filtering.report import DROPPED, print_tables
 from data_tools.filtering.rules import RuleOptions
 from data_tools.filtering.run import FilterOptions, filter_shards
-from siglip_train.data.locations import expand
+from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.errors import UserError
 
@@ -42,6 +42,7 @@ def add_command(commands: Any) -> None:
                         help="fields with the language, the first that has one (json:language json:lang)")  # fmt: skip
     _add_rules(parser)
     _add_joint(parser)
+    add_cache_dir(parser)
     add_workers(parser)
     parser.set_defaults(run=_run)
 
@@ -77,7 +78,8 @@ def _add_joint(parser: argparse.ArgumentParser) -> None:
                        help="keep N samples of each caption, case and punctuation aside (1)")  # fmt: skip
     joint.add_argument("--balance", metavar="FILE", help="bring attributes to target shares (YAML or JSON)")
     joint.add_argument("--balance-as", choices=("subsample", "weights"), default="subsample",
-                       help="drop samples, or write json:balance_weight (%(default)s)")  # fmt: skip
+                       help="drop samples, or write json:balance_weight, which is for other trainers: siglip-train "
+                       "reads no weights (%(default)s)")  # fmt: skip
 
 
 def _bits(text: str) -> int:
@@ -92,8 +94,9 @@ def _run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     # a shard that two patterns name is one shard
     urls = list(dict.fromkeys(expand(arguments.shards)))
+    cache = cache_folder(arguments.cache_dir)
     try:
-        report, is_new = filter_shards(urls, arguments.out_dir, options, arguments.workers)
+        report, is_new = filter_shards(urls, arguments.out_dir, options, cache, arguments.workers)
     except OSError as error:
         raise UserError(f"{error}; the same command goes on from here once that is mended") from error
     print_tables(report)

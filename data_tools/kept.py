@@ -9,6 +9,7 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 
 from data_tools.processes import run_all
 from siglip_train.data.locations import is_remote
+from siglip_train.errors import UserError
 
 
 class _ShardTask(Protocol):
@@ -39,9 +40,18 @@ class Kept(Generic[Result]):
         return self.folder / f"{name}.jsonl"
 
     def run(self, work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-        """`work(task)` of every task in their order: as kept, up to the first shard that has changed, then anew."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a+b") as file:
+        """`work(task)` of every task in their order: as kept, up to the first shard that has changed, then anew.
+
+        Raises `UserError`.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = self.file.open("a+b")
+        except OSError as error:
+            raise UserError(
+                f"cannot keep results in {self.folder}: {error.strerror}; name another --cache-dir"
+            ) from error
+        with kept as file:
             done = 0
             for result in self._earlier(file, tasks):
                 yield result

@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import positive
+from data_tools.arguments import add_cache_dir, positive
 from data_tools.preview.card import card
 from data_tools.preview.page import page
 from data_tools.preview.pick import pick
-from data_tools.whole_file import check_target, write_whole
-from siglip_train.data.locations import default_cache
+from data_tools.whole_file import check_targets, write_whole
+from siglip_train.data.locations import cache_folder
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--samples", type=positive, default=48, help="at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="for downloads, as in data.cache_dir")
+    add_cache_dir(parser)
     parser.set_defaults(run=_run)
 
 
@@ -48,8 +48,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed is {arguments.seed}, but must be 0 or more")
     image = extensions(arguments.image)
     text = [Field.parse(name) for name in arguments.text]
-    check_target(arguments.page)
-    cache = arguments.cache_dir.expanduser() if arguments.cache_dir else default_cache()
+    check_targets(arguments.page)
+    cache = cache_folder(arguments.cache_dir)
     samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
     for reason in unreadable:
         print(f"left out: {reason}")

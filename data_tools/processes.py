@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from siglip_train.data.workers import end_with_parent
 from siglip_train.errors import UserError
 
 Task = TypeVar("Task")
@@ -25,7 +26,7 @@ def run_all(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int)
         return
     # spawn: a fork of a process with threads may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         try:
             yield from pool.map(work, tasks)
         except BrokenProcessPool as error:
@@ -36,6 +37,8 @@ def run_all(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int)
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
+def _begin() -> None:
     # Ctrl-C reaches every process of the terminal; this one's task is to end as its parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a parent that is killed cannot tell, and siblings hold the pipe open from which tasks come
+    end_with_parent()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, positive
+from data_tools.arguments import add_cache_dir, add_workers, positive
 from data_tools.kept import Kept, version
 from data_tools.progress import progress
 from data_tools.stats.kept_tally import from_json, to_json
@@ -15,8 +15,8 @@ from data_tools.stats.page import page
 from data_tools.stats.summary import summarise
 from data_tools.stats.tally import Tally
 from data_tools.stats.terminal import print_tables
-from data_tools.whole_file import check_target, write_whole
-from siglip_train.data.locations import default_cache, expand
+from data_tools.whole_file import check_targets, write_whole
+from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.samples import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
@@ -56,6 +56,7 @@ def add_command(commands: Any) -> None:
                         help="read so many at most, spread evenly over the shards (0: all)")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="OUT.html", help="a page with charts and pictures")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="all numbers")
+    add_cache_dir(parser)
     add_workers(parser)
     parser.set_defaults(run=_run)
 
@@ -79,11 +80,11 @@ def _run(arguments: argparse.Namespace) -> None:
         # a mistake there should show before any shard is read
         load_tokenizer(measures.tokenizer, TextRules(pad="eos"), measures.context_length)
     outputs = [path for path in (arguments.report, arguments.json) if path is not None]
-    for path in outputs:
-        check_target(path)
+    check_targets(*outputs)
     shown = _SHOWN if arguments.report else 0
-    tasks = plan(expand(arguments.shards), measures, samples=arguments.samples, shown=shown)
-    kept: Kept[Tally] = Kept(default_cache() / "stats", _identity(tasks), to_json, from_json)
+    cache = cache_folder(arguments.cache_dir)
+    tasks = plan(expand(arguments.shards), measures, cache, samples=arguments.samples, shown=shown)
+    kept: Kept[Tally] = Kept(cache / "stats", _identity(tasks), to_json, from_json)
     tally = measure(tasks, arguments.workers, kept)
     summary = summarise(tally, measures)
     print_tables(summary)
@@ -102,12 +103,16 @@ def _identity(tasks: list[ShardTask]) -> Any:
     return [_FORMAT, repr(tasks), tokenizer]
 
 
-def plan(urls: list[str], measures: Measures, *, samples: int = 0, shown: int = 0) -> list[ShardTask]:
+def plan(
+    urls: list[str], measures: Measures, cache: Path, *, samples: int = 0, shown: int = 0
+) -> list[ShardTask]:
     """A task for each shard that is to be read; samples 0 = all of them."""
     shares: Sequence[int | None] = _shares(samples, len(urls)) if samples else [None] * len(urls)
     used = [(url, share) for url, share in zip(urls, shares, strict=True) if share != 0]
     parts = zip(used, _shares(_DECODED, len(used)), _shares(shown, len(used)), strict=True)
-    return [ShardTask(url, measures, share, decoded, pictures) for (url, share), decoded, pictures in parts]
+    return [
+        ShardTask(url, measures, cache, share, decoded, pictures) for (url, share), decoded, pictures in parts
+    ]
 
 
 def _shares(whole: int, parts: int) -> list[int]:

@@ -60,6 +60,8 @@ def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOption
         os.replace(partial, path)
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1] or "the captions do not fit"
+        # as the option is called here
+        reason = reason.replace("--character_coverage", "--character-coverage")
         raise UserError(f"cannot train a tokenizer of {options.vocab_size} pieces: {reason}") from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

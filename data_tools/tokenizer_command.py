@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, positive
+from data_tools.arguments import add_cache_dir, add_workers, positive
 from data_tools.processes import run_all
 from data_tools.progress import progress
 from data_tools.stats.counters import BadSamples
@@ -14,8 +14,8 @@ from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from data_tools.tokens.captions import CaptionFields, draw_captions
 from data_tools.tokens.summary import print_table, summarise
 from data_tools.tokens.tally import InspectTask, Tally, Vocabulary, inspect_shard
-from data_tools.whole_file import check_target, write_whole
-from siglip_train.data.locations import expand
+from data_tools.whole_file import check_targets, write_whole
+from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
 
@@ -44,6 +44,7 @@ def add_command(commands: Any) -> None:
                         help="file to write, NAME.model; with --inspect, what training reads")  # fmt: skip
     parser.add_argument("--text", nargs="+", default=["txt"], metavar="FIELD",
                         help="fields that hold captions, as in data.sources (txt)")  # fmt: skip
+    add_cache_dir(parser)
     add_workers(parser)
     _add_training(parser.add_argument_group("training"))
     _add_inspection(parser.add_argument_group("inspection"))
@@ -101,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     if not arguments.model.name.endswith(".model"):
         raise UserError(f"the tokenizer's file must be named NAME.model, not {arguments.model}")
-    check_target(arguments.model)
+    check_targets(arguments.model)
     if arguments.model.exists() and not arguments.force:
         raise UserError(
             f"{arguments.model} is there already: name another file, or add --force to replace it"
@@ -109,7 +110,8 @@ def _train(arguments: argparse.Namespace) -> None:
     given = {each.name: getattr(arguments, each.name) for each in fields(TrainingOptions)}
     options = TrainingOptions(**{name: value for name, value in given.items() if value is not None})
     where = CaptionFields(tuple(map(Field.parse, arguments.text)))
-    sentences = draw_captions(arguments.shards, where, arguments.sentences or 0, arguments.workers)
+    cache = cache_folder(arguments.cache_dir)
+    sentences = draw_captions(arguments.shards, where, arguments.sentences or 0, cache, arguments.workers)
     _tell_bad(sentences.bad)
     if not sentences.texts:
         raise UserError(f"{arguments.shards}: no caption under {', '.join(arguments.text)}")
@@ -119,13 +121,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_targets(arguments.json)
     length = arguments.context_length or _CONTEXT_LENGTH
     vocabulary = Vocabulary(str(arguments.model), length)
     where = CaptionFields(
         tuple(map(Field.parse, arguments.text)), tuple(map(Field.parse, arguments.language or _LANGUAGE))
     )
-    tasks = [InspectTask(url, where, str(arguments.model), length) for url in expand(arguments.shards)]
+    cache, urls = cache_folder(arguments.cache_dir), expand(arguments.shards)
+    tasks = [InspectTask(url, cache, where, str(arguments.model), length) for url in urls]
     tallies: dict[str, Tally] = {}
     bad = BadSamples()
     with progress(len(tasks), "inspecting", "inspected", "shards") as advance:

@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, positive, share
+from data_tools.arguments import add_cache_dir, add_workers, positive, share
 from data_tools.progress import progress
 from data_tools.verify.checks import Rules
 from data_tools.verify.outcome import Outcome
 from data_tools.verify.survey import verify_shards
-from data_tools.whole_file import check_target
-from siglip_train.data.locations import default_cache, expand
+from data_tools.whole_file import check_targets
+from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.errors import UserError
 
@@ -59,18 +59,17 @@ def add_command(commands: Any) -> None:
         metavar="FILE.json",
         help="write sizes, checksums and counts; beside remote shards, as index.json, it saves counting them",
     )
-    parser.add_argument("--cache-dir", type=Path, help="for downloads, as in data.cache_dir")
+    add_cache_dir(parser)
     add_workers(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     rules = _rules(arguments)
-    for target in (arguments.report, arguments.index):
-        check_target(target)
+    check_targets(arguments.report, arguments.index)
     # a shard that two patterns name is one shard
     urls = list(dict.fromkeys(expand(arguments.shards)))
-    cache = arguments.cache_dir.expanduser() if arguments.cache_dir else default_cache()
+    cache = cache_folder(arguments.cache_dir)
     with progress(len(urls), "verifying", "verified", "shards") as advance:
         reports = verify_shards(urls, rules, cache, arguments.workers, advance)
     outcome = Outcome(reports, rules, arguments.allow)

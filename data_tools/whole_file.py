@@ -6,10 +6,18 @@ from pathlib import Path
 from siglip_train.errors import UserError
 
 
-def check_target(path: Path | None) -> None:
-    """Make the folder of a file that is written later; None = no file wanted. Raises `UserError`."""
-    if path is None:
-        return
+def check_targets(*paths: Path | None) -> None:
+    """Make the folders of files that are written later, None = not wanted. Raises `UserError`, also for one twice."""
+    wanted = [path for path in paths if path is not None]
+    if len({path.resolve() for path in wanted}) < len(wanted):
+        raise UserError(
+            f"{wanted[-1]} is named for two files, and the later would replace the earlier: name another"
+        )
+    for path in wanted:
+        _check_target(path)
+
+
+def _check_target(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

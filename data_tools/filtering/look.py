@@ -24,7 +24,7 @@ from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
 from siglip_train.data.faults import BadSample
 from siglip_train.data.images import decode
-from siglip_train.data.locations import default_cache, short_name
+from siglip_train.data.locations import short_name
 from siglip_train.data.shards import damaged_samples, indexed_tar
 
 
@@ -41,9 +41,10 @@ class Wanted:
 
 
 class LookTask(NamedTuple):
-    """Which shard, what for, and where the result goes."""
+    """Which shard, where downloads are, what for, and where the result goes."""
 
     url: str
+    cache: Path
     wanted: Wanted
     target: Path
 
@@ -108,7 +109,7 @@ def look_at_shard(task: LookTask) -> int:
 
     Raises `UserError` where the shard cannot be read: what it holds must not go missing without a word.
     """
-    path, index = indexed_tar(task.url, default_cache())
+    path, index = indexed_tar(task.url, task.cache)
     name = short_name(task.url)
     seen = _Collector(criteria(task.wanted), len(index))
     for row, sample in enumerate(read_rows(path, name, index, range(len(index)))):
@@ -173,7 +174,7 @@ class _Collector:
         if wanted.headers_only:
             picture_header(looked.picture)
             return
-        image = decode(looked.picture)
+        image = decode(looked.picture, strict=True)
         if wanted.images:
             self.hashes[row], self.colours[row] = fingerprint(image)
 

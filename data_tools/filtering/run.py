@@ -22,7 +22,7 @@ from siglip_train.data.locations import is_remote
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would keep other samples
-FILTER_VERSION = 1
+FILTER_VERSION = 2
 # what was seen of each shard, while others are missing
 _STATE = ".filter"
 
@@ -54,12 +54,12 @@ class FilterOptions:
 
 
 def filter_shards(
-    urls: Sequence[str], out_dir: Path, options: FilterOptions, workers: int = 1
+    urls: Sequence[str], out_dir: Path, options: FilterOptions, cache: Path, workers: int = 1
 ) -> tuple[dict[str, Any], bool]:
     """Filter shards into `out_dir`, or go on where a run was interrupted; (report, was there anything to do?).
 
-    The bytes depend on the shards and the options alone. Raises `UserError`, also where `out_dir` holds something
-    else or was made with other options.
+    cache: where downloads are. The bytes depend on the shards and the options alone. Raises `UserError`, also where
+    `out_dir` holds something else or was made with other options.
     """
     criteria = Criteria(options.wanted)
     made_with = {"version": FILTER_VERSION, **options.flat(), **_identity(urls)}
@@ -75,7 +75,7 @@ def filter_shards(
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / REPORT, _json(record))
     (out_dir / _STATE).mkdir(exist_ok=True)
-    seen = _look(urls, out_dir / _STATE, options.wanted, workers)
+    seen = _look(urls, out_dir / _STATE, options.wanted, cache, workers)
     rules = [rule.name for rule in criteria.rules]
     try:
         verdict = decide(seen, rules, options.joint, criteria.spec)
@@ -86,7 +86,7 @@ def filter_shards(
     if not verdict.stays.any():
         _remove(out_dir)
         raise UserError(_nothing_left(verdict))
-    tasks = _plan(urls, out_dir, seen, verdict)
+    tasks = _plan(urls, out_dir, cache, seen, verdict)
     _write(tasks, workers)
     save_dropped(out_dir / DROPPED, urls, seen, verdict)
     report = {**record, **results(urls, seen, verdict, tasks)}
@@ -109,8 +109,8 @@ def _identity(urls: Sequence[str]) -> dict[str, Any]:
     return {"shards": len(urls), "shards_fingerprint": fingerprint}
 
 
-def _look(urls: Sequence[str], state: Path, wanted: Wanted, workers: int) -> list[Seen]:
-    tasks = [LookTask(url, wanted, state / f"{number:05d}.npz") for number, url in enumerate(urls)]
+def _look(urls: Sequence[str], state: Path, wanted: Wanted, cache: Path, workers: int) -> list[Seen]:
+    tasks = [LookTask(url, cache, wanted, state / f"{number:05d}.npz") for number, url in enumerate(urls)]
     left = [task for task in tasks if not task.target.exists()]
     if left:
         with progress(len(left), "looking at", "looked at", "shards") as advance:
@@ -119,7 +119,9 @@ def _look(urls: Sequence[str], state: Path, wanted: Wanted, workers: int) -> lis
     return [Seen.load(task.target) for task in tasks]
 
 
-def _plan(urls: Sequence[str], out_dir: Path, seen: Sequence[Seen], verdict: Verdict) -> list[WriteTask]:
+def _plan(
+    urls: Sequence[str], out_dir: Path, cache: Path, seen: Sequence[Seen], verdict: Verdict
+) -> list[WriteTask]:
     """A shard for each that keeps a sample, numbered without gaps."""
     tasks: list[WriteTask] = []
     start = 0
@@ -127,7 +129,7 @@ def _plan(urls: Sequence[str], out_dir: Path, seen: Sequence[Seen], verdict: Ver
         rows = np.flatnonzero(verdict.stays[start : start + len(part.keys)])
         if len(rows):
             weights = None if verdict.weights is None else verdict.weights[start + rows]
-            tasks.append(WriteTask(url, out_dir / f"{len(tasks):05d}.tar", rows, weights))
+            tasks.append(WriteTask(url, cache, out_dir / f"{len(tasks):05d}.tar", rows, weights))
         start += len(part.keys)
     return tasks
 

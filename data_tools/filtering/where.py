@@ -14,6 +14,7 @@ _FORM = re.compile(
     r"\s*(?P<field>[^\s=!<>~]+)(?:\s*(?P<sign>==|!=|<=|>=|<|>|!~|~)|\s+(?P<word>in)\s)\s*(?P<value>.+)",
     re.DOTALL,
 )
+_SEARCHES = ("~", "!~")
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -38,10 +39,10 @@ class Where(NamedTuple):
     def parse(cls, text: str) -> "Where":
         """Read FIELD OP VALUE; OP is one of == != < <= > >= ~ !~ in. Raises `UserError`."""
         match = _FORM.fullmatch(text)
-        if match is None:
+        name, value = (match["sign"] or match["word"], match["value"].strip()) if match else ("", "")
+        # `>> 3` is a slip, not a comparison with "> 3"; a regular expression may begin as it likes
+        if match is None or (name not in _SEARCHES and value.startswith(tuple("=!<>~"))):
             raise UserError(f"cannot read the rule {text!r}; write FIELD OP VALUE, for example {_EXAMPLES}")
-        name = match["sign"] or match["word"]
-        value = match["value"].strip()
         return cls(text, Field.parse(match["field"]), _test(name, value, text), name.startswith("!"))
 
     def holds(self, sample: RawSample) -> bool:
@@ -58,7 +59,7 @@ def compile_pattern(pattern: str, where: str, flags: int = 0) -> re.Pattern[str]
 
 
 def _test(name: str, value: str, rule: str) -> Callable[[Any], bool]:
-    if name in ("~", "!~"):
+    if name in _SEARCHES:
         pattern = compile_pattern(value, f"rule {rule!r}")
         return lambda found: pattern.search(_text(found)) is not None
     if name == "in":

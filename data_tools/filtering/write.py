@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from data_tools.facts import read_facts
 from data_tools.packing.shards import add_member
 from data_tools.reading import read_rows
-from siglip_train.data.locations import default_cache
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 
@@ -20,9 +19,13 @@ WEIGHT_FIELD = "balance_weight"
 
 
 class WriteTask(NamedTuple):
-    """Samples `rows` of the shard `url` go to the tar `path`. weights: of those, for their json; None = as it is."""
+    """Samples `rows` of the shard `url` go to the tar `path`.
+
+    cache: where downloads are. weights: of those samples, for their json; None = as it is.
+    """
 
     url: str
+    cache: Path
     path: Path
     rows: NDArray[np.int64]
     weights: NDArray[np.float64] | None = None
@@ -30,7 +33,7 @@ class WriteTask(NamedTuple):
 
 def write_shard(task: WriteTask) -> int:
     """Write one shard, complete or not at all; return 1. Raises `UserError`."""
-    source, index = indexed_tar(task.url, default_cache())
+    source, index = indexed_tar(task.url, task.cache)
     partial = task.path.with_suffix(".partial")
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         samples = read_rows(source, short_name(task.url), index, task.rows.tolist())

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
@@ -11,7 +12,7 @@ from data_tools.stats.texts import encodable, normalised, words
 from data_tools.stats.thumbnail import thumbnail
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import decode
-from siglip_train.data.locations import default_cache, short_name
+from siglip_train.data.locations import short_name
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, damaged_samples, indexed_tar
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
@@ -37,10 +38,13 @@ class Measures:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard. most: samples to read, None = all; decoded: of those, for speed; shown: of those, in the report."""
+    """One shard. cache: where downloads are; most: samples to read, None = all; decoded: of those, for speed; shown: of
+    those, in the report.
+    """
 
     url: str
     measures: Measures
+    cache: Path
     most: int | None = None
     decoded: int = 0
     shown: int = 0
@@ -56,7 +60,7 @@ def measure_shard(task: ShardTask) -> Tally:
     """Count one shard. A shard that cannot be read counts as one bad sample, named "?"."""
     tally, name = Tally(), short_name(task.url)
     try:
-        path, index = indexed_tar(task.url, default_cache())
+        path, index = indexed_tar(task.url, task.cache)
     except UserError as error:
         tally.bad.add(BadSample(name, "?", "broken shard", str(error)))
         return tally
@@ -147,9 +151,13 @@ class _Counted:
         self.texts = [(encodable(key) or language, encodable(text)) for key, text in self.texts]
         for name, text in self.texts:
             self._count_caption(name or "unknown", text)
-        if fault or not self.texts:
-            fields = ", ".join(field.text for field in self.measures.text)
-            raise fault or SampleError("empty caption", f"no text in {fields}")
+        if fault is not None:
+            raise fault
+        if not self.texts:
+            fields = self.measures.text
+            if not any(field.member in self.sample.members for field in fields):
+                raise SampleError("no text", "only " + ", ".join(self.sample.members))
+            raise SampleError("empty caption", f"no text in {', '.join(field.text for field in fields)}")
 
     def _count_caption(self, language: str, text: str) -> None:
         tally, measures = self.tally, self.measures

@@ -4,6 +4,7 @@ import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.processes import run_all
@@ -31,10 +32,10 @@ class Caption(NamedTuple):
     text: str
 
 
-def shard_captions(url: str, fields: CaptionFields, bad: BadSamples) -> Iterator[Caption]:
+def shard_captions(url: str, fields: CaptionFields, cache: Path, bad: BadSamples) -> Iterator[Caption]:
     """Every caption of a shard, in file order. Samples that cannot be read go into `bad`, a whole shard as one."""
     try:
-        for sample in read_samples(url):
+        for sample in read_samples(url, cache):
             fault = None
             for each in fields.text:
                 try:
@@ -71,6 +72,7 @@ class _Task(NamedTuple):
     number: int
     fields: CaptionFields
     most: int
+    cache: Path
 
 
 @dataclass
@@ -82,13 +84,13 @@ class Sentences:
     bad: BadSamples = field(default_factory=BadSamples)
 
 
-def draw_captions(shards: str, fields: CaptionFields, most: int, workers: int) -> Sentences:
-    """The captions of all shards in file order, or `most` of them (0 = all).
+def draw_captions(shards: str, fields: CaptionFields, most: int, cache: Path, workers: int) -> Sentences:
+    """The captions of all shards in file order, or `most` of them (0 = all); cache: where downloads are.
 
     They are drawn by a hash of shard, place and text, so that the same shards give the same ones.
     """
     urls = expand(shards)
-    tasks = [_Task(url, number, fields, most) for number, url in enumerate(urls)]
+    tasks = [_Task(url, number, fields, most, cache) for number, url in enumerate(urls)]
     drawn: list[_Drawn] = []
     sentences = Sentences([])
     with progress(len(urls), "reading", "read", "shards") as advance:
@@ -104,7 +106,7 @@ def draw_captions(shards: str, fields: CaptionFields, most: int, workers: int) -
 def _draw(task: _Task) -> tuple[list[_Drawn], int, BadSamples]:
     bad, found, drawn = BadSamples(), 0, []
     name = short_name(task.url)
-    for place, caption in enumerate(shard_captions(task.url, task.fields, bad)):
+    for place, caption in enumerate(shard_captions(task.url, task.fields, task.cache, bad)):
         found += 1
         # without a limit nothing is drawn
         draw = f"{name}\0{place}\0{caption.text}".encode() if task.most else b""

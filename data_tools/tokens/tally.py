@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -106,9 +107,10 @@ class Tally:
 
 
 class InspectTask(NamedTuple):
-    """One shard, and the tokenizer to cut its captions with."""
+    """One shard, where downloads are, and the tokenizer to cut its captions with."""
 
     url: str
+    cache: Path
     fields: CaptionFields
     tokenizer: str
     context_length: int
@@ -118,7 +120,7 @@ def inspect_shard(task: InspectTask) -> tuple[dict[str, Tally], BadSamples]:
     """Count one shard: language -> tally."""
     vocabulary, bad = _vocabulary(task.tokenizer, task.context_length), BadSamples()
     tallies: dict[str, Tally] = {}
-    for caption in shard_captions(task.url, task.fields, bad):
+    for caption in shard_captions(task.url, task.fields, task.cache, bad):
         tallies.setdefault(caption.language, Tally()).add(caption.text, vocabulary)
     return tallies, bad
 

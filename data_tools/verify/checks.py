@@ -153,7 +153,7 @@ class SampleChecks:
         size = None
         if data is not None:
             try:
-                size = decode(data).size
+                size = decode(data, strict=True).size
                 yield from self._extremes(*size)
                 yield from _size_faults(facts, *size)
             except SampleError as error:
@@ -176,6 +176,8 @@ def _size_faults(facts: Mapping[str, Any], width: int, height: int) -> Iterator[
 
 
 def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
+    if not isinstance(facts.get("objects"), list | None):
+        yield SampleError("bad box", f"objects is {facts['objects']!r}, not a list")
     for box in boxes(facts):
         if not are_corners(box.corners):
             yield SampleError("bad box", f"{box.place} is {box.corners}, not x0 < x1, y0 < y1 in 0..1")

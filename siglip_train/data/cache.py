@@ -18,7 +18,7 @@ from typing import NamedTuple
 from siglip_train.data.failed import FailedShards, Failure, UnavailableShardError
 from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, said, version_of
 from siglip_train.data.gunzip import gunzip, is_gzip
-from siglip_train.data.locations import default_cache, is_remote, short_name
+from siglip_train.data.locations import cache_folder, is_remote, short_name
 from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.room import NoRoomError, Part, Room
 from siglip_train.data.tar import COPIES
@@ -100,9 +100,9 @@ class ShardCache:
     def at(
         cls, folder: str | None, limit_gib: float | None = None, patience: Patience = USUAL
     ) -> "ShardCache":
-        """The cache in a folder that a user names, None = the usual one."""
+        """The cache in a folder that a user names, None = the usual one. Raises `UserError`."""
         limit = None if limit_gib is None else int(limit_gib * 2**30)
-        return cls(Path(folder).expanduser() if folder else default_cache(), limit, patience)
+        return cls(cache_folder(folder), limit, patience)
 
     def name(self, shard: str) -> str:
         """What the cache calls a shard, whatever its version."""

@@ -39,13 +39,16 @@ _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM",
 class Encoded:
     """A picture whose `size` (width, height) is known and whose pixels are decoded, once, when they are asked for.
 
-    Raises `SampleError` for what cannot be decoded completely and for more than `max_pixels` pixels.
+    strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks; only simplejpeg
+    tells, so that nothing changes without it, nor for CMYK. Raises `SampleError` for what cannot be decoded completely
+    and for more than `max_pixels` pixels.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False) -> None:
         if not data:
             raise SampleError("empty image", "0 bytes")
         self._data = data
+        self._strict = strict
         self._by_pillow: Image.Image | None = None
         self.size = _turbo_size(data) or self._opened().size
         width, height = self.size
@@ -69,10 +72,13 @@ class Encoded:
     def _decoded(self, divisor: int) -> Image.Image | NDArray:
         width, height = self.size
         if self._by_pillow is None:
-            # a ValueError also means odd but readable files, which are Pillow's to judge
-            with contextlib.suppress(ValueError):
-                least = {"min_width": -(-width // divisor), "min_height": -(-height // divisor)}
+            least = {"min_width": -(-width // divisor), "min_height": -(-height // divisor)}
+            try:
                 return simplejpeg.decode_jpeg(self._data, **least)
+            except ValueError as error:
+                # also said of odd but readable files, which are Pillow's to judge
+                if self._strict and _is_damage(str(error)):
+                    raise SampleError("damaged picture data", str(error)) from error
         image = self._opened()
         with _broken_image():
             image.draft("RGB", (width // divisor, height // divisor))
@@ -86,14 +92,14 @@ class Encoded:
         return self._by_pillow
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False) -> Image.Image:
     """Decode JPEG, PNG, WebP, ... to an RGB picture.
 
     Transparent pixels are put over white; 16-bit grey keeps its upper 8 bits; CMYK, palettes and 1-bit follow
     Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
-    Raises `SampleError` as `Encoded` does.
+    Raises `SampleError` as `Encoded` does, which also says what `strict` means.
     """
-    return Encoded(data, max_pixels).image()
+    return Encoded(data, max_pixels, strict=strict).image()
 
 
 def _turbo_size(data: bytes) -> tuple[int, int] | None:
@@ -105,6 +111,11 @@ def _turbo_size(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return None if colorspace in ("CMYK", "YCCK") else (width, height)
+
+
+def _is_damage(complaint: str) -> bool:
+    """Does libjpeg say that pixels are wrong? What stands between the parts of a file may be a camera's padding."""
+    return complaint.startswith("Corrupt JPEG data") and "extraneous bytes before marker" not in complaint
 
 
 def _formats(data: bytes) -> list[str]:

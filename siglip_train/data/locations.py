@@ -24,6 +24,19 @@ def default_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"siglip-train-{user}"
 
 
+def cache_folder(named: str | Path | None) -> Path:
+    """The folder of the cache that a user names, None = the usual one, made where it is missing. Raises `UserError`."""
+    folder = Path(named).expanduser() if named else default_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # found later, it would look like a fault of every shard
+        raise UserError(
+            f"{folder} cannot be the cache's folder: {error.strerror}; name another one (data.cache_dir, --cache-dir)"
+        ) from error
+    return folder
+
+
 def expand(shards: str | list[str]) -> list[str]:
     """Paths, folders, brace lists, globs, `::`-joined lists and URLs to single shards, in the order given.
 
@@ -50,7 +63,7 @@ def _patterns(shards: str | list[str]) -> list[str]:
 def _expand_one(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return _expand_local(os.path.expanduser(pattern))
-    expanded = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+    expanded = _braces(pattern) if "{" in pattern else [pattern]
     if is_pipe(pattern) or is_http(pattern):
         return expanded
     return [shard for url in expanded for shard in (_glob_remote(url) if glob.has_magic(url) else [url])]

@@ -57,7 +57,8 @@ class Field(NamedTuple):
         return [
             (key, _encodable(value))
             for key, value in self.values(sample)
-            if isinstance(value, str) and value.strip()
+            # zeros are what a file system gives for text that was never written
+            if isinstance(value, str) and value.replace("\0", "").strip()
         ]
 
     def empty_list(self, sample: RawSample) -> bool:

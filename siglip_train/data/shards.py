@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from siglip_train.data.cache import Known, ShardCache, local_tar, was_damaged
 from siglip_train.data.failed import Failure
 from siglip_train.data.faults import BadSample
-from siglip_train.data.locations import default_cache, expand, is_remote, short_name
+from siglip_train.data.locations import cache_folder, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member
 from siglip_train.errors import UserError
@@ -243,9 +243,9 @@ def indexed_tar(url: str, cache: Path) -> tuple[Path, TarIndex]:
         raise UserError(f"cannot read shard {url}: {error}; repair it or leave it out") from error
 
 
-def read_samples(shards: str | list[str], cache_dir: str | None = None) -> Iterator[RawSample]:
+def read_samples(shards: str | list[str], cache_dir: str | Path | None = None) -> Iterator[RawSample]:
     """Every sample of the shards with all its members, in file order, for tools. Raises `UserError`."""
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+    cache = cache_folder(cache_dir)
     for url in expand(shards):
         path, index = indexed_tar(url, cache)
         with path.open("rb") as file:

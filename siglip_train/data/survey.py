@@ -159,10 +159,16 @@ def _scan_together(tasks: list[_Task], cache: ShardCache, progress: Progress | N
                 progress(done, len(mine))
     parts = gather_objects(results)
     shards = [parts[number % ranks][number // ranks] for number in range(len(tasks))]
-    failures = [shard.failure for shard in shards if shard.failure]
-    if failures:
-        more = f" (and {len(failures) - _NAMED} more)" if len(failures) > _NAMED else ""
-        raise UserError("; ".join(failures[:_NAMED]) + more)
+    failed = [(task.url, shard.failure) for task, shard in zip(tasks, shards, strict=True) if shard.failure]
+    if failed:
+        more = f" (and {len(failed) - _NAMED} more)" if len(failed) > _NAMED else ""
+        if any(is_remote(url) for url, _ in failed):
+            more += (
+                "; a shard that is not counted has no place in the order, so data.max_failed_shards does not allow it:"
+                f" leave it out, or put an {INDEX_NAME} beside the shards (`siglip-data verify SHARDS --index"
+                f" {INDEX_NAME}`)"
+            )
+        raise UserError("; ".join(failure for _, failure in failed[:_NAMED]) + more)
     return shards
 
 

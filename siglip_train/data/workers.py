@@ -1,4 +1,4 @@
-"""What both loaders hand to torch's DataLoader: where workers come from, and how they meet signals."""
+"""What both loaders hand to torch's DataLoader: where workers come from, how they meet signals, when they end."""
 
 import multiprocessing
 import os
@@ -53,10 +53,16 @@ def outlive_signals(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    main = end_with_parent()
+    threading.Thread(target=_exit_when_told, args=(main.pid,), daemon=True).start()
+
+
+def end_with_parent() -> BaseProcess:
+    """End this worker when the process that asked for it dies, were it by SIGKILL; that process is returned."""
     main = multiprocessing.parent_process()
     assert main is not None, "called in a worker"
-    threading.Thread(target=_exit_when_told, args=(main.pid,), daemon=True).start()
     threading.Thread(target=_exit_after, args=(main,), daemon=True).start()
+    return main
 
 
 def _exit_when_told(main: int | None) -> None:

@@ -17,7 +17,7 @@ TRANSFORM = ImageTransform(16, 8, flip=True, min_crop_area=0.5)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("siglip_train.data.cache.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
 
 
 def _build(source: EvaluationSource, rank: int = 0, world_size: int = 1, **options: int) -> EvaluationLoader:

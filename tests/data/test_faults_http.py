@@ -177,10 +177,23 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
     assert "is back" not in caplog.text
 
 
+def test_a_shard_that_cannot_be_counted_stops_the_start_and_the_line_says_what_helps(
+    build: Build, folder: Path, server: Faults
+):
+    (folder / "index.json").unlink()
+    server[NAMES[2]] = ["404", "..."]
+    with pytest.raises(UserError, match=rf"^cannot read shard .*{NAMES[2]}.*404") as stop:
+        _loader(build, server, max_failed_shards=0.5)
+    said = str(stop.value)
+    assert "data.max_failed_shards does not allow it" in said
+    assert "leave it out, or put an index.json beside the shards" in said
+    assert "\n" not in said
+
+
 def test_an_evaluation_goes_on_without_a_failed_shard(
     server: Faults, transform: ImageTransform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.cache.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
     server[NAMES[4]] = ["404", "..."]
     loader = build_evaluation_loader(EvaluationSource(_shards(server)), transform, batch_size=16)
     for _ in range(2):

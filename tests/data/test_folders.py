@@ -19,7 +19,7 @@ TRANSFORM = ImageTransform(16, 8)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("siglip_train.data.shards.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
 
 
 def rows(source: EvaluationSource, **options: int) -> list[tuple[str, tuple[int, ...] | None, str]]:

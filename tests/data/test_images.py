@@ -55,6 +55,36 @@ def test_jpeg_decodes_to_the_same_pixels_with_and_without_simplejpeg(monkeypatch
     np.testing.assert_array_equal(fast, np.asarray(decode(data)))
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_strict_refuses_a_jpeg_with_a_hole_which_training_reads_as_pillow_does(
+    progressive: bool, monkeypatch: pytest.MonkeyPatch
+):
+    whole = jpeg(picture(size=(96, 64)), progressive=progressive)
+    hole = whole[: len(whole) // 2] + whole[-2:]
+    assert decode(whole, strict=True).size == (96, 64)
+    with pytest.raises(SampleError) as found:
+        decode(hole, strict=True)
+    assert found.value.cause == "damaged picture data"
+    lenient = np.asarray(decode(hole))
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(lenient, np.asarray(decode(hole)))
+    np.testing.assert_array_equal(lenient, np.asarray(decode(hole, strict=True)))
+
+
+def test_padding_is_no_damage():
+    whole = jpeg(picture(size=(96, 64)))
+    padded = whole[:-2] + bytes(40) + whole[-2:]
+    with pytest.raises(ValueError, match="extraneous bytes before marker"):
+        images.simplejpeg.decode_jpeg(padded)
+    np.testing.assert_array_equal(np.asarray(decode(padded, strict=True)), np.asarray(decode(whole)))
+
+
+def jpeg(image: Image.Image, **options: bool) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
 def test_patches_are_row_major_with_row_column_channel_inside():
     pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
     patches = patchify(pixels, 2)

@@ -42,6 +42,8 @@ def test_every_way_to_write_shards(shards: Path):
         ("memory://nowhere/*.tar", "nowhere"),
         ("nosuchprotocol://x/*.tar", "nosuchprotocol"),
         ([], "empty"),
+        ("http://nowhere/{00..", "cannot expand the braces of http"),
+        ("pipe:cat {0..", "cannot expand the braces of pipe"),
     ],
 )
 def test_what_matches_nothing_is_named(pattern: str | list[str], named: str):

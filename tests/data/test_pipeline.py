@@ -436,3 +436,10 @@ def test_sources_with_and_without_captions_or_labels_do_not_mix(build: Build, sh
     }
     with pytest.raises(UserError, match=rf"data\.sources\.a\.{key} is null"):
         build(sources)
+
+
+def test_a_file_as_cache_dir_is_named_at_the_start(build: Build, shards: str, tmp_path: Path):
+    (tmp_path / "taken").write_text("")
+    for taken in (tmp_path / "taken", tmp_path / "taken" / "cache"):
+        with pytest.raises(UserError, match=f"{taken} cannot be the cache's folder"):
+            build(shards, cache_dir=str(taken))

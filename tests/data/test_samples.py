@@ -59,6 +59,7 @@ def test_first_value_of_a_field():
         ({"json": b'{"name": "\xe4"}'}, "not utf-8"),
         ({"json": b'{"name": '}, "broken json"),
         ({"txt": b" \n", "json": b"{}"}, "empty caption"),
+        ({"txt": bytes(20) + b"\n", "json": b"{}"}, "empty caption"),
         ({"txt": b"", "json": b"[1, 2]"}, "empty caption"),
     ],
     ids=str,

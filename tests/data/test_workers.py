@@ -74,3 +74,24 @@ if __name__ == "__main__":
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
     assert len(pids) == 2
     assert not alive
+
+
+def test_processes_of_the_data_tools_end_with_a_killed_tool():
+    program = """
+import time
+from data_tools.processes import run_all
+if __name__ == "__main__":
+    list(run_all(time.sleep, [60, 60], 2))
+"""
+    tool = psutil.Popen([sys.executable, "-c", program], cwd=ROOT)
+    deadline = time.monotonic() + 20
+    # two workers, and the tracker of what they share
+    while len(children := tool.children()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tool.kill()
+    tool.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert len(children) == 3
+    for process in alive:
+        process.kill()
+    assert not alive

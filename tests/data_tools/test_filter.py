@@ -149,11 +149,11 @@ def test_every_caption_must_pass(tmp_path: Path) -> None:
 def test_broken_samples_go_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     good = png(7, 64, 64)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG")
+    noisy, photo = encoded(Image.fromarray(noise)), encoded(Image.fromarray(noise), "JPEG")
     samples = [
         ("good", {"png": good, "txt": b"fine"}),
-        ("half", {"png": buffer.getvalue()[:6000], "txt": b"the header is whole"}),
+        ("half", {"png": noisy[:6000], "txt": b"the header is whole"}),
+        ("hole", {"jpg": photo[: len(photo) // 2] + photo[-2:], "txt": b"decoders fill the rest"}),
         ("rubbish", {"png": b"no picture", "txt": b"x"}),
         ("bare", {"txt": b"x"}),
         ("latin", {"png": good, "txt": b"\xff\xfe"}),
@@ -161,25 +161,26 @@ def test_broken_samples_go_and_are_named(tmp_path: Path, capsys: pytest.CaptureF
         ("last", {"png": good, "txt": b"x" * 3000}),
     ]
     shard = write_shard(tmp_path / "in" / "a.tar", samples)
-    shard.write_bytes(shard.read_bytes()[:-9000])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: whole.index(b"x" * 3000) + 1500])
     options = ("--min-side", "8", "--max-chars", "5000", "--where", "json:x != 1")
     assert keys(filtered(tmp_path / "in", tmp_path / "out", *options)) == ["good"]
     counts = report(tmp_path / "out")
     assert counts["broken"] == {
-        "broken image": 2, "no image": 1, "not utf-8": 1, "broken json": 1, "truncated": 1,
+        "broken image": 2, "damaged picture data": 1, "no image": 1, "not utf-8": 1, "broken json": 1, "truncated": 1,
     }  # fmt: skip
-    assert counts["samples"] == 7
-    assert counts["dropped"]["broken"] == {"first": 6, "each": 6}
+    assert counts["samples"] == 8
+    assert counts["dropped"]["broken"] == {"first": 7, "each": 7}
     named = {each["key"]: each["cause"] for each in counts["broken_named"]}
     assert named["half"] == "broken image"
     assert named["last"] == "truncated"
     lines = [line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines()[1:]]
-    assert [line[1] for line in lines] == ["half", "rubbish", "bare", "latin", "list", "last"]
+    assert [line[1] for line in lines] == ["half", "hole", "rubbish", "bare", "latin", "list", "last"]
     assert all(" at 0x" not in line[3] for line in lines)
     assert "broken image" in capsys.readouterr().out
     # without decoding, only what the header shows
     kept = filtered(tmp_path / "in", tmp_path / "headers", *options, "--headers-only")
-    assert keys(kept) == ["good", "half"]
+    assert keys(kept) == ["good", "half", "hole"]
 
 
 def photograph(seed: int) -> Image.Image:

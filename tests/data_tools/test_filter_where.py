@@ -55,6 +55,7 @@ SAMPLE = RawSample(
         ("json:n > 5", False),
         ("cls == 7", True),
         ("txt ~ = animal$", True),
+        ("txt !~ ~", True),
         ("txt ~ CAT", False),
         ("txt ~ (?i)CAT", True),
     ],
@@ -64,7 +65,21 @@ def test_rule(rule: str, expected: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "json:width", "json:width 3", "json:a = 3", "== 3", "json:loginx", "a in", "a =="]
+    "rule",
+    [
+        "",
+        "json:width",
+        "json:width 3",
+        "json:a = 3",
+        "== 3",
+        "json:loginx",
+        "a in",
+        "a ==",
+        "a >> 3",
+        "a => 3",
+        "a === 3",
+        "a <> 3",
+    ],
 )
 def test_what_is_no_rule_is_said(rule: str) -> None:
     with pytest.raises(UserError, match="write FIELD OP VALUE"):

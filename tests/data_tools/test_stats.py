@@ -123,6 +123,10 @@ def test_hand_made_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFi
     }
     assert found["decoding"]["pictures"] == 8
     assert found["decoding"]["pictures_per_second_and_core"] > 0
+    # in the words of `verify`
+    wrong_field = numbers(shards, tmp_path / "wrong.json", "--workers", 1, "--text", "caption")
+    assert wrong_field["bad"]["causes"]["no text"] == 10
+    assert "empty caption" not in wrong_field["bad"]["causes"]
     shown = capsys.readouterr().out
     assert "[b]dog[/b]" in shown, "a label is no markup"
     assert "broken image" in shown
@@ -254,6 +258,7 @@ def test_a_shard_that_is_none_is_named_and_the_others_count(shards: Path, tmp_pa
         (["{tmp}/text.tar", "--text", "json:"], "json field"),
         (["{tmp}/text.tar", "--report", "{tmp}"], "folder"),
         (["{tmp}/text.tar", "--json", "{tmp}/text.tar/stats.json"], "cannot make the folder"),
+        (["{tmp}/text.tar", "--json", "{tmp}/a", "--report", "{tmp}/a"], "for two files"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -356,7 +361,6 @@ def test_words_and_what_makes_captions_alike() -> None:
 
 
 def test_an_interrupted_run_goes_on(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats_command, "default_cache", lambda: tmp_path / "cache")
     measured: list[str] = []
 
     def run(name: str, most: int) -> dict:
@@ -368,6 +372,7 @@ def test_an_interrupted_run_goes_on(tiny_dir: Path, tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(stats_command, "measure_shard", counted)
         options = ["--tokenizer", str(tiny_dir / "tokenizer.model"), "--workers", "1"]
+        options += ["--cache-dir", str(tmp_path / "cache")]
         files = ["--json", str(tmp_path / f"{name}.json"), "--report", str(tmp_path / f"{name}.html")]
         try:
             main(["stats", str(tiny_dir / "train"), *options, *files])

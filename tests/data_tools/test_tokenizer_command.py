@@ -41,7 +41,7 @@ def test_the_options_of_training_are_those_of_the_model(tiny_data: Path, tmp_pat
         return _pieces(tmp_path / name)
 
     captions = draw_captions(
-        f"{tiny_data}/validation/*.tar", CaptionFields((Field.parse("json:captions"),)), 0, 1
+        f"{tiny_data}/validation/*.tar", CaptionFields((Field.parse("json:captions"),)), 0, tmp_path, 1
     )
     letters = sorted({letter for caption in captions.texts for letter in caption.lower()} - {" "})
     plain = train("plain.model", "--character-coverage", "1")
@@ -56,12 +56,12 @@ def test_the_options_of_training_are_those_of_the_model(tiny_data: Path, tmp_pat
     assert unigram.encode("☂")[-1] == unigram.unk_id() == 2
 
 
-def test_sentences_are_drawn_alike_in_every_run(tiny_data: Path) -> None:
+def test_sentences_are_drawn_alike_in_every_run(tiny_data: Path, tmp_path: Path) -> None:
     fields = CaptionFields((Field.parse("txt"), Field.parse("json:captions")))
     shards = f"{tiny_data}/validation/*.tar"
-    every = draw_captions(shards, fields, 0, workers=1).texts
-    some = draw_captions(shards, fields, 50, workers=1)
-    assert some.texts == draw_captions(shards, fields, 50, workers=1).texts
+    every = draw_captions(shards, fields, 0, tmp_path, workers=1).texts
+    some = draw_captions(shards, fields, 50, tmp_path, workers=1)
+    assert some.texts == draw_captions(shards, fields, 50, tmp_path, workers=1).texts
     assert (len(some.texts), some.found) == (50, len(every))
     places = iter(every)
     assert all(text in places for text in some.texts), "in file order"
@@ -183,6 +183,7 @@ def test_captions_that_are_longer_than_the_library_likes_are_not_left_out(tmp_pa
         (["{data}/validation/*.tar", "{tmp}/t.bin"], "NAME.model"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--text", "json:nothing"], "no caption"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--vocab-size", "99999"], "cannot train"),
+        (["{data}/validation/*.tar", "{tmp}/t.model", "--vocab-size", "300"], "with --character-coverage"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--type", "words"], "unigram"),
         (["{data}/validation/*.tar", "{tmp}/t.model", "--character-coverage", "0.5"], "0.98"),
         (

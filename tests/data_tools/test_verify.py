@@ -73,13 +73,23 @@ def without(members: Members, kind: str) -> Members:
     return {name: data for name, data in members.items() if name != kind}
 
 
+def jpeg_with_a_hole() -> bytes:
+    """Half of its data is missing, its end is there: decoders fill the rest."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    return data[: len(data) // 2] + data[-2:]
+
+
 EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "picture gone": ("no image", lambda m: without(m, picture_kind(m))),
     "caption gone": ("no text", lambda m: without(m, "txt")),
     "blank": ("empty caption", lambda m: {**m, "txt": b" \n"}),
+    "zeros": ("empty caption", lambda m: {**m, "txt": bytes(40)}),
     "latin": ("not utf-8", lambda m: {**m, "txt": b"\xff\xfe\xfa"}),
     "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 80}),
     "half": ("broken image", lambda m: with_picture(m, m[picture_kind(m)][:200])),
+    "hole": ("damaged picture data", lambda m: with_picture(m, jpeg_with_a_hole())),
     "nothing": ("empty image", lambda m: with_picture(m, b"")),
     "bomb": ("image too large", lambda m: with_picture(m, bomb())),
     "dot": ("small picture", lambda m: with_picture(m, png(30, 8))),
@@ -91,6 +101,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "coloured mask": ("broken mask", lambda m: {
         **m, "mask.png": png(*Image.open(io.BytesIO(m[picture_kind(m)])).size)}),
     "outside": ("bad box", lambda m: with_facts(m, objects=[{"label": "cat", "box": [0.5, 0.5, 1.2, 0.9]}])),
+    "no list": ("bad box", lambda m: with_facts(m, objects="cat")),
     "wide": ("wrong size", lambda m: with_facts(m, width=1)),
     "class gone": ("no label", lambda m: without(m, "cls")),
     "class name": ("bad label", lambda m: {**m, "cls": b"cat"}),
@@ -334,8 +345,11 @@ def test_an_interrupted_run_goes_on(clean: Path, tmp_path: Path, monkeypatch: py
         (["{data}", "--tokenizer", "nowhere.model"], "nowhere.model"),
         (["{data}", "--text", "json:"], "json field"),
         (["{data}", "--report", "{data}"], "is a folder"),
+        (["{data}", "--report", "{data}/a.json", "--index", "{data}/../validation/a.json"], "for two files"),
         (["{data}", "--max-aspect", "0.5"], "--max-aspect"),
         (["{data}", "--allow", "7"], "share"),
+        (["http://nowhere/{{00.."], "cannot expand the braces"),
+        (["{data}", "--cache-dir", "{data}/../dataset.json/cache"], "cannot be the cache's folder"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, clean: Path, capsys: pytest.CaptureFixture) -> None:
@@ -343,3 +357,47 @@ def test_mistakes(arguments: list[str], message: str, clean: Path, capsys: pytes
         main(["verify", *[argument.format(data=clean) for argument in arguments]])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["stats", "verify"])
+def test_results_that_cannot_be_kept(
+    verb: str, clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / verb).write_text("in the way")
+    with pytest.raises(SystemExit) as leaving:
+        main([verb, str(clean), "--cache-dir", str(tmp_path)])
+    assert leaving.value.code == 2
+    assert f"error: cannot keep results in {tmp_path / verb}: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sift"], ["make-tiny"], ["tokenizer"], ["verify"], ["stats", ".", "--workers", "0"]]
+)
+def test_wrong_use_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert " ".join(["siglip-data", *arguments[: arguments != ["sift"]], "--help"]) in line
+
+
+@pytest.mark.parametrize(
+    ("verb", "target", "options"),
+    [
+        ("stats", "", []),
+        ("verify", "", []),
+        ("preview", "page.html", []),
+        ("filter", "out", []),
+        ("tokenizer", "new.model", ["--vocab-size", "500", "--text", "json:captions"]),
+        ("tokenizer", "{tiny}/tokenizer.model", ["--inspect"]),
+    ],
+)
+def test_copies_of_shards_are_kept_where_the_user_says(
+    verb: str, target: str, options: list[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    shard = tmp_path / "packed.tar.gz"
+    shard.write_bytes(gzip.compress(min((tiny_dir / "validation").glob("*.tar")).read_bytes(), 1))
+    places = [str(tmp_path / target.format(tiny=tiny_dir))] if target else []
+    main([verb, str(shard), *places, *options, "--cache-dir", str(tmp_path / "cache")])
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
