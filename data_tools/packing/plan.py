@@ -19,7 +19,7 @@ from data_tools.progress import progress
 from data_tools.run_record import earlier_record, require_same
 
 # raise it whenever the same options would give other bytes
-PACK_VERSION = 1
+PACK_VERSION = 2
 RECORD = "pack.json"
 SKIPPED = "skipped.tsv"
 # reports of complete shards, while others are missing

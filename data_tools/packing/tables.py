@@ -31,7 +31,7 @@ def table_records(path: Path, options: SourceOptions) -> list[Record]:
     }
     try:
         return row_records(readers[path.suffix.lower()](path), path, options)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -90,7 +90,19 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         header = file.readline()
         file.seek(0)
         # many a table with tabs is called .csv
-        yield from csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
+        if "\t" in header:
+            # a caption that begins with a quote mark would swallow the rows up to the next one
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            rows = csv.DictReader(file, strict=True)
+        end = 0
+        try:
+            for row in rows:
+                yield row
+                end = rows.line_num
+        except csv.Error as error:
+            raise UserError(f"cannot read {path}: {error}, in the row that begins in line {max(end + 1, 2)}; "
+                            "most often a quote is not closed") from error  # fmt: skip
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

@@ -245,7 +245,9 @@ def tabled(folder: Path, form: str) -> Path:
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         return path
     with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if form == "tsv" else ",")
+        # what is between tabs is not quoted
+        form_options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        writer = csv.DictWriter(file, list(ROWS[0]), **(form_options if form == "tsv" else {}))
         writer.writeheader()
         writer.writerows(ROWS)
     return path
@@ -268,6 +270,20 @@ def test_tables(tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> Non
     named = SourceOptions(str(tmp_path), "filepath", "language")
     other = packed(table, tmp_path / "other", PackOptions(named, validation_share=0))
     assert [sample.members["txt"].decode() for sample in other.values()] == ["en", "de"]
+
+
+def test_a_quote_mark_swallows_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    captions = ["one", '"Hello he said', "two, three", 'a 12" disc', '"all of it"']
+    tabs = "".join(f"a.png\t{caption}\n" for caption in captions)
+    samples = packed(write(tmp_path / "pairs.tsv", f"image\ttext\n{tabs}"), tmp_path / "tsv")
+    assert [sample.members["txt"].decode() for sample in samples.values()] == captions
+    for caption in ('"Hello he said', '"Hello" he said'):
+        commas = write(
+            tmp_path / "pairs.csv", f'image,text\na.png,"two\nlines"\na.png,{caption}\na.png,"x"\n'
+        )
+        with pytest.raises(UserError, match=r"pairs\.csv: .*begins in line 4; most often a quote"):
+            pack(str(commas), tmp_path / "csv", NO_SPLIT)
 
 
 def embedded(path: Path, rows: list[dict]) -> Path:
