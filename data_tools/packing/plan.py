@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_sha
 from data_tools.packing.sources import find_records
 from data_tools.processes import run_all
 from data_tools.progress import progress
-from data_tools.run_record import earlier_record, require_same
+from data_tools.run_record import alone_in, earlier_record, require_same
+from data_tools.whole_file import remove_leftovers, write_whole
 
 # raise it whenever the same options would give other bytes
 PACK_VERSION = 2
@@ -67,15 +67,16 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
         "records": len(records),
         "source_fingerprint": fingerprint(records),
     }
-    result = _begin(out_dir, record)
-    if result is not None:
-        return result
-    tasks = plan_shards(records, out_dir, options)
-    left = [task for task in tasks if not task.report.exists()]
-    with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
-        for count in run_all(write_shard, left, workers):
-            advance(count)
-    return _finish(out_dir, record, tasks)
+    with alone_in(out_dir):
+        result = _begin(out_dir, record)
+        if result is not None:
+            return result
+        tasks = plan_shards(records, out_dir, options)
+        left = [task for task in tasks if not task.report.exists()]
+        with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
+            for count in run_all(write_shard, left, workers):
+                advance(count)
+        return _finish(out_dir, record, tasks)
 
 
 def plan_shards(records: Sequence[Record], out_dir: Path, options: PackOptions) -> list[ShardTask]:
@@ -118,10 +119,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
-    """Make the folders; what was packed, where an earlier run is complete. Raises `UserError`."""
+    """Make the folders, without leftovers; what was packed, where an earlier run is complete. Raises `UserError`."""
     present = earlier_record(out_dir, RECORD, "pack")
     if present is None:
-        out_dir.mkdir(parents=True, exist_ok=True)
         _save(out_dir / RECORD, record)
     else:
         require_same(out_dir, present, record, "packed")
@@ -129,8 +129,9 @@ def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)
             return Packed(present["samples"], present["shards"], present["skipped"], is_new=False)
-    for name in (*SPLITS, _STATE):
-        (out_dir / name).mkdir(exist_ok=True)
+    for folder in (out_dir, *(out_dir / name for name in (*SPLITS, _STATE))):
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
     return None
 
 
@@ -154,9 +155,7 @@ def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -164,6 +163,4 @@ def _save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
         "\t".join(Skipped._fields),
         *("\t".join(" ".join(cell.split()) for cell in each) for each in skipped),
     ]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    write_whole(path, _bytes("".join(f"{line}\n" for line in lines)).decode())

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
 from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Record, captions_of
 from data_tools.reading import plain_detail
+from data_tools.whole_file import temporary, write_whole
 from siglip_train.data.faults import SampleError
 
 MASK = "mask.png"
@@ -33,9 +34,7 @@ class ShardReport(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write it; that it is there means that the shard is complete."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._asdict()))
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self._asdict()))
 
     @classmethod
     def load(cls, path: Path) -> "ShardReport":
@@ -60,7 +59,7 @@ class ShardTask(NamedTuple):
 def write_shard(task: ShardTask) -> int:
     """Write one shard and its report; return the number of records. Where no record is usable there is no shard."""
     skipped = []
-    partial = task.path.with_suffix(".partial")
+    partial = temporary(task.path)
     # GNU: long and non-ASCII names without a header of their own for every member
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         for record in task.records:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -14,10 +15,11 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.packing import parquet_tables, plan
+from data_tools.packing import parquet_tables, plan, shards
 from data_tools.packing.pictures import PictureOptions
 from data_tools.packing.plan import PackOptions, pack
 from data_tools.packing.records import SourceOptions
+from data_tools.run_record import alone_in
 from siglip_train.errors import UserError
 
 from .conftest import Sample, read_split
@@ -150,6 +152,36 @@ def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: p
     assert [path.stat().st_mtime_ns for path in written] == stamps
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert causes(tmp_path / "out") == {"003": "broken image"}
+
+
+def test_two_runs_never_write_one_file(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with (
+        alone_in(out),
+        pytest.raises(UserError, match=f"out is being written by process {os.getpid()}: wait"),
+    ):
+        pack(str(photos), out, NO_SPLIT)
+    real, present = shards.add_member, []
+
+    def added(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+        present.append({path.name for path in (out / "train").iterdir()})
+        real(archive, name, content)
+
+    def interrupted(task: shards.ShardTask) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "add_member", added)
+    monkeypatch.setattr(plan, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(photos), out, NO_SPLIT)
+    # of a process that was killed: its number is part of the name
+    ours = f".00000.tar.{os.getpid()}"
+    for folder in (out, out / "train", out / ".pack"):
+        write(folder / ".00000.tar.4194305", b"half a shard")
+    monkeypatch.setattr(plan, "write_shard", shards.write_shard)
+    pack(str(photos), out, NO_SPLIT)
+    assert present == [{ours}] * 90
+    assert set(digests(out)) == {"train/00000.tar", "pack.json", "skipped.tsv"}
 
 
 def test_run_again(photos: Path, tmp_path: Path) -> None:
