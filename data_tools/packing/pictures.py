@@ -84,6 +84,8 @@ def _own_extension(data: bytes) -> str | None:
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     options = {} if extension == "png" else {"quality": quality}
+    # Pillow writes colour profiles and comments from there; a profile made in decoding has the time in it
+    image.info = {}
     try:
         image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
     except (OSError, ValueError) as error:  # WebP has a limit of 16,383 pixels a side

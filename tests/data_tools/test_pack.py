@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data_tools.cli import main
 from data_tools.packing import parquet_tables, plan, shards
@@ -229,6 +229,18 @@ def test_encoding_anew(photos: Path, tmp_path: Path, form: str, kind: str) -> No
         expected = io.BytesIO()
         Image.open(photos / f"{key}.png").save(expected, kind, **({} if form == "png" else {"quality": 30}))
         assert np.array_equal(image, opened(expected.getvalue()))
+
+
+def test_what_is_encoded_anew_has_no_metadata(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tagged = io.BytesIO()
+    picture().save(tagged, "PNG", icc_profile=profile, dpi=(300, 300))
+    write(tmp_path / "in" / "a.png", tagged.getvalue())
+    write(tmp_path / "in" / "a.txt", "noise")
+    for form in ("jpg", "png", "webp"):
+        options = PackOptions(pictures=PictureOptions(format=form), validation_share=0)
+        image = opened(packed(tmp_path / "in", tmp_path / form, options)["a"].members[form])
+        assert not image.info.keys() & {"icc_profile", "dpi", "exif", "comment"}
 
 
 def test_the_content_decides_the_extension(tmp_path: Path) -> None:
