@@ -56,8 +56,11 @@ def shrunk(size: Size, shortest_side: int | None) -> Size:
     return width, height
 
 
-def prepare_mask(data: bytes, picture: Picture) -> bytes:
-    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`."""
+def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
+    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`.
+
+    is_scaled: it may be of another size than the picture, which was shrunk since, as boxes may.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
             mask.load()
@@ -65,9 +68,9 @@ def prepare_mask(data: bytes, picture: Picture) -> bytes:
         raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error
     if mask.mode not in ("L", "P"):
         raise SampleError("broken mask", f"it is {mask.mode}, not a map of 8 bits")
-    if mask.size != picture.size_before:
+    if mask.size != picture.size_before and not is_scaled:
         raise SampleError("mask of another size", f"{mask.size}, the picture {picture.size_before}")
-    if picture.size == picture.size_before:
+    if mask.size == picture.size:
         return data
     return _encode(mask.resize(picture.size, Image.Resampling.NEAREST), "png", 0)
 

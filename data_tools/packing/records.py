@@ -9,6 +9,8 @@ from siglip_train.data.faults import SampleError
 
 # the record's part that is the picture, whatever its format
 IMAGE = "image"
+# the part, and member, that is a class map
+MASK = "mask.png"
 # fields that hold a caption where the user names none, the first that is there
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "txt", "description")
 

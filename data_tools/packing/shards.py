@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.packing.coco_masks import Drawing
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
-from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Record, captions_of
+from data_tools.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
 from data_tools.reading import plain_detail
 from data_tools.whole_file import temporary, write_whole
 from siglip_train.data.faults import SampleError
-
-MASK = "mask.png"
 
 
 class Skipped(NamedTuple):
@@ -95,7 +94,10 @@ def sample_members(
         members["txt"] = _utf8(text)
     members["json"] = _utf8(json.dumps(facts, ensure_ascii=False, default=str))
     for extension, part in _others(record.parts):
-        members[extension] = prepare_mask(part.read(), picture) if extension == MASK else part.read()
+        content = part.read()
+        if extension == MASK:
+            content = prepare_mask(content, picture, is_scaled=isinstance(part, Drawing))
+        members[extension] = content
     return members
 
 

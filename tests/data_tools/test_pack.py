@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from data_tools.cli import main
 from data_tools.packing import parquet_tables, plan, shards
+from data_tools.packing.coco_masks import run_lengths
 from data_tools.packing.pictures import PictureOptions
 from data_tools.packing.plan import PackOptions, pack
 from data_tools.packing.records import SourceOptions
@@ -425,6 +426,96 @@ def test_coco(tmp_path: Path) -> None:
     boxed = packed(found, tmp_path / "boxed", alone)
     assert len(boxed) == 3
     assert boxed["0009"].facts["objects"] == nine.facts["objects"]
+
+
+def instances(
+    folder: Path, annotations: list[dict], size: tuple[int, int] = (8, 6), ids: tuple = (3, 7)
+) -> Path:
+    """COCO instances, without captions, of the picture a.png of 8 x 6 pixels and of b.png, which has no size."""
+    write(folder / "a.png", encoded(picture(8, 6)))
+    write(folder / "b.png", encoded(picture(8, 6)))
+    images = [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]},
+              {"id": 2, "file_name": "b.png", "width": 0, "height": 6}]  # fmt: skip
+    categories = [{"id": number, "name": f"thing {number}"} for number in ids]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    return write(folder / "instances.json", content)
+
+
+def shape(segmentation: list | dict, category: int = 3, **more: object) -> dict:
+    return {"image_id": 1, "category_id": category, "segmentation": segmentation, **more}
+
+
+# of a rectangle (2, 1) to (5, 4)
+RUNS = {"size": [6, 8], "counts": [13, 3, 3, 3, 3, 3, 20]}
+DRAWN = np.zeros((6, 8), np.uint8)
+DRAWN[1:4, 2:5] = 1
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[2, 1, 5, 1, 5, 4, 2, 4]],
+        [[2, 1, 4, 1, 4, 4, 2, 4], [3.6, 1.4, 5.4, 1.4, 5.4, 4.4, 3.6, 4.4]],
+        RUNS,
+        {**RUNS, "counts": "=33000a0"},
+    ],
+)
+def test_coco_masks(tmp_path: Path, segmentation: list | dict) -> None:
+    source = instances(tmp_path, [shape(segmentation)])
+    sample = packed(source, tmp_path / "out")["a"]
+    assert np.array_equal(opened(sample.members["mask.png"]), DRAWN * 3)
+    assert sample.facts["classes"] == {"3": "thing 3"}
+    pack(str(source), tmp_path / "out", NO_SPLIT)
+    instances(tmp_path, [shape([[0, 0, 5, 1, 5, 4]])])
+    with pytest.raises(UserError, match="source_fingerprint"):
+        pack(str(source), tmp_path / "out", NO_SPLIT)
+
+
+def test_coco_masks_over_one_another(tmp_path: Path) -> None:
+    small, whole = [[2, 1, 5, 1, 5, 4, 2, 4]], [[-9, -9, 99, -9, 99, 99, -9, 99]]
+    crowd = {"size": [6, 8], "counts": [0, 6, 42]}
+    annotations = [shape(crowd, 7, iscrowd=1), shape(small), shape(whole, 7), shape([[0, 0, 3, 3]])]
+    # twice as large as the picture that is there: like boxes, masks fit it
+    for size, times in ((8, 6), 1), ((16, 12), 2):
+        scaled = [shape((np.array(small) * times).tolist()), shape(whole, 7)] if times == 2 else annotations
+        sample = packed(instances(tmp_path, scaled, size), tmp_path / str(times))["a"]
+        assert np.array_equal(opened(sample.members["mask.png"]), np.where(DRAWN, 3, 7))
+    # ids that are no numbers of 8 bits become places in the list
+    sample = packed(instances(tmp_path, [shape(small, 900)], ids=(0, 900)), tmp_path / "renumbered")["a"]
+    assert np.array_equal(opened(sample.members["mask.png"]), DRAWN * 2)
+    assert sample.facts["classes"] == {"2": "thing 900"}
+
+
+def test_compressed_runs_are_those_of_pycocotools() -> None:
+    # the example of its own tests, with numbers of two characters and below zero
+    assert run_lengths("61X13mN000`0") == [6, 1, 40, 4, 5, 4, 5, 4, 21]
+
+
+def test_annotations_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    box = {"category_id": 3, "bbox": [0, 0, 4, 3]}
+    wrong = [{**box, "image_id": 99}, {**box, "image_id": 2}, {**box, "image_id": 1, "bbox": [1]}, 5,
+             shape([[0, 0, 1, 1, 0, 1]], 8)]  # fmt: skip
+    samples = packed(instances(tmp_path, [*wrong, {**box, "image_id": 1}]), tmp_path / "out")
+    assert samples["a"].facts["objects"] == [{"label": "thing 3", "box": [0.0, 0.0, 0.5, 0.5]}]
+    assert list(samples) == ["a", "b"]
+    assert causes(tmp_path / "out") == {
+        "annotations[0]": "unknown image",
+        "annotations[1]": "no image size",
+        "annotations[2]": "broken annotation",
+        "annotations[3]": "broken annotation",
+        "annotations[4]": "unknown category",
+    }
+    broken = [
+        [[1, 2, 3]],
+        {"size": [6, 8], "counts": [3]},
+        {"size": [8, 6], "counts": [48]},
+        {"size": [6, 8]},
+        [None],
+    ]
+    for place, segmentation in enumerate(broken):
+        out = tmp_path / f"broken{place}"
+        assert list(packed(instances(tmp_path, [shape(segmentation)]), out)) == ["b"]
+        assert causes(out) == {"a": "broken mask"}
 
 
 def test_shards_are_packed_anew(tiny_dir: Path, tmp_path: Path) -> None:
