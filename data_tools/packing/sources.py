@@ -9,7 +9,7 @@ from typing import Any
 from data_tools.packing.coco import coco_records, is_coco
 from data_tools.packing.folder import folder_records
 from data_tools.packing.records import IMAGE, Record, SourceOptions
-from data_tools.packing.tables import row_records, table_records
+from data_tools.packing.tables import checked_row, row_records, table_records
 from data_tools.packing.tars import tar_records
 from siglip_train.errors import UserError
 
@@ -50,7 +50,7 @@ def _json_records(path: Path, options: SourceOptions) -> list[Record]:
     data = _load(path)
     if isinstance(data, list):
         _refuse("a table", options)
-        return row_records([row for row in data if isinstance(row, dict)], path, options)
+        return row_records(map(checked_row, data), path, options)
     if not is_coco(data):
         raise UserError(f"{path} is neither a list of objects nor COCO's (lists images and annotations)")
     _refuse("COCO annotations", options)
@@ -63,7 +63,7 @@ def _json_records(path: Path, options: SourceOptions) -> list[Record]:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

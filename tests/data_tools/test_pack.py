@@ -588,6 +588,22 @@ def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    rows = [{"image": "a.png", "source": "web"}, {"image": "a.png", "caption": "one", "text": "more"},
+            {"path": "a.png", "text": "two"}]  # fmt: skip
+    source = write(tmp_path / "rows.json", [*rows, "no object"])
+    samples = packed(source, tmp_path / "out")
+    assert (
+        "pictures from column image or path, captions from column caption or text" in capsys.readouterr().err
+    )
+    assert {key: sample.members["txt"] for key, sample in samples.items()} == {
+        "000000001": b"one", "000000002": b"two",
+    }  # fmt: skip
+    assert samples["000000001"].facts["text"] == "more"
+    assert causes(tmp_path / "out") == {"000000000": "empty caption", "000000003": "broken json"}
+
+
 def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
     shutil.copytree(photos, tmp_path / "in" / "ä.folder" / ("long" * 40))
@@ -613,6 +629,7 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
         (["{tmp}/words.csv"], "no column of images, one called image, image_path"),
         (["{tmp}/t.json"], "neither a list of objects nor COCO's"),
         (["{tmp}/coco.json"], "KeyError 'file_name'"),
+        (["{tmp}/deep.json"], "deep.json: maximum recursion depth"),
         (["{tmp}/photos/1.txt"], "no tar file"),
         (["{tmp}/uncaptioned"], "nothing could be packed: skipped 1 (1 empty caption)"),
     ],
@@ -626,6 +643,7 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     write(tmp_path / "words.csv", "picture,text\na.png,a\n")
     write(tmp_path / "t.json", {"images": 3})
     write(tmp_path / "coco.json", {"images": [{"id": 1}], "annotations": []})
+    write(tmp_path / "deep.json", "[" * 200_000)
     (tmp_path / "empty").mkdir()
     source, *options = (argument.format(tmp=tmp_path) for argument in arguments)
     with pytest.raises(SystemExit) as leaving:
