@@ -17,6 +17,7 @@ from data_tools.processes import run_all
 from data_tools.progress import progress
 from data_tools.run_record import alone_in, earlier_record, require_same
 from data_tools.whole_file import remove_leftovers, write_whole
+from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes
 PACK_VERSION = 2
@@ -55,7 +56,7 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
     """Pack a source into `out_dir`/train and `out_dir`/validation, or go on where a run was interrupted.
 
     The bytes depend on the source and the options alone. Raises `UserError`, also where `out_dir` holds something
-    else or was made with other options.
+    else or was made with other options, and where no sample can be used, which leaves it empty.
     """
     # a folder that is not ours is refused before a long look at the source
     earlier_record(out_dir, RECORD, "pack")
@@ -143,15 +144,28 @@ def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -
     for name, report in reports:
         samples[name] += report.samples
         shards[name] += report.samples > 0
-    _save_skipped(out_dir / SKIPPED, skipped)
     if samples.total():
+        _save_skipped(out_dir / SKIPPED, skipped)
         _save(out_dir / RECORD, {**record, "samples": samples, "shards": shards, "skipped": causes})
-    # without any sample the next run begins anew, with what was repaired in between
     shutil.rmtree(out_dir / _STATE)
     for name in SPLITS:
         if not shards[name]:
             (out_dir / name).rmdir()
+    if not samples.total():
+        # it would be in the way of the corrected command
+        (out_dir / RECORD).unlink()
+        raise UserError(f"nothing could be packed: {_first_of(skipped)}")
     return Packed(dict(samples), dict(shards), causes)
+
+
+def _first_of(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return "there are no samples"
+    causes = Counter(each.cause for each in skipped).most_common()
+    counted = ", ".join(f"{count} {cause}" for cause, count in causes)
+    first = skipped[0]
+    detail = f" ({' '.join(first.detail.split())})" if first.detail else ""
+    return f"skipped {len(skipped)} ({counted}), the first being {first.origin}: {first.cause}{detail}"
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:

@@ -572,6 +572,17 @@ def test_what_cannot_be_used_is_skipped_and_listed(tmp_path: Path) -> None:
     assert record["skipped"] == dict.fromkeys(broken, 1)
 
 
+def test_a_pack_of_nothing_is_not_in_the_way(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write(source / "a.png", encoded(picture()))
+    write(source / "a.json", {"words": "noise"})
+    with pytest.raises(UserError, match=r"nothing could be packed: skipped 1 \(1 empty caption\)"):
+        pack(str(source), out, NO_SPLIT)
+    assert not list(out.iterdir())
+    named = PackOptions(SourceOptions(caption_column="words"), validation_share=0)
+    assert packed(source, out, named)["a"].members["txt"] == b"noise"
+
+
 def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     lines = [{"image": "a.png", "caption": ["", "one", "two"]}, {"image": "gone.png", "caption": "x"},
@@ -631,7 +642,10 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
         (["{tmp}/coco.json"], "KeyError 'file_name'"),
         (["{tmp}/deep.json"], "deep.json: maximum recursion depth"),
         (["{tmp}/photos/1.txt"], "no tar file"),
-        (["{tmp}/uncaptioned"], "nothing could be packed: skipped 1 (1 empty caption)"),
+        (
+            ["{tmp}/uncaptioned"],
+            "nothing could be packed: skipped 1 (1 empty caption), the first being 1.png",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
