@@ -63,7 +63,7 @@ def coco_records(data: Annotations, instances: Annotations | None, image_root: P
 def _record(image: Annotations, said: _Said, image_root: Path, *, caption_needed: bool) -> Record:
     name = image["file_name"]
     text, facts = captions_of(said.captions)
-    parts: dict[str, Readable] = {IMAGE: Part(str(image_root / name))}
+    parts: dict[str, Readable] = {IMAGE: Part.of_file(str(image_root / name))}
     if said.objects:
         facts["objects"] = said.objects
     if said.shapes:

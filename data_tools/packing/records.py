@@ -36,6 +36,14 @@ class Part(NamedTuple):
     offset: int = 0
     size: int = -1
 
+    @classmethod
+    def of_file(cls, path: str) -> "Part":
+        """The whole of a file, which may be missing. The fingerprint has its size, by which another one is noticed."""
+        try:
+            return cls(path, 0, os.stat(path).st_size)
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            return cls(path)
+
     def read(self) -> bytes:
         """The bytes. Raises `SampleError`."""
         try:

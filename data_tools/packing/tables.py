@@ -88,7 +88,9 @@ def _record(number: int, row: Row, root: str, images: list[str], captions: list[
     if isinstance(name, Cell):
         return Record(key, name.name or f"row {number}", {IMAGE: name}, text, {**others, **told})
     # captions of one picture are rows of their own, and must not meet across the splits
-    return Record(key, name, {IMAGE: Part(os.path.join(root, name))}, text, {**others, **told}, group=name)
+    return Record(
+        key, name, {IMAGE: Part.of_file(os.path.join(root, name))}, text, {**others, **told}, group=name
+    )
 
 
 def _is_nameless(value: Any) -> bool:

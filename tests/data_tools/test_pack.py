@@ -202,6 +202,27 @@ def test_run_again(photos: Path, tmp_path: Path) -> None:
         pack(str(photos), photos, NO_SPLIT)
 
 
+@pytest.mark.parametrize("form", ["folder", "table", "coco"])
+def test_a_replaced_picture_is_noticed(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "in"
+    coco = instances(folder, [shape([[0, 0, 3, 0, 3, 3]])])
+    table = write(folder / "rows.csv", "image,text\na.png,x\nb.png,y\ngone.png,z\n")
+    write(folder / "a.txt", "x")
+    source = {"folder": folder, "table": table, "coco": coco}[form]
+    pack(str(source), tmp_path / "out", NO_SPLIT)
+    write(folder / "a.png", encoded(picture(9, 9)))
+    with pytest.raises(UserError, match="source_fingerprint"):
+        pack(str(source), tmp_path / "out", NO_SPLIT)
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    mask = encoded(Image.new("L", (40, 30)))
+    for extension, content in (("PNG", encoded(picture())), ("TXT", b"loud"), ("Mask.PNG", mask)):
+        write(tmp_path / "in" / f"A.{extension}", content)
+    (sample,) = packed(tmp_path / "in", tmp_path / "out").values()
+    assert (sample.key, sample.members["txt"], sample.members["mask.png"]) == ("A", b"loud", mask)
+
+
 def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
     source, image = tmp_path / "in", picture(91, 60)
     classes = np.random.default_rng(1).integers(0, 256, (60, 91), dtype=np.uint8)
