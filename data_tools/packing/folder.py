@@ -21,7 +21,7 @@ def folder_records(folder: Path) -> list[Record]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         wanted = [name for name in sorted(files) if _is_wanted(place, name)]
         beside = _by_picture(wanted)
-        records += [_record(folder, place, name, beside) for name in wanted if _is_picture(name)]
+        records += [_record(folder, place, name, beside) for name in wanted if is_picture(name)]
     if not records:
         raise UserError(f"{folder} holds neither pictures ({' '.join(_PICTURES)}) nor tars")
     return records
@@ -32,7 +32,8 @@ def _is_wanted(place: str, name: str) -> bool:
     return not name.startswith(".") and os.path.isfile(os.path.join(place, name))
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    """Is it named like a picture, and not like a mask?"""
     return name.lower().endswith(_PICTURES) and not name.lower().endswith(f".{MASK}")
 
 

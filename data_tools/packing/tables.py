@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Part, Record, Sour
 from siglip_train.data.faults import SampleError
 from siglip_train.errors import UserError
 
-_IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
+# the last three are img2dataset's, by the format
+_IMAGE_COLUMNS = (
+    "image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img", "jpg", "png", "webp",
+)  # fmt: skip
 # the module's default of 128 KiB is too small for a page of text in a cell
 _MAX_CELL = 1 << 27
 # rows whose columns are those of the table
@@ -30,12 +33,16 @@ def table_records(path: Path, options: SourceOptions) -> list[Record]:
         ".tsv": _csv_rows,
         ".jsonl": _json_rows,
         ".ndjson": _json_rows,
-        ".parquet": parquet_rows,
     }
     try:
         return row_records(readers[path.suffix.lower()](path), path, options)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parquet_records(files: Sequence[Path], source: Path, options: SourceOptions) -> list[Record]:
+    """A record for every row of Parquet files, which are one table; `source` names them all. Raises `UserError`."""
+    return row_records(itertools.chain.from_iterable(map(parquet_rows, files)), source, options)
 
 
 def row_records(rows: Iterable[Row], path: Path, options: SourceOptions) -> list[Record]:

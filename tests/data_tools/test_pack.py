@@ -403,6 +403,37 @@ def test_parquet_with_plain_bytes(tmp_path: Path) -> None:
         pack(str(source), tmp_path / "one", options)
 
 
+@pytest.mark.parametrize("form", ["{}", "{}/*.parquet", "{}/p[01].parquet"])
+def test_parquet_files_are_one_table(tmp_path: Path, form: str) -> None:
+    """As img2dataset writes them: column jpg, in several files, with statistics beside them."""
+    pictures = [encoded(picture(seed=number), "JPEG") for number in range(6)]
+    folder = tmp_path / "set.parquet"
+    write(folder / "p0_stats.json", {"count": 3})
+    for file in range(2):
+        rows = [{"caption": f"{n}", "jpg": pictures[n]} for n in range(3 * file, 3 * file + 3)]
+        embedded(folder / f"p{file}.parquet", rows)
+    samples = packed(Path(form.format(folder)), tmp_path / "out")
+    assert [sample.members["jpg"] for sample in samples.values()] == pictures
+    assert list(samples) == [f"{number:09d}" for number in range(6)]
+
+
+def test_parquet_beside_pictures_is_not_the_source(photos: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "00000.parquet", b"of img2dataset")
+    shutil.copytree(photos, tmp_path / "in" / "00000")
+    assert len(packed(tmp_path / "in", tmp_path / "out")) == 30
+
+
+def test_parquet_with_a_dictionary_of_pictures(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    pictures = [encoded(picture(seed=number)) for number in range(2)]
+    column = pyarrow.array([pictures[0], pictures[1], pictures[0]]).dictionary_encode()
+    table = pyarrow.table({"image": column, "text": ["a", "b", "c"]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    samples = packed(tmp_path / "in.parquet", tmp_path / "out")
+    assert [sample.members["png"] for sample in samples.values()] == [*pictures, pictures[0]]
+
+
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_tables, "parquet", None)
     with pytest.raises(UserError, match=r"siglip-train\[parquet\]"):
