@@ -2,11 +2,15 @@
 
 import io
 import json
+import math
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 from data_tools.packing.coco_masks import Drawing
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
@@ -60,7 +64,9 @@ def write_shard(task: ShardTask) -> int:
     skipped = []
     partial = temporary(task.path)
     # GNU: long and non-ASCII names without a header of their own for every member
-    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive, warnings.catch_warnings():
+        # Pillow warns of half the pixels that it allows
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for record in task.records:
             try:
                 members = sample_members(record, task.pictures, task.caption_column)
@@ -92,7 +98,7 @@ def sample_members(
     members = {picture.extension: picture.data}
     if text:
         members["txt"] = _utf8(text)
-    members["json"] = _utf8(json.dumps(facts, ensure_ascii=False, default=str))
+    members["json"] = _json_text(facts)
     for extension, part in _others(record.parts):
         content = part.read()
         if extension == MASK:
@@ -129,6 +135,22 @@ def _decoded(data: bytes) -> str:
 def _utf8(text: str) -> bytes:
     # half a surrogate pair, which JSON can spell, has no bytes
     return text.encode("utf-8", "replace")
+
+
+def _json_text(facts: dict[str, Any]) -> bytes:
+    try:
+        return _utf8(json.dumps(_finite(facts), ensure_ascii=False, allow_nan=False, default=str))
+    except (ValueError, RecursionError) as error:
+        raise SampleError("broken json", str(error)) from error
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinities: Python's json writes them, and others' refuse the whole object."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -667,6 +667,21 @@ def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFi
     assert causes(tmp_path / "out") == {"000000000": "empty caption", "000000003": "broken json"}
 
 
+def test_json_has_no_numbers_that_others_refuse(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    line = '{"image": "a.png", "text": "x", "score": NaN, "more": {"list": [1.5, -Infinity, 1e999]}}\n'
+    facts = packed(write(tmp_path / "rows.jsonl", line), tmp_path / "out")["000000000"].facts
+    assert (facts["score"], facts["more"]) == (None, {"list": [1.5, None, None]})
+
+
+def test_no_warning_of_pictures_that_are_allowed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert len(packed(photos, tmp_path / "out")) == 30
+    assert not [each for each in recwarn if issubclass(each.category, Image.DecompressionBombWarning)]
+
+
 def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
     shutil.copytree(photos, tmp_path / "in" / "ä.folder" / ("long" * 40))
