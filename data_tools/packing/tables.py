@@ -22,6 +22,8 @@ _IMAGE_COLUMNS = (
 _MAX_CELL = 1 << 27
 # rows whose columns are those of the table
 _LOOKED_AT = 1000
+# what json reads in one process could not be sent to another one
+_MAX_DEPTH = 64
 # a row, or what is wrong with it
 Row = dict[str, Any] | SampleError
 
@@ -143,4 +145,15 @@ def _json_row(line: bytes) -> Row:
 
 def checked_row(row: Any) -> Row:
     """What JSON has as a row, which must be an object."""
-    return row if isinstance(row, dict) else SampleError("broken json", "the row is no object")
+    if not isinstance(row, dict):
+        return SampleError("broken json", "the row is no object")
+    if _is_deeper(row, _MAX_DEPTH):
+        return SampleError("broken json", f"nested deeper than {_MAX_DEPTH} levels")
+    return row
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict | list) and levels == 0:
+        return True
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_is_deeper(each, levels - 1) for each in inside)

@@ -655,7 +655,8 @@ def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFi
     write(tmp_path / "a.png", encoded(picture()))
     rows = [{"image": "a.png", "source": "web"}, {"image": "a.png", "caption": "one", "text": "more"},
             {"path": "a.png", "text": "two"}]  # fmt: skip
-    source = write(tmp_path / "rows.json", [*rows, "no object"])
+    deep = {"image": "a.png", "caption": "x", "more": json.loads("[" * 500 + "]" * 500)}
+    source = write(tmp_path / "rows.json", [*rows, "no object", deep])
     samples = packed(source, tmp_path / "out")
     assert (
         "pictures from column image or path, captions from column caption or text" in capsys.readouterr().err
@@ -664,7 +665,13 @@ def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFi
         "000000001": b"one", "000000002": b"two",
     }  # fmt: skip
     assert samples["000000001"].facts["text"] == "more"
-    assert causes(tmp_path / "out") == {"000000000": "empty caption", "000000003": "broken json"}
+    assert causes(tmp_path / "out") == {
+        "000000000": "empty caption",
+        "000000003": "broken json",
+        "000000004": "broken json",
+    }
+    listed = (tmp_path / "out" / "skipped.tsv").read_text()
+    assert "nested deeper than 64 levels" in listed
 
 
 def test_json_has_no_numbers_that_others_refuse(tmp_path: Path) -> None:
