@@ -120,11 +120,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             rows = csv.DictReader(file, strict=True)
         end = 0
         try:
+            if rows.fieldnames:
+                end = rows.line_num
             for row in rows:
                 yield row
                 end = rows.line_num
         except csv.Error as error:
-            raise UserError(f"cannot read {path}: {error}, in the row that begins in line {max(end + 1, 2)}; "
+            raise UserError(f"cannot read {path}: {error}, in the row that begins in line {end + 1}; "
                             "most often a quote is not closed") from error  # fmt: skip
 
 

@@ -711,6 +711,7 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
         (["{tmp}/t.csv"], "--image-root where they are"),
         (["{tmp}/t.csv", "--caption-column", "words"], "no column words; its columns are image, text"),
         (["{tmp}/urls.csv"], "img2dataset"),
+        (["{tmp}/quote.csv"], "unexpected end of data, in the row that begins in line 1"),
         (["{tmp}/words.csv"], "no column of images, one called image, image_path"),
         (["{tmp}/t.json"], "neither a list of objects nor COCO's"),
         (["{tmp}/coco.json"], "KeyError 'file_name'"),
@@ -728,6 +729,7 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     write(tmp_path / "uncaptioned" / "1.png", encoded(picture()))
     write(tmp_path / "t.csv", "image,text\nnot/there.png,a\n")
     write(tmp_path / "urls.csv", "image,text\nhttps://example.org/a.png,a\n")
+    write(tmp_path / "quote.csv", '"image,text\na.png,a\n')
     write(tmp_path / "words.csv", "picture,text\na.png,a\n")
     write(tmp_path / "t.json", {"images": 3})
     write(tmp_path / "coco.json", {"images": [{"id": 1}], "annotations": []})
