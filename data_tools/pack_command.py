@@ -74,8 +74,6 @@ def _run(arguments: argparse.Namespace) -> None:
         packed = pack(arguments.source, arguments.out_dir, options, arguments.workers)
     except OSError as error:
         raise UserError(f"{error}; the same command goes on from here once that is mended") from error
-    if not sum(packed.samples.values()):
-        raise UserError(f"nothing could be packed: {_skipped(packed, arguments.out_dir)}")
     state = f"wrote {arguments.out_dir} in {time.monotonic() - start:.1f} s"
     print(f"{state if packed.is_new else f'{arguments.out_dir} is up to date'}: {_counts(packed)}; "
           f"{_skipped(packed, arguments.out_dir)}")  # fmt: skip

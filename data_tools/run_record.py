@@ -1,11 +1,17 @@
-"""The record, in a folder of shards, of the command that made it: what makes running it again safe."""
+"""The record, in a folder of shards, of the command that made it, and its lock: what makes running it again safe."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError
+
+_LOCK = ".lock"
 
 
 def earlier_record(out_dir: Path, name: str, generator: str) -> dict[str, Any] | None:
@@ -13,7 +19,7 @@ def earlier_record(out_dir: Path, name: str, generator: str) -> dict[str, Any] |
 
     Raises `UserError` where something else is there.
     """
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+    if not out_dir.exists() or (out_dir.is_dir() and all(path.name == _LOCK for path in out_dir.iterdir())):
         return None
     try:
         present = json.loads((out_dir / name).read_text())
@@ -22,6 +28,42 @@ def earlier_record(out_dir: Path, name: str, generator: str) -> dict[str, Any] |
     if not isinstance(present, dict) or present.get("generator") != generator:
         raise UserError(f"{out_dir} exists and was not made by {generator}: name another folder")
     return present
+
+
+@contextlib.contextmanager
+def alone_in(out_dir: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it, to the end of the block or of this process.
+
+    Raises `UserError` where another has it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / _LOCK
+    with path.open("a+") as file:
+        if not _is_locked(file.fileno(), out_dir):
+            file.seek(0)
+            raise UserError(
+                f"{out_dir} is being written by process {file.read()}: wait for its end, or end it"
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_locked(file: int, out_dir: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(
+            f"{out_dir} knows no locks ({error}): take care that one command alone writes it", file=sys.stderr
+        )
+    # the run that had it may have removed the file between the two calls
+    return os.fstat(file).st_nlink > 0
 
 
 def require_same(out_dir: Path, present: Mapping[str, Any], record: Mapping[str, Any], did: str) -> None:

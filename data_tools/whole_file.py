@@ -1,6 +1,7 @@
 """Write a file so that it appears complete or not at all, and find out before the work whether it can be written."""
 
 import os
+import re
 from pathlib import Path
 
 from siglip_train.errors import UserError
@@ -28,12 +29,24 @@ def _check_target(path: Path) -> None:
         raise UserError(f"cannot write into {path.parent}; name another folder")
 
 
+def temporary(path: Path) -> Path:
+    """The name beside `path` under which this process writes it; no other process has the same."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were ended have left under their `temporary` names."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` under a temporary name beside `path`, then rename. Raises `UserError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error

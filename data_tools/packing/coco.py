@@ -1,14 +1,32 @@
-"""Records of COCO annotations: the captions of a picture together, and boxes of instances relative to its sides."""
+"""Records of COCO annotations: the captions of a picture together, and boxes and masks of instances."""
 
+import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.packing.records import IMAGE, Part, Record, captions_of, key_of
+from data_tools.packing.coco_masks import Drawing
+from data_tools.packing.records import IMAGE, MASK, Part, Readable, Record, captions_of, key_of
+from siglip_train.data.faults import SampleError
 from siglip_train.errors import UserError
 
 Annotations = Mapping[str, Any]
+# of a map of 8 bits, beside 0
+_MAX_CLASSES = 255
+
+
+@dataclass
+class _Said:
+    """What the annotations say of one picture. shapes: [class, is it a crowd, segmentation]. classes: their names."""
+
+    captions: list[str] = field(default_factory=list)
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    shapes: list[list[Any]] = field(default_factory=list)
+    classes: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] = (0, 0)
 
 
 def is_coco(data: Any) -> bool:
@@ -21,57 +39,109 @@ def is_coco(data: Any) -> bool:
 def coco_records(data: Annotations, instances: Annotations | None, image_root: Path) -> list[Record]:
     """A record for every picture of `data`, which holds captions or instances, in the order of its list.
 
-    instances: a second file's annotations, whose boxes are added. Raises `UserError`.
+    instances: a second file's annotations, whose boxes and masks are added. Annotations that cannot be used follow as
+    faults. Raises `UserError`.
     """
+    said: dict[int, _Said] = defaultdict(_Said)
     try:
-        captions = _captions(data)
-        objects = _objects(instances if instances is not None else data)
-        return [_record(image, captions, objects, image_root) for image in data["images"]]
+        faults = _collect(data, said, captions=True, objects=instances is None)
+        if instances is not None:
+            faults += _collect(instances, said, captions=False, objects=True)
+        is_captioned = any(each.captions for each in said.values())
+        return [
+            *(
+                _record(image, said[image["id"]], image_root, caption_needed=is_captioned)
+                for image in data["images"]
+            ),
+            *faults,
+        ]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"the annotations are not what COCO's look like ({reason})") from error
 
 
-def _record(image: Annotations, captions: Mapping[int, list[str]], objects: Mapping[int, list[dict]],
-            image_root: Path) -> Record:  # fmt: skip
-    name, number = image["file_name"], image["id"]
-    text, facts = captions_of(captions.get(number, []))
-    if number in objects:
-        facts["objects"] = objects[number]
+def _record(image: Annotations, said: _Said, image_root: Path, *, caption_needed: bool) -> Record:
+    name = image["file_name"]
+    text, facts = captions_of(said.captions)
+    parts: dict[str, Readable] = {IMAGE: Part.of_file(str(image_root / name))}
+    if said.objects:
+        facts["objects"] = said.objects
+    if said.shapes:
+        facts["classes"] = said.classes
+        parts[MASK] = Drawing(name, *said.size, json.dumps(said.shapes).encode())
     return Record(
         key=key_of(name),
         origin=name,
-        parts={IMAGE: Part(str(image_root / name))},
+        parts=parts,
         text=text,
-        facts={"image_id": number, **facts},
+        facts={"image_id": image["id"], **facts},
         # of instances alone the boxes are what is learned
-        caption_needed=bool(captions),
+        caption_needed=caption_needed,
     )
 
 
-def _captions(data: Annotations) -> dict[int, list[str]]:
-    captions = defaultdict(list)
-    for annotation in data["annotations"]:
-        if "caption" in annotation:
-            captions[annotation["image_id"]].append(annotation["caption"])
-    return dict(captions)
-
-
-def _objects(data: Annotations) -> dict[int, list[dict]]:
-    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"] if "width" in image}
+def _collect(data: Annotations, said: dict[int, _Said], *, captions: bool, objects: bool) -> list[Record]:
+    """Add what a file says of each picture; the annotations that cannot be used."""
+    images = {image["id"]: image for image in data["images"]}
     labels = {category["id"]: category["name"] for category in data.get("categories", ())}
-    objects = defaultdict(list)
-    for annotation in data["annotations"]:
-        if "bbox" not in annotation:
-            continue
-        number = annotation["image_id"]
-        box = _relative(annotation["bbox"], *sizes[number])
+    numbers = _class_numbers(data, labels) if objects else {}
+    faults = []
+    for place, annotation in enumerate(data["annotations"]):
+        try:
+            number = annotation["image_id"]
+            if number not in images:
+                raise SampleError("unknown image", f"of no image of the list: {number!r}")
+            if captions and "caption" in annotation:
+                said[number].captions.append(annotation["caption"])
+            if objects and ("bbox" in annotation or annotation.get("segmentation")):
+                said[number].size = _size(images[number])
+                _add_object(said[number], annotation, labels, numbers)
+        except SampleError as error:
+            faults.append(_fault(place, error.cause, error.detail))
+        except (KeyError, TypeError, ValueError) as error:
+            faults.append(_fault(place, "broken annotation", f"{type(error).__name__}: {error}"))
+    return faults
+
+
+def _fault(place: int, cause: str, detail: str) -> Record:
+    name = f"annotations[{place}]"
+    return Record(name, name, fault=(cause, detail))
+
+
+def _size(image: Annotations) -> tuple[int, int]:
+    width, height = image.get("width"), image.get("height")
+    if not all(isinstance(side, int) and side > 0 for side in (width, height)):
+        raise SampleError("no image size", f"{image['file_name']} is {width} x {height} pixels")
+    return image["width"], image["height"]
+
+
+def _class_numbers(data: Annotations, labels: Mapping[int, str]) -> dict[int, int]:
+    """Category -> its number in masks: its id where that fits into 8 bits for all of them, else its place from 1 on."""
+    if all(isinstance(category, int) and 0 < category <= _MAX_CLASSES for category in labels):
+        return {category: category for category in labels}
+    if len(labels) <= _MAX_CLASSES:
+        return {category: place for place, category in enumerate(labels, 1)}
+    if any(isinstance(each, dict) and each.get("segmentation") for each in data["annotations"]):
+        print(f"masks are left out: there are {len(labels)} categories, and a map of 8 bits has {_MAX_CLASSES}",
+              file=sys.stderr)  # fmt: skip
+    return {}
+
+
+def _add_object(
+    said: _Said, annotation: Annotations, labels: Mapping[int, str], numbers: Mapping[int, int]
+) -> None:
+    category, is_crowd = annotation["category_id"], bool(annotation.get("iscrowd"))
+    label = labels.get(category, str(category))
+    if "bbox" in annotation:
+        box = _relative(annotation["bbox"], *said.size)
         # a box without an area, or beside the picture, shows nothing
         if box[0] < box[2] and box[1] < box[3]:
-            label = labels.get(annotation["category_id"], str(annotation["category_id"]))
-            crowd = {"crowd": True} if annotation.get("iscrowd") else {}
-            objects[number].append({"label": label, "box": box, **crowd})
-    return dict(objects)
+            said.objects.append({"label": label, "box": box, **({"crowd": True} if is_crowd else {})})
+    if annotation.get("segmentation") and numbers:
+        if category not in numbers:
+            raise SampleError("unknown category", f"of no category of the list: {category!r}")
+        said.shapes.append([numbers[category], is_crowd, annotation["segmentation"]])
+        said.classes[str(numbers[category])] = label
 
 
 def _relative(bbox: list[float], width: int, height: int) -> list[float]:

@@ -59,7 +59,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         file = parquet.ParquetFile(path)
         for group in range(file.num_row_groups):
             yield from _group_rows(file, path, group)
-    except ValueError as error:  # pyarrow's own errors are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's own errors are these
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -78,6 +78,8 @@ def _group_rows(file: Any, path: Path, group: int) -> Iterator[dict[str, Any]]:
 
 
 def _holds_bytes(kind: Any) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
     if pyarrow.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)

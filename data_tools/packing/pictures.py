@@ -56,8 +56,11 @@ def shrunk(size: Size, shortest_side: int | None) -> Size:
     return width, height
 
 
-def prepare_mask(data: bytes, picture: Picture) -> bytes:
-    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`."""
+def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
+    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`.
+
+    is_scaled: it may be of another size than the picture, which was shrunk since, as boxes may.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
             mask.load()
@@ -65,9 +68,9 @@ def prepare_mask(data: bytes, picture: Picture) -> bytes:
         raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error
     if mask.mode not in ("L", "P"):
         raise SampleError("broken mask", f"it is {mask.mode}, not a map of 8 bits")
-    if mask.size != picture.size_before:
+    if mask.size != picture.size_before and not is_scaled:
         raise SampleError("mask of another size", f"{mask.size}, the picture {picture.size_before}")
-    if picture.size == picture.size_before:
+    if mask.size == picture.size:
         return data
     return _encode(mask.resize(picture.size, Image.Resampling.NEAREST), "png", 0)
 
@@ -84,6 +87,8 @@ def _own_extension(data: bytes) -> str | None:
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     options = {} if extension == "png" else {"quality": quality}
+    # Pillow writes colour profiles and comments from there; a profile made in decoding has the time in it
+    image.info = {}
     try:
         image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
     except (OSError, ValueError) as error:  # WebP has a limit of 16,383 pixels a side

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +15,12 @@ from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_sha
 from data_tools.packing.sources import find_records
 from data_tools.processes import run_all
 from data_tools.progress import progress
-from data_tools.run_record import earlier_record, require_same
+from data_tools.run_record import alone_in, earlier_record, require_same
+from data_tools.whole_file import remove_leftovers, write_whole
+from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes
-PACK_VERSION = 1
+PACK_VERSION = 2
 RECORD = "pack.json"
 SKIPPED = "skipped.tsv"
 # reports of complete shards, while others are missing
@@ -55,7 +56,7 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
     """Pack a source into `out_dir`/train and `out_dir`/validation, or go on where a run was interrupted.
 
     The bytes depend on the source and the options alone. Raises `UserError`, also where `out_dir` holds something
-    else or was made with other options.
+    else or was made with other options, and where no sample can be used, which leaves it empty.
     """
     # a folder that is not ours is refused before a long look at the source
     earlier_record(out_dir, RECORD, "pack")
@@ -67,15 +68,16 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
         "records": len(records),
         "source_fingerprint": fingerprint(records),
     }
-    result = _begin(out_dir, record)
-    if result is not None:
-        return result
-    tasks = plan_shards(records, out_dir, options)
-    left = [task for task in tasks if not task.report.exists()]
-    with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
-        for count in run_all(write_shard, left, workers):
-            advance(count)
-    return _finish(out_dir, record, tasks)
+    with alone_in(out_dir):
+        result = _begin(out_dir, record)
+        if result is not None:
+            return result
+        tasks = plan_shards(records, out_dir, options)
+        left = [task for task in tasks if not task.report.exists()]
+        with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
+            for count in run_all(write_shard, left, workers):
+                advance(count)
+        return _finish(out_dir, record, tasks)
 
 
 def plan_shards(records: Sequence[Record], out_dir: Path, options: PackOptions) -> list[ShardTask]:
@@ -118,10 +120,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
-    """Make the folders; what was packed, where an earlier run is complete. Raises `UserError`."""
+    """Make the folders, without leftovers; what was packed, where an earlier run is complete. Raises `UserError`."""
     present = earlier_record(out_dir, RECORD, "pack")
     if present is None:
-        out_dir.mkdir(parents=True, exist_ok=True)
         _save(out_dir / RECORD, record)
     else:
         require_same(out_dir, present, record, "packed")
@@ -129,8 +130,9 @@ def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)
             return Packed(present["samples"], present["shards"], present["skipped"], is_new=False)
-    for name in (*SPLITS, _STATE):
-        (out_dir / name).mkdir(exist_ok=True)
+    for folder in (out_dir, *(out_dir / name for name in (*SPLITS, _STATE))):
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
     return None
 
 
@@ -142,21 +144,32 @@ def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -
     for name, report in reports:
         samples[name] += report.samples
         shards[name] += report.samples > 0
-    _save_skipped(out_dir / SKIPPED, skipped)
     if samples.total():
+        _save_skipped(out_dir / SKIPPED, skipped)
         _save(out_dir / RECORD, {**record, "samples": samples, "shards": shards, "skipped": causes})
-    # without any sample the next run begins anew, with what was repaired in between
     shutil.rmtree(out_dir / _STATE)
     for name in SPLITS:
         if not shards[name]:
             (out_dir / name).rmdir()
+    if not samples.total():
+        # it would be in the way of the corrected command
+        (out_dir / RECORD).unlink()
+        raise UserError(f"nothing could be packed: {_first_of(skipped)}")
     return Packed(dict(samples), dict(shards), causes)
 
 
+def _first_of(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return "there are no samples"
+    causes = Counter(each.cause for each in skipped).most_common()
+    counted = ", ".join(f"{count} {cause}" for cause, count in causes)
+    first = skipped[0]
+    detail = f" ({' '.join(first.detail.split())})" if first.detail else ""
+    return f"skipped {len(skipped)} ({counted}), the first being {first.origin}: {first.cause}{detail}"
+
+
 def _save(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -164,6 +177,4 @@ def _save_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
         "\t".join(Skipped._fields),
         *("\t".join(" ".join(cell.split()) for cell in each) for each in skipped),
     ]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    write_whole(path, _bytes("".join(f"{line}\n" for line in lines)).decode())

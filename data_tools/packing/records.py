@@ -9,6 +9,8 @@ from siglip_train.data.faults import SampleError
 
 # the record's part that is the picture, whatever its format
 IMAGE = "image"
+# the part, and member, that is a class map
+MASK = "mask.png"
 # fields that hold a caption where the user names none, the first that is there
 CAPTION_FIELDS = ("caption", "captions", "text", "title", "txt", "description")
 
@@ -33,6 +35,14 @@ class Part(NamedTuple):
     path: str
     offset: int = 0
     size: int = -1
+
+    @classmethod
+    def of_file(cls, path: str) -> "Part":
+        """The whole of a file, which may be missing. The fingerprint has its size, by which another one is noticed."""
+        try:
+            return cls(path, 0, os.stat(path).st_size)
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            return cls(path)
 
     def read(self) -> bytes:
         """The bytes. Raises `SampleError`."""

@@ -2,18 +2,22 @@
 
 import io
 import json
+import math
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
-from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Record, captions_of
-from data_tools.reading import plain_detail
-from siglip_train.data.faults import SampleError
+from PIL import Image
 
-MASK = "mask.png"
+from data_tools.packing.coco_masks import Drawing
+from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
+from data_tools.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
+from data_tools.reading import plain_detail
+from data_tools.whole_file import temporary, write_whole
+from siglip_train.data.faults import SampleError
 
 
 class Skipped(NamedTuple):
@@ -33,9 +37,7 @@ class ShardReport(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Write it; that it is there means that the shard is complete."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._asdict()))
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self._asdict()))
 
     @classmethod
     def load(cls, path: Path) -> "ShardReport":
@@ -60,9 +62,11 @@ class ShardTask(NamedTuple):
 def write_shard(task: ShardTask) -> int:
     """Write one shard and its report; return the number of records. Where no record is usable there is no shard."""
     skipped = []
-    partial = task.path.with_suffix(".partial")
+    partial = temporary(task.path)
     # GNU: long and non-ASCII names without a header of their own for every member
-    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive, warnings.catch_warnings():
+        # Pillow warns of half the pixels that it allows
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for record in task.records:
             try:
                 members = sample_members(record, task.pictures, task.caption_column)
@@ -94,9 +98,12 @@ def sample_members(
     members = {picture.extension: picture.data}
     if text:
         members["txt"] = _utf8(text)
-    members["json"] = _utf8(json.dumps(facts, ensure_ascii=False, default=str))
+    members["json"] = _json_text(facts)
     for extension, part in _others(record.parts):
-        members[extension] = prepare_mask(part.read(), picture) if extension == MASK else part.read()
+        content = part.read()
+        if extension == MASK:
+            content = prepare_mask(content, picture, is_scaled=isinstance(part, Drawing))
+        members[extension] = content
     return members
 
 
@@ -128,6 +135,22 @@ def _decoded(data: bytes) -> str:
 def _utf8(text: str) -> bytes:
     # half a surrogate pair, which JSON can spell, has no bytes
     return text.encode("utf-8", "replace")
+
+
+def _json_text(facts: dict[str, Any]) -> bytes:
+    try:
+        return _utf8(json.dumps(_finite(facts), ensure_ascii=False, allow_nan=False, default=str))
+    except (ValueError, RecursionError) as error:
+        raise SampleError("broken json", str(error)) from error
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinities: Python's json writes them, and others' refuse the whole object."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a source is, seen from its name or content, and which reader makes records of it."""
 
+import glob
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -7,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.packing.coco import coco_records, is_coco
-from data_tools.packing.folder import folder_records
+from data_tools.packing.folder import folder_records, is_picture
 from data_tools.packing.records import IMAGE, Record, SourceOptions
-from data_tools.packing.tables import row_records, table_records
+from data_tools.packing.tables import checked_row, parquet_records, row_records, table_records
 from data_tools.packing.tars import tar_records
 from siglip_train.errors import UserError
 
-_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _TARS = (".tar", ".tar.gz", ".tgz")
 # kind of source -> options that mean something for it
 _MEANINGFUL = {
@@ -28,29 +29,47 @@ _TRIED = 100
 
 def find_records(source: str, options: SourceOptions) -> list[Record]:
     """The records of a folder, a table, a COCO file or shards; keys do not repeat. Raises `UserError`."""
+    return list(_without_repeats(_records(source, options)))
+
+
+def _records(source: str, options: SourceOptions) -> list[Record]:
     path = Path(source).expanduser()
     ending = path.suffix.lower()
-    if path.is_dir() and not any(name.name.endswith(_TARS) for name in path.iterdir()):
+    if parquet := _parquet_files(path):
+        _refuse("a table", options)
+        records = parquet_records(parquet, path / "*.parquet" if path.is_dir() else path, options)
+    elif path.is_file() and ending in _TABLES:
+        _refuse("a table", options)
+        records = table_records(path, options)
+    elif path.is_file() and ending == ".json":
+        records = _json_records(path, options)
+    elif path.is_dir() and not any(name.name.endswith(_TARS) for name in path.iterdir()):
         _refuse("a folder of pictures", options)
-        return list(_without_repeats(folder_records(path)))
-    if path.is_file() and ending in (*_TABLES, ".json"):
-        records = _json_records(path, options) if ending == ".json" else _table(path, options)
-        _find_some_pictures(records)
-        return list(_without_repeats(records))
-    _refuse("shards", options)
-    return list(_without_repeats(tar_records(source)))
+        return folder_records(path)
+    else:
+        _refuse("shards", options)
+        return tar_records(source)
+    _find_some_pictures(records)
+    return records
 
 
-def _table(path: Path, options: SourceOptions) -> list[Record]:
-    _refuse("a table", options)
-    return table_records(path, options)
+def _parquet_files(path: Path) -> list[Path]:
+    """The Parquet files that `path` means: one, those of a glob, or those of a folder with nothing else to pack."""
+    if path.is_dir():
+        inside = [each for each in path.iterdir() if not each.name.startswith(".")]
+        # img2dataset writes Parquet files of its own beside tars and folders of pictures
+        if any(each.is_dir() or is_picture(each.name) or each.name.endswith(_TARS) for each in inside):
+            return []
+    else:
+        inside = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
+    return sorted(each for each in inside if each.suffix.lower() == ".parquet")
 
 
 def _json_records(path: Path, options: SourceOptions) -> list[Record]:
     data = _load(path)
     if isinstance(data, list):
         _refuse("a table", options)
-        return row_records([row for row in data if isinstance(row, dict)], path, options)
+        return row_records(map(checked_row, data), path, options)
     if not is_coco(data):
         raise UserError(f"{path} is neither a list of objects nor COCO's (lists images and annotations)")
     _refuse("COCO annotations", options)
@@ -63,7 +82,7 @@ def _json_records(path: Path, options: SourceOptions) -> list[Record]:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

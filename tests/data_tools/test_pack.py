@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data_tools.cli import main
-from data_tools.packing import parquet_tables, plan
+from data_tools.packing import parquet_tables, plan, shards
+from data_tools.packing.coco_masks import run_lengths
 from data_tools.packing.pictures import PictureOptions
 from data_tools.packing.plan import PackOptions, pack
 from data_tools.packing.records import SourceOptions
+from data_tools.run_record import alone_in
 from siglip_train.errors import UserError
 
 from .conftest import Sample, read_split
@@ -152,6 +155,36 @@ def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: p
     assert causes(tmp_path / "out") == {"003": "broken image"}
 
 
+def test_two_runs_never_write_one_file(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with (
+        alone_in(out),
+        pytest.raises(UserError, match=f"out is being written by process {os.getpid()}: wait"),
+    ):
+        pack(str(photos), out, NO_SPLIT)
+    real, present = shards.add_member, []
+
+    def added(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+        present.append({path.name for path in (out / "train").iterdir()})
+        real(archive, name, content)
+
+    def interrupted(task: shards.ShardTask) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "add_member", added)
+    monkeypatch.setattr(plan, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(photos), out, NO_SPLIT)
+    # of a process that was killed: its number is part of the name
+    ours = f".00000.tar.{os.getpid()}"
+    for folder in (out, out / "train", out / ".pack"):
+        write(folder / ".00000.tar.4194305", b"half a shard")
+    monkeypatch.setattr(plan, "write_shard", shards.write_shard)
+    pack(str(photos), out, NO_SPLIT)
+    assert present == [{ours}] * 90
+    assert set(digests(out)) == {"train/00000.tar", "pack.json", "skipped.tsv"}
+
+
 def test_run_again(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = pack(str(photos), out, NO_SPLIT)
@@ -167,6 +200,27 @@ def test_run_again(photos: Path, tmp_path: Path) -> None:
     assert digests(out) == before
     with pytest.raises(UserError, match="not made by pack"):
         pack(str(photos), photos, NO_SPLIT)
+
+
+@pytest.mark.parametrize("form", ["folder", "table", "coco"])
+def test_a_replaced_picture_is_noticed(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "in"
+    coco = instances(folder, [shape([[0, 0, 3, 0, 3, 3]])])
+    table = write(folder / "rows.csv", "image,text\na.png,x\nb.png,y\ngone.png,z\n")
+    write(folder / "a.txt", "x")
+    source = {"folder": folder, "table": table, "coco": coco}[form]
+    pack(str(source), tmp_path / "out", NO_SPLIT)
+    write(folder / "a.png", encoded(picture(9, 9)))
+    with pytest.raises(UserError, match="source_fingerprint"):
+        pack(str(source), tmp_path / "out", NO_SPLIT)
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    mask = encoded(Image.new("L", (40, 30)))
+    for extension, content in (("PNG", encoded(picture())), ("TXT", b"loud"), ("Mask.PNG", mask)):
+        write(tmp_path / "in" / f"A.{extension}", content)
+    (sample,) = packed(tmp_path / "in", tmp_path / "out").values()
+    assert (sample.key, sample.members["txt"], sample.members["mask.png"]) == ("A", b"loud", mask)
 
 
 def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
@@ -197,6 +251,18 @@ def test_encoding_anew(photos: Path, tmp_path: Path, form: str, kind: str) -> No
         expected = io.BytesIO()
         Image.open(photos / f"{key}.png").save(expected, kind, **({} if form == "png" else {"quality": 30}))
         assert np.array_equal(image, opened(expected.getvalue()))
+
+
+def test_what_is_encoded_anew_has_no_metadata(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tagged = io.BytesIO()
+    picture().save(tagged, "PNG", icc_profile=profile, dpi=(300, 300))
+    write(tmp_path / "in" / "a.png", tagged.getvalue())
+    write(tmp_path / "in" / "a.txt", "noise")
+    for form in ("jpg", "png", "webp"):
+        options = PackOptions(pictures=PictureOptions(format=form), validation_share=0)
+        image = opened(packed(tmp_path / "in", tmp_path / form, options)["a"].members[form])
+        assert not image.info.keys() & {"icc_profile", "dpi", "exif", "comment"}
 
 
 def test_the_content_decides_the_extension(tmp_path: Path) -> None:
@@ -245,7 +311,9 @@ def tabled(folder: Path, form: str) -> Path:
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         return path
     with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if form == "tsv" else ",")
+        # what is between tabs is not quoted
+        form_options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        writer = csv.DictWriter(file, list(ROWS[0]), **(form_options if form == "tsv" else {}))
         writer.writeheader()
         writer.writerows(ROWS)
     return path
@@ -268,6 +336,20 @@ def test_tables(tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> Non
     named = SourceOptions(str(tmp_path), "filepath", "language")
     other = packed(table, tmp_path / "other", PackOptions(named, validation_share=0))
     assert [sample.members["txt"].decode() for sample in other.values()] == ["en", "de"]
+
+
+def test_a_quote_mark_swallows_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    captions = ["one", '"Hello he said', "two, three", 'a 12" disc', '"all of it"']
+    tabs = "".join(f"a.png\t{caption}\n" for caption in captions)
+    samples = packed(write(tmp_path / "pairs.tsv", f"image\ttext\n{tabs}"), tmp_path / "tsv")
+    assert [sample.members["txt"].decode() for sample in samples.values()] == captions
+    for caption in ('"Hello he said', '"Hello" he said'):
+        commas = write(
+            tmp_path / "pairs.csv", f'image,text\na.png,"two\nlines"\na.png,{caption}\na.png,"x"\n'
+        )
+        with pytest.raises(UserError, match=r"pairs\.csv: .*begins in line 4; most often a quote"):
+            pack(str(commas), tmp_path / "csv", NO_SPLIT)
 
 
 def embedded(path: Path, rows: list[dict]) -> Path:
@@ -321,6 +403,37 @@ def test_parquet_with_plain_bytes(tmp_path: Path) -> None:
         pack(str(source), tmp_path / "one", options)
 
 
+@pytest.mark.parametrize("form", ["{}", "{}/*.parquet", "{}/p[01].parquet"])
+def test_parquet_files_are_one_table(tmp_path: Path, form: str) -> None:
+    """As img2dataset writes them: column jpg, in several files, with statistics beside them."""
+    pictures = [encoded(picture(seed=number), "JPEG") for number in range(6)]
+    folder = tmp_path / "set.parquet"
+    write(folder / "p0_stats.json", {"count": 3})
+    for file in range(2):
+        rows = [{"caption": f"{n}", "jpg": pictures[n]} for n in range(3 * file, 3 * file + 3)]
+        embedded(folder / f"p{file}.parquet", rows)
+    samples = packed(Path(form.format(folder)), tmp_path / "out")
+    assert [sample.members["jpg"] for sample in samples.values()] == pictures
+    assert list(samples) == [f"{number:09d}" for number in range(6)]
+
+
+def test_parquet_beside_pictures_is_not_the_source(photos: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "00000.parquet", b"of img2dataset")
+    shutil.copytree(photos, tmp_path / "in" / "00000")
+    assert len(packed(tmp_path / "in", tmp_path / "out")) == 30
+
+
+def test_parquet_with_a_dictionary_of_pictures(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    pictures = [encoded(picture(seed=number)) for number in range(2)]
+    column = pyarrow.array([pictures[0], pictures[1], pictures[0]]).dictionary_encode()
+    table = pyarrow.table({"image": column, "text": ["a", "b", "c"]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    samples = packed(tmp_path / "in.parquet", tmp_path / "out")
+    assert [sample.members["png"] for sample in samples.values()] == [*pictures, pictures[0]]
+
+
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_tables, "parquet", None)
     with pytest.raises(UserError, match=r"siglip-train\[parquet\]"):
@@ -365,6 +478,96 @@ def test_coco(tmp_path: Path) -> None:
     boxed = packed(found, tmp_path / "boxed", alone)
     assert len(boxed) == 3
     assert boxed["0009"].facts["objects"] == nine.facts["objects"]
+
+
+def instances(
+    folder: Path, annotations: list[dict], size: tuple[int, int] = (8, 6), ids: tuple = (3, 7)
+) -> Path:
+    """COCO instances, without captions, of the picture a.png of 8 x 6 pixels and of b.png, which has no size."""
+    write(folder / "a.png", encoded(picture(8, 6)))
+    write(folder / "b.png", encoded(picture(8, 6)))
+    images = [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]},
+              {"id": 2, "file_name": "b.png", "width": 0, "height": 6}]  # fmt: skip
+    categories = [{"id": number, "name": f"thing {number}"} for number in ids]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    return write(folder / "instances.json", content)
+
+
+def shape(segmentation: list | dict, category: int = 3, **more: object) -> dict:
+    return {"image_id": 1, "category_id": category, "segmentation": segmentation, **more}
+
+
+# of a rectangle (2, 1) to (5, 4)
+RUNS = {"size": [6, 8], "counts": [13, 3, 3, 3, 3, 3, 20]}
+DRAWN = np.zeros((6, 8), np.uint8)
+DRAWN[1:4, 2:5] = 1
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[2, 1, 5, 1, 5, 4, 2, 4]],
+        [[2, 1, 4, 1, 4, 4, 2, 4], [3.6, 1.4, 5.4, 1.4, 5.4, 4.4, 3.6, 4.4]],
+        RUNS,
+        {**RUNS, "counts": "=33000a0"},
+    ],
+)
+def test_coco_masks(tmp_path: Path, segmentation: list | dict) -> None:
+    source = instances(tmp_path, [shape(segmentation)])
+    sample = packed(source, tmp_path / "out")["a"]
+    assert np.array_equal(opened(sample.members["mask.png"]), DRAWN * 3)
+    assert sample.facts["classes"] == {"3": "thing 3"}
+    pack(str(source), tmp_path / "out", NO_SPLIT)
+    instances(tmp_path, [shape([[0, 0, 5, 1, 5, 4]])])
+    with pytest.raises(UserError, match="source_fingerprint"):
+        pack(str(source), tmp_path / "out", NO_SPLIT)
+
+
+def test_coco_masks_over_one_another(tmp_path: Path) -> None:
+    small, whole = [[2, 1, 5, 1, 5, 4, 2, 4]], [[-9, -9, 99, -9, 99, 99, -9, 99]]
+    crowd = {"size": [6, 8], "counts": [0, 6, 42]}
+    annotations = [shape(crowd, 7, iscrowd=1), shape(small), shape(whole, 7), shape([[0, 0, 3, 3]])]
+    # twice as large as the picture that is there: like boxes, masks fit it
+    for size, times in ((8, 6), 1), ((16, 12), 2):
+        scaled = [shape((np.array(small) * times).tolist()), shape(whole, 7)] if times == 2 else annotations
+        sample = packed(instances(tmp_path, scaled, size), tmp_path / str(times))["a"]
+        assert np.array_equal(opened(sample.members["mask.png"]), np.where(DRAWN, 3, 7))
+    # ids that are no numbers of 8 bits become places in the list
+    sample = packed(instances(tmp_path, [shape(small, 900)], ids=(0, 900)), tmp_path / "renumbered")["a"]
+    assert np.array_equal(opened(sample.members["mask.png"]), DRAWN * 2)
+    assert sample.facts["classes"] == {"2": "thing 900"}
+
+
+def test_compressed_runs_are_those_of_pycocotools() -> None:
+    # the example of its own tests, with numbers of two characters and below zero
+    assert run_lengths("61X13mN000`0") == [6, 1, 40, 4, 5, 4, 5, 4, 21]
+
+
+def test_annotations_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    box = {"category_id": 3, "bbox": [0, 0, 4, 3]}
+    wrong = [{**box, "image_id": 99}, {**box, "image_id": 2}, {**box, "image_id": 1, "bbox": [1]}, 5,
+             shape([[0, 0, 1, 1, 0, 1]], 8)]  # fmt: skip
+    samples = packed(instances(tmp_path, [*wrong, {**box, "image_id": 1}]), tmp_path / "out")
+    assert samples["a"].facts["objects"] == [{"label": "thing 3", "box": [0.0, 0.0, 0.5, 0.5]}]
+    assert list(samples) == ["a", "b"]
+    assert causes(tmp_path / "out") == {
+        "annotations[0]": "unknown image",
+        "annotations[1]": "no image size",
+        "annotations[2]": "broken annotation",
+        "annotations[3]": "broken annotation",
+        "annotations[4]": "unknown category",
+    }
+    broken = [
+        [[1, 2, 3]],
+        {"size": [6, 8], "counts": [3]},
+        {"size": [8, 6], "counts": [48]},
+        {"size": [6, 8]},
+        [None],
+    ]
+    for place, segmentation in enumerate(broken):
+        out = tmp_path / f"broken{place}"
+        assert list(packed(instances(tmp_path, [shape(segmentation)]), out)) == ["b"]
+        assert causes(out) == {"a": "broken mask"}
 
 
 def test_shards_are_packed_anew(tiny_dir: Path, tmp_path: Path) -> None:
@@ -421,6 +624,17 @@ def test_what_cannot_be_used_is_skipped_and_listed(tmp_path: Path) -> None:
     assert record["skipped"] == dict.fromkeys(broken, 1)
 
 
+def test_a_pack_of_nothing_is_not_in_the_way(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write(source / "a.png", encoded(picture()))
+    write(source / "a.json", {"words": "noise"})
+    with pytest.raises(UserError, match=r"nothing could be packed: skipped 1 \(1 empty caption\)"):
+        pack(str(source), out, NO_SPLIT)
+    assert not list(out.iterdir())
+    named = PackOptions(SourceOptions(caption_column="words"), validation_share=0)
+    assert packed(source, out, named)["a"].members["txt"] == b"noise"
+
+
 def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     lines = [{"image": "a.png", "caption": ["", "one", "two"]}, {"image": "gone.png", "caption": "x"},
@@ -435,6 +649,44 @@ def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
         "empty caption",
         "broken json",
     ]
+
+
+def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    rows = [{"image": "a.png", "source": "web"}, {"image": "a.png", "caption": "one", "text": "more"},
+            {"path": "a.png", "text": "two"}]  # fmt: skip
+    deep = {"image": "a.png", "caption": "x", "more": json.loads("[" * 500 + "]" * 500)}
+    source = write(tmp_path / "rows.json", [*rows, "no object", deep])
+    samples = packed(source, tmp_path / "out")
+    assert (
+        "pictures from column image or path, captions from column caption or text" in capsys.readouterr().err
+    )
+    assert {key: sample.members["txt"] for key, sample in samples.items()} == {
+        "000000001": b"one", "000000002": b"two",
+    }  # fmt: skip
+    assert samples["000000001"].facts["text"] == "more"
+    assert causes(tmp_path / "out") == {
+        "000000000": "empty caption",
+        "000000003": "broken json",
+        "000000004": "broken json",
+    }
+    listed = (tmp_path / "out" / "skipped.tsv").read_text()
+    assert "nested deeper than 64 levels" in listed
+
+
+def test_json_has_no_numbers_that_others_refuse(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", encoded(picture()))
+    line = '{"image": "a.png", "text": "x", "score": NaN, "more": {"list": [1.5, -Infinity, 1e999]}}\n'
+    facts = packed(write(tmp_path / "rows.jsonl", line), tmp_path / "out")["000000000"].facts
+    assert (facts["score"], facts["more"]) == (None, {"list": [1.5, None, None]})
+
+
+def test_no_warning_of_pictures_that_are_allowed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert len(packed(photos, tmp_path / "out")) == 30
+    assert not [each for each in recwarn if issubclass(each.category, Image.DecompressionBombWarning)]
 
 
 def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
@@ -459,11 +711,16 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
         (["{tmp}/t.csv"], "--image-root where they are"),
         (["{tmp}/t.csv", "--caption-column", "words"], "no column words; its columns are image, text"),
         (["{tmp}/urls.csv"], "img2dataset"),
+        (["{tmp}/quote.csv"], "unexpected end of data, in the row that begins in line 1"),
         (["{tmp}/words.csv"], "no column of images, one called image, image_path"),
         (["{tmp}/t.json"], "neither a list of objects nor COCO's"),
         (["{tmp}/coco.json"], "KeyError 'file_name'"),
+        (["{tmp}/deep.json"], "deep.json: maximum recursion depth"),
         (["{tmp}/photos/1.txt"], "no tar file"),
-        (["{tmp}/uncaptioned"], "nothing could be packed: skipped 1 (1 empty caption)"),
+        (
+            ["{tmp}/uncaptioned"],
+            "nothing could be packed: skipped 1 (1 empty caption), the first being 1.png",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -472,9 +729,11 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     write(tmp_path / "uncaptioned" / "1.png", encoded(picture()))
     write(tmp_path / "t.csv", "image,text\nnot/there.png,a\n")
     write(tmp_path / "urls.csv", "image,text\nhttps://example.org/a.png,a\n")
+    write(tmp_path / "quote.csv", '"image,text\na.png,a\n')
     write(tmp_path / "words.csv", "picture,text\na.png,a\n")
     write(tmp_path / "t.json", {"images": 3})
     write(tmp_path / "coco.json", {"images": [{"id": 1}], "annotations": []})
+    write(tmp_path / "deep.json", "[" * 200_000)
     (tmp_path / "empty").mkdir()
     source, *options = (argument.format(tmp=tmp_path) for argument in arguments)
     with pytest.raises(SystemExit) as leaving:
