@@ -22,6 +22,7 @@ from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_
 from data_tools.reading import picture_header, plain_detail, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
+from data_tools.whole_file import temporary
 from siglip_train.data.faults import BadSample
 from siglip_train.data.images import decode
 from siglip_train.data.locations import short_name
@@ -74,7 +75,7 @@ class Seen:
     def save(self, path: Path) -> None:
         """Write it; that it is there means that the shard has been looked at."""
         arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "faults"}
-        partial = path.with_suffix(".partial")
+        partial = temporary(path)
         with partial.open("wb") as file:
             np.savez(file, **arrays, faults=np.array(json.dumps(self.faults)))
         os.replace(partial, path)

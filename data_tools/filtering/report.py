@@ -14,6 +14,7 @@ from rich.text import Text
 from data_tools.filtering.decide import BROKEN, Verdict
 from data_tools.filtering.look import Seen
 from data_tools.filtering.write import WriteTask
+from data_tools.whole_file import temporary
 from siglip_train.data.shards import short_name
 
 REPORT, DROPPED = "report.json", "dropped.tsv"
@@ -71,7 +72,7 @@ def _languages(seen: Sequence[Seen], verdict: Verdict) -> dict[str, Any]:
 
 def save_dropped(path: Path, urls: Sequence[str], seen: Sequence[Seen], verdict: Verdict) -> None:
     """A line for every sample that was dropped: where it is, by which rule first, and a detail."""
-    partial = path.with_suffix(".partial")
+    partial = temporary(path)
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("shard\tkey\trule\tdetail\n")
         for line in _dropped(urls, seen, verdict):

@@ -16,8 +16,8 @@ from data_tools.filtering.report import DROPPED, REPORT, results, save_dropped
 from data_tools.filtering.write import WriteTask, write_shard
 from data_tools.processes import run_all
 from data_tools.progress import progress
-from data_tools.run_record import earlier_record, require_same
-from data_tools.whole_file import write_whole
+from data_tools.run_record import alone_in, earlier_record, require_same
+from data_tools.whole_file import remove_leftovers, write_whole
 from siglip_train.data.locations import is_remote
 from siglip_train.errors import UserError
 
@@ -59,7 +59,7 @@ def filter_shards(
     """Filter shards into `out_dir`, or go on where a run was interrupted; (report, was there anything to do?).
 
     cache: where downloads are. The bytes depend on the shards and the options alone. Raises `UserError`, also where
-    `out_dir` holds something else or was made with other options.
+    `out_dir` holds something else or was made with other options, and where no sample stays, which leaves it empty.
     """
     criteria = Criteria(options.wanted)
     made_with = {"version": FILTER_VERSION, **options.flat(), **_identity(urls)}
@@ -71,28 +71,31 @@ def filter_shards(
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)
             return present, False
-    # the record first: a folder without it is not known as ours
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(out_dir / REPORT, _json(record))
-    (out_dir / _STATE).mkdir(exist_ok=True)
-    seen = _look(urls, out_dir / _STATE, options.wanted, cache, workers)
-    rules = [rule.name for rule in criteria.rules]
-    try:
-        verdict = decide(seen, rules, options.joint, criteria.spec)
-    except UserError:
-        # so that other options may be tried with the same folder
-        _remove(out_dir)
-        raise
-    if not verdict.stays.any():
-        _remove(out_dir)
-        raise UserError(_nothing_left(verdict))
-    tasks = _plan(urls, out_dir, cache, seen, verdict)
-    _write(tasks, workers)
-    save_dropped(out_dir / DROPPED, urls, seen, verdict)
-    report = {**record, **results(urls, seen, verdict, tasks)}
-    write_whole(out_dir / REPORT, _json(report))
-    shutil.rmtree(out_dir / _STATE)
-    return report, True
+    with alone_in(out_dir):
+        # the record first: a folder without it is not known as ours
+        write_whole(out_dir / REPORT, _json(record))
+        state = out_dir / _STATE
+        state.mkdir(exist_ok=True)
+        remove_leftovers(state)
+        remove_leftovers(out_dir)
+        seen = _look(urls, state, options.wanted, cache, workers)
+        rules = [rule.name for rule in criteria.rules]
+        try:
+            verdict = decide(seen, rules, options.joint, criteria.spec)
+            if not verdict.stays.any():
+                raise UserError(_nothing_left(verdict))
+        except UserError:
+            # so that other options may be tried with the same folder
+            shutil.rmtree(state)
+            (out_dir / REPORT).unlink()
+            raise
+        tasks = _plan(urls, out_dir, cache, seen, verdict)
+        _write(tasks, workers)
+        save_dropped(out_dir / DROPPED, urls, seen, verdict)
+        report = {**record, **results(urls, seen, verdict, tasks)}
+        write_whole(out_dir / REPORT, _json(report))
+        shutil.rmtree(state)
+        return report, True
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -141,13 +144,6 @@ def _write(tasks: Sequence[WriteTask], workers: int) -> None:
         with progress(len(left), "writing", "wrote", "shards") as advance:
             for count in run_all(write_shard, left, workers):
                 advance(count)
-
-
-def _remove(out_dir: Path) -> None:
-    """Remove what a run without a result has written."""
-    shutil.rmtree(out_dir / _STATE)
-    (out_dir / REPORT).unlink()
-    out_dir.rmdir()
 
 
 def _nothing_left(verdict: Verdict) -> str:

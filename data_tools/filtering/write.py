@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data_tools.facts import read_facts
 from data_tools.packing.shards import add_member
 from data_tools.reading import read_rows
+from data_tools.whole_file import temporary
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 
@@ -34,7 +35,7 @@ class WriteTask(NamedTuple):
 def write_shard(task: WriteTask) -> int:
     """Write one shard, complete or not at all; return 1. Raises `UserError`."""
     source, index = indexed_tar(task.url, task.cache)
-    partial = task.path.with_suffix(".partial")
+    partial = temporary(task.path)
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         samples = read_rows(source, short_name(task.url), index, task.rows.tolist())
         for place, sample in enumerate(samples):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.filtering import run
+from data_tools.run_record import alone_in
 from tests.data_tools.conftest import Sample, read_split
 
 
@@ -143,7 +145,19 @@ def test_every_caption_must_pass(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         filtered(tmp_path / "in", tmp_path / "2", *fields, "--drop-text", "Katze")
     # nothing is left behind, so that the folder can be used for a better attempt
-    assert not (tmp_path / "2").exists()
+    assert not list((tmp_path / "2").iterdir())
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_shard(tmp_path / "in" / "a.tar", captioned(["one", "two"]))
+    out = tmp_path / "out"
+    with alone_in(out), pytest.raises(SystemExit):
+        filtered(tmp_path / "in", out)
+    assert f"out is being written by process {os.getpid()}: wait" in capsys.readouterr().err
+    filtered(tmp_path / "in", out)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "dropped.tsv", "report.json"]
 
 
 def test_broken_samples_go_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -303,6 +317,8 @@ def test_the_result_depends_neither_on_workers_nor_on_interruptions(
                 main(again)
             assert leaving.value.code == 130
             assert len(calls) == number
+    # what a killed run was writing
+    (tmp_path / "again" / ".00001.tar.1").write_text("half")
     # two shards were looked at before the first interruption, and one was written before the second
     with monkeypatch.context() as patch:
         wrapped, calls = interrupted_at(99, run.write_shard)
@@ -370,7 +386,7 @@ def test_mistakes(options: list[str], message: str, tmp_path: Path, capsys: pyte
         main(["filter", str(tmp_path / "in"), str(tmp_path / "out"), *given, "--workers", "1"])
     assert leaving.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_folders_and_shards_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
