@@ -262,6 +262,7 @@ def draw(table: list[Row], path: Path) -> None:
     for row in table:
         groups.setdefault(row.case.split(" ", 1)[1], []).append(row)
     groups = {name: part for name, part in groups.items() if len({row.case for row in part}) > 1}
+    names = list(dict.fromkeys(row.contestant for row in table))
     with drawn(path, rows=2, columns=len(groups), size=(6 * len(groups), 8)) as panels:
         for column, (title, part) in enumerate(groups.items()):
             sizes = {row.case: int(row.case.split(" ")[0][1:]) for row in part}
@@ -273,6 +274,8 @@ def draw(table: list[Row], path: Path) -> None:
                     "markersize": 3,
                     "linewidth": 2.5 if name == "ours" else 1,
                     "label": name,
+                    # the same in every panel
+                    "color": f"C{names.index(name)}",
                 }
                 panels[0][column].plot(
                     [sizes[row.case] for row in own], [row.p50 / ceiling[row.case] for row in own], **style
