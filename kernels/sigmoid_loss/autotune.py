@@ -24,7 +24,6 @@ from kernels.sigmoid_loss.sample import pair_up
 from kernels.sigmoid_loss.tiles import (
     AMPERE,
     AMPERE_FP32,
-    BLACKWELL_FP32,
     HOPPER,
     HOPPER_FP32,
     Tile,
@@ -35,16 +34,18 @@ from kernels.sigmoid_loss.tiles import (
 log = logging.getLogger(__name__)
 
 REQUEST = "SIGLIP_KERNELS_AUTOTUNE"
-# beside each default, what compiles without spills (test_compile_gate.py) and might hide its work better
-TILES = {
-    HOPPER: (HOPPER, HOPPER._replace(texts=256, warps=8), HOPPER._replace(warps=8)),
-    AMPERE: (AMPERE, AMPERE._replace(depth=64, stages=3), AMPERE._replace(texts=256, depth=64, warps=8, stages=3)),
-    HOPPER_FP32: (HOPPER_FP32, HOPPER_FP32._replace(texts=256, parts=4, warps=8), HOPPER_FP32._replace(warps=8)),
-    BLACKWELL_FP32: (BLACKWELL_FP32, BLACKWELL_FP32._replace(warps=8)),
-    AMPERE_FP32: (AMPERE_FP32, AMPERE_FP32._replace(stages=4)),
+# beside each default, what passes the compile gate (test_compile_gate.py) and might hide its work better
+BESIDE = {
+    HOPPER: (HOPPER._replace(texts=256, warps=8), HOPPER._replace(warps=8)),
+    AMPERE: (AMPERE._replace(depth=64, stages=3), AMPERE._replace(parts=2, warps=8)),
+    HOPPER_FP32: (HOPPER_FP32._replace(texts=256, parts=4, warps=8), HOPPER_FP32._replace(warps=8)),
+    AMPERE_FP32: (AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(images=256, texts=128)),
 }  # fmt: skip
-# spills on Blackwell: with pair ids (96 bytes under Triton 3.9), under 3.6 without them too (32)
-_NOT_ON_BLACKWELL = HOPPER._replace(texts=256, warps=8)
+# there a thread holds a whole row of the accumulator, so eight warps want twice the rows; in fp16 they spill
+BESIDE_ON_BLACKWELL = {
+    HOPPER: (HOPPER._replace(stages=2),),
+    HOPPER_FP32: (HOPPER_FP32._replace(images=256, warps=8),),
+}
 # from 32,768 rows on, more of them change no tile; below 1,024, the launches are all of the time
 LEAST_ROWS, MOST_ROWS = 1024, 32768
 _WARMUP, _RUNS = 2, 5
@@ -168,8 +169,7 @@ _known: dict[Case, Choice | None] = {}
 
 def candidates(default: Tile, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """Tiles to try on a GPU that `choose_tile` gives this default, the default first."""
-    left_out = {_NOT_ON_BLACKWELL} if capability[0] == 10 else set()
-    return tuple(tile for tile in TILES[default] if tile not in left_out)
+    return default, *(BESIDE_ON_BLACKWELL if capability[0] == 10 else BESIDE)[default]
 
 
 def tune(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> Choice:

@@ -18,12 +18,11 @@ class Tile(NamedTuple):
 
 
 # chosen by what they compile to (README): no spills; on Hopper and Blackwell, two programs fit a multiprocessor
-HOPPER = Tile(128, 128, 64, parts=4, group=8, warps=4, stages=3, descriptors=True)
+HOPPER = Tile(128, 128, 64, parts=2, group=8, warps=4, stages=3, descriptors=True)
 AMPERE = Tile(128, 128, 32, parts=4, group=8, warps=4, stages=4, descriptors=False)
 # embeddings in fp32, whose factors are bf16: group 4, so that G is 1 to 5e-10
-HOPPER_FP32 = HOPPER._replace(group=4, parts=2)
-BLACKWELL_FP32 = HOPPER._replace(group=4)
-AMPERE_FP32 = AMPERE._replace(group=4, parts=2, warps=8, stages=3)
+HOPPER_FP32 = HOPPER._replace(group=4)
+AMPERE_FP32 = AMPERE._replace(texts=256, group=4, warps=8, stages=3)
 # the interpreter's time goes by the number of programs and not by their size
 INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=False)
 
@@ -33,14 +32,22 @@ _PRODUCT_TILES = ((256, 1.0), (192, 0.97), (128, 0.9))
 
 def choose_tile(capability: tuple[int, int], element_size: int) -> Tile:
     """The tile for a GPU and embeddings of so many bytes a number."""
+    has_descriptors = capability[0] in (9, 10)
     if element_size == 4:
-        return {9: HOPPER_FP32, 10: BLACKWELL_FP32}.get(capability[0], AMPERE_FP32)
-    return HOPPER if capability[0] in (9, 10) else AMPERE
+        return HOPPER_FP32 if has_descriptors else AMPERE_FP32
+    return HOPPER if has_descriptors else AMPERE
 
 
-def choose_warps(tile: Tile, *, weighted: bool) -> int:
-    """Twice the warps where the second round that weighted pairs take would spill."""
-    return 8 if weighted and tile in (AMPERE, HOPPER_FP32) else tile.warps
+def for_weights(tile: Tile, capability: tuple[int, int]) -> Tile:
+    """The tile whose registers suffice for the second round that weighted pairs take."""
+    if tile.descriptors and (tile.group == 8 or capability[0] == 10):
+        return tile._replace(parts=4)
+    return tile._replace(warps=8)
+
+
+def for_scores(tile: Tile) -> Tile:
+    """The tile whose registers suffice for sums of rows and columns."""
+    return tile._replace(parts=4) if tile.descriptors else tile
 
 
 def choose_chunk_rows(rows: int, width: int, multiprocessors: int) -> int:

@@ -17,7 +17,7 @@ from kernels.sigmoid_loss.factors import image_factors, text_factors
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, choose_warps
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, for_scores, for_weights
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -131,6 +131,8 @@ class _Block:
         self._positives = positives
         self._is_weighted = ids is not None and ids.weight != 0
         self._tile, self._rows = _choose(self.images, self.texts, tile)
+        if self._is_weighted:
+            self._tile = for_weights(self._tile, _capability(images.device))
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
@@ -172,14 +174,13 @@ class _Block:
                 GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, SHIFT=self.shift,
                 INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
                 WEIGHTED=self._is_weighted,
-                num_warps=choose_warps(tile, weighted=self._is_weighted), num_stages=tile.stages,
-                enable_fp_fusion=True,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
 
     def scores(self, chunk: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The losses of a chunk `[c, E]` summed for each image `[c]` and for each text `[m]`, float64."""
-        tile, (n, m) = self._tile, (len(chunk), len(self.texts))
+        tile, (n, m) = for_scores(self._tile), (len(chunk), len(self.texts))
         high, wide = triton.cdiv(n, tile.images), triton.cdiv(m, tile.texts)
         row_sums = torch.empty(wide, high * tile.images, device=chunk.device)
         column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
@@ -264,6 +265,11 @@ def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
         return sigmoid_loss_block(*some, scale, bias, positives=0, tile=tile, chunk_rows=chunk_rows)
 
     return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @cache

@@ -9,7 +9,8 @@ import torch
 
 from kernels.sigmoid_loss import autotune
 from kernels.sigmoid_loss.autotune import (
-    TILES,
+    BESIDE,
+    BESIDE_ON_BLACKWELL,
     Case,
     Choice,
     Tuning,
@@ -22,7 +23,7 @@ from kernels.sigmoid_loss.chunked import BlockGradients
 from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, choose_chunk_rows
 
 CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768)
-SLOW_TILE, WIDE = HOPPER, TILES[HOPPER][1]
+SLOW_TILE, WIDE = HOPPER, BESIDE[HOPPER][0]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def test_the_fastest_tile_and_then_the_fastest_chunk_are_kept():
     clock = Clock(cost)
     assert clock.tuning.chunks() == [4224, 4608, 2112 // 128 * 128]
     assert clock.search() == Choice(WIDE, 2048)
-    assert clock.ran == [Choice(tile, 4224) for tile in TILES[HOPPER]] + [
+    assert clock.ran == [Choice(tile, 4224) for tile in candidates(HOPPER, (9, 0))] + [
         Choice(WIDE, 4608), Choice(WIDE, 2048),
     ]  # fmt: skip
 
@@ -239,14 +240,20 @@ def test_processes_that_tune_at_once_leave_one_whole_file(monkeypatch, caplog):
 
 
 def test_every_default_has_candidates_and_is_the_first():
-    assert all(tiles[0] == default for default, tiles in TILES.items())
-    assert len(set().union(*TILES.values())) == sum(map(len, TILES.values()))
+    offered = [candidates(tile, (0, 0)) for tile in BESIDE] + [
+        candidates(tile, (10, 0)) for tile in BESIDE_ON_BLACKWELL
+    ]
+    assert all(
+        tiles[0] == default for default, tiles in zip([*BESIDE, *BESIDE_ON_BLACKWELL], offered, strict=True)
+    )
+    assert all(1 < len(set(tiles)) == len(tiles) for tiles in offered)
 
 
-def test_blackwell_is_not_offered_the_tile_that_spills_there():
-    assert make().tiles() == candidates(HOPPER, (9, 0)) == TILES[HOPPER]
+def test_blackwell_is_not_offered_the_tiles_that_spill_there():
+    assert make().tiles() == candidates(HOPPER, (9, 0)) == (HOPPER, *BESIDE[HOPPER])
     blackwell = make(capability=(10, 0))
-    assert blackwell.tiles() == candidates(HOPPER, (10, 3)) == tuple(t for t in TILES[HOPPER] if t != WIDE)
+    assert blackwell.tiles() == candidates(HOPPER, (10, 3)) == (HOPPER, *BESIDE_ON_BLACKWELL[HOPPER])
+    assert WIDE not in blackwell.tiles()
     # nor is it taken from a file
     Clock(cost).search()
     assert json.loads(cache_file(CASE).read_text())["tile"] == WIDE._asdict()

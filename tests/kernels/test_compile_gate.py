@@ -20,12 +20,12 @@ from kernels.sigmoid_loss.score_kernel import score_tile_kernel
 from kernels.sigmoid_loss.tiles import (
     AMPERE,
     AMPERE_FP32,
-    BLACKWELL_FP32,
     HOPPER,
     HOPPER_FP32,
     Tile,
     choose_tile,
-    choose_warps,
+    for_scores,
+    for_weights,
 )
 from tests.kernels.compiled import MATRIX_INSTRUCTION, SHARED_LIMIT, compile_kernel
 
@@ -35,19 +35,16 @@ FACTOR = {"bf16": "bf16", "fp16": "fp16", "fp32": "bf16"}
 SHIPPED = [(capability, dtype) for dtype in ("bf16", "fp16", "fp32") for capability in (80, 90, 100)]
 WIDTHS = (768, 1024, 1152, 1536)
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-# Instructions a logit: 20, inner and with the branch for edges and matching pairs. Measured with Triton 3.9, sm_80, 90
-# and 100: bf16 16.9 / 19.8, 16.2 / 18.8, 16.1 / 17.9; fp16 17.4 / 19.9, 16.4 / 18.9, 15.0 / 18.0; fp32 19.9 / 23.0,
-# 16.8 / 19.3, 16.3 / 18.0; so one branch takes more
-MORE = {(80, "fp32"): (20, 23.5)}
-# with 3.6: bf16 17.1 / 20.0, 16.4 / 18.9, 15.4 / 20.8; fp16 17.2 / 20.2, 16.5 / 19.0, 15.6 / 20.8; fp32 20.1 / 23.4,
-# 16.7 / 19.1, 17.1 / 21.9
+# Instructions a logit with the branch for edges and matching pairs, which few tiles take: 20 too, but for some; the
+# figures are in kernels/sigmoid_loss/README.md
+MORE = {(80, "fp32"): 21.5}
 MORE_BEFORE_3_9 = {
-    (80, "bf16"): (20, 20.5),
-    (80, "fp16"): (20, 20.5),
-    (80, "fp32"): (20.5, 24),
-    (100, "bf16"): (20, 21),
-    (100, "fp16"): (20, 21),
-    (100, "fp32"): (20, 22.5),
+    (80, "bf16"): 20.5,
+    (80, "fp16"): 20.5,
+    (80, "fp32"): 21.5,
+    (100, "bf16"): 20.5,
+    (100, "fp16"): 20.5,
+    (100, "fp32"): 22,
 }
 
 
@@ -76,8 +73,7 @@ def tile_kernel(
         "SHIFT": 10 if dtype == "fp16" else 0, "INTERPRETED": False,
         "HAS_IDS": ids, "WEIGHTED": weighted,
     }  # fmt: skip
-    warps = choose_warps(tile, weighted=weighted)
-    options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return compile_kernel(sigmoid_tile_kernel, capability, types, constants, **options)
 
 
@@ -95,9 +91,17 @@ def per_logit(code, tile):
     return code.total * code.threads / (tile.images * tile.texts)
 
 
+def in_a_launch(inner, edge, tile, n=32768):
+    """Mean over all tiles of n images and n texts, where those on the diagonal alone take the branch."""
+    special = sum(
+        (row + tile.images - 1) // tile.texts - row // tile.texts + 1 for row in range(0, n, tile.images)
+    ) / (n // tile.images * (n // tile.texts))
+    return per_logit(inner, tile) + special * (per_logit(edge, tile) - per_logit(inner, tile))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_one_compilation_serves_the_widths_of_the_models(width):
-    tiles = HOPPER, AMPERE, HOPPER_FP32, BLACKWELL_FP32, AMPERE_FP32
+    tiles = HOPPER, AMPERE, HOPPER_FP32, AMPERE_FP32
     assert all(width % tile.depth == 0 for tile in tiles)
 
 
@@ -108,10 +112,9 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype):
     check_resources(inner, capability)
     edge = tile_kernel(capability, dtype, tile, checked=True)
     check_resources(edge, capability)
+    assert in_a_launch(inner, edge, tile) <= 20
     more = MORE if TRITON >= (3, 9) else MORE_BEFORE_3_9
-    # all but the tiles at an edge or with matching pairs run the inner one
-    for code, most in zip((inner, edge), more.get((capability, dtype), (20, 20)), strict=True):
-        assert per_logit(code, tile) <= most
+    assert per_logit(edge, tile) <= more.get((capability, dtype), 20)
     if tile.descriptors:
         assert 2 * (inner.shared + 1024) <= 228 * 1024, "two programs share a multiprocessor"
         assert inner.registers * inner.threads * 2 <= 65536
@@ -119,22 +122,17 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype):
 
 CANDIDATES = [
     (capability, dtype, tile)
-    for capability, dtype in [
-        (80, "bf16"),
-        (80, "fp32"),
-        (90, "bf16"),
-        (90, "fp32"),
-        (100, "bf16"),
-        (100, "fp32"),
-    ]
+    for capability, dtype in SHIPPED
     for tile in candidates(choose_tile(divmod(capability, 10), ELEMENT[dtype]), divmod(capability, 10))[1:]
 ]
 
 
 @pytest.mark.parametrize(("capability", "dtype", "tile"), CANDIDATES)
-def test_what_tuning_may_choose_does_not_spill(capability, dtype, tile):
-    # with the branch for edges and matching pairs, which needs more
-    check_resources(tile_kernel(capability, dtype, tile, checked=True), capability)
+def test_what_tuning_may_choose_does_not_spill_and_takes_no_more_instructions(capability, dtype, tile):
+    inner, edge = (tile_kernel(capability, dtype, tile, checked=checked) for checked in (False, True))
+    check_resources(inner, capability)
+    check_resources(edge, capability)
+    assert in_a_launch(inner, edge, tile) <= 20
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -142,7 +140,7 @@ def test_evaluation_does_not_spill(capability):
     tile = choose_tile((capability // 10, 0), 2)
     value = tile_kernel(capability, "bf16", tile, checked=True, gradients=False)
     check_resources(value, capability)
-    # with the branch for edges; measured 13.4 to 15.3, with Triton 3.6 14.7
+    # with the branch for edges; measured 12.9 to 15.3, with Triton 3.6 15.1
     assert per_logit(value, tile) <= 18
 
 
@@ -167,7 +165,7 @@ def score_kernel(capability, dtype, tile: Tile, *, checked, ids):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_scores_do_not_spill(capability, dtype):
-    tile = choose_tile(divmod(capability, 10), ELEMENT[dtype])
+    tile = for_scores(choose_tile(divmod(capability, 10), ELEMENT[dtype]))
     inner = score_kernel(capability, dtype, tile, checked=False, ids=False)
     for code in (inner, score_kernel(capability, dtype, tile, checked=True, ids=True)):
         check_resources(code, capability)
@@ -181,18 +179,20 @@ def test_scores_do_not_spill(capability, dtype):
 def test_pair_ids_do_not_spill(capability, dtype):
     def compiled(weighted, **options):
         tile = choose_tile(divmod(capability, 10), ELEMENT[dtype])
+        if weighted:
+            tile = for_weights(tile, divmod(capability, 10))
         code = tile_kernel(capability, dtype, tile, checked=True, ids=True, weighted=weighted, **options)
         check_resources(code, capability)
         return per_logit(code, tile)
 
     left_out, weighted = compiled(weighted=False), compiled(weighted=True)
     if dtype == "bf16":
-        # with both branches, of which a tile without alike pairs takes neither: 22.9, 22.4, 20.8; with Triton 3.6
-        # 23.1, 22.5, 23.8
-        assert left_out <= (25 if TRITON >= (3, 9) or capability != 100 else 27)
+        # with both branches, of which a tile without alike pairs takes neither: 22.9, 21.4, 19.6; with Triton 3.6
+        # 23.1, 21.4, 23.4
+        assert left_out <= (24 if capability == 80 else 22 if TRITON >= (3, 9) or capability == 90 else 24)
         # and with the second round: 32.8 (eight warps), 25.8, 25.0; with Triton 3.6 33.3, 26.2, 26.6
         assert weighted <= (36 if capability == 80 else 30)
-        # 17.5, 16.9, 16.8; with Triton 3.6 17.8, 17.1, 17.9
+        # 17.5, 16.6, 15.8; with Triton 3.6 17.8, 16.4, 17.1
         assert compiled(weighted=False, gradients=False) <= 21
         compiled(weighted=True, gradients=False)
 
