@@ -131,8 +131,9 @@ class _Batches(Dataset):
     """Number of a batch -> that batch of this rank's share, and its bad samples."""
 
     def __init__(self, samples: Samples, source: EvaluationSource, transform: ImageTransform,
-                 share: range, batch_size: int) -> None:  # fmt: skip
+                 share: range, batch_size: int, *, strict: bool = False) -> None:  # fmt: skip
         self.samples, self.transform, self.share, self.batch_size = samples, transform, share, batch_size
+        self.strict = strict
         self.text, self.label, self.group = (
             Field.parse(name) if name is not None else None
             for name in (source.text, source.label, source.group)
@@ -178,7 +179,7 @@ class _Batches(Dataset):
             return self._filler
 
     def picture(self, sample: RawSample) -> Image.Image:
-        picture, cut = decode(sample.members["image"], self.max_pixels), self.border
+        picture, cut = decode(sample.members["image"], self.max_pixels, strict=self.strict), self.border
         if not cut:
             return picture
         if min(picture.size) <= 2 * cut:
@@ -314,12 +315,12 @@ def build_picture_loader(
     world_size: int = 1,
     workers: int = 0,
 ) -> EvaluationLoader:
-    """Pictures alone, the ranks taking turns batch by batch, so that together they go through `samples` in order.
+    """Pictures of training alone, the ranks taking turns, so that together they go through `samples` in order.
 
     Row i of batch k is place (k * world_size + rank) * batch_size + i, or a filler where that is bad or beyond the end.
     """
     source = EvaluationSource([], max_pixels=max_pixels)
-    batches = _Batches(samples, source, transform, range(len(samples)), batch_size)
+    batches = _Batches(samples, source, transform, range(len(samples)), batch_size, strict=True)
     turns = math.ceil(len(samples) / (batch_size * world_size))
     return EvaluationLoader(batches, len(samples), range(rank, turns * world_size, world_size), workers)
 

@@ -39,8 +39,9 @@ _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM",
 class Encoded:
     """A picture whose `size` (width, height) is known and whose pixels are decoded, once, when they are asked for.
 
-    strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks; only simplejpeg
-    tells, so that nothing changes without it, nor for CMYK. Raises `SampleError` for what cannot be decoded completely
+    strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks, as training and
+    `siglip-data` do; evaluation takes it, as others' does. Only simplejpeg tells, so that nothing changes without it,
+    nor for CMYK. Raises `SampleError` for what cannot be decoded completely
     and for more than `max_pixels` pixels.
     """
 
@@ -221,7 +222,7 @@ class ImageTransform:
         Without them, and at full size, every level is within one of what a call gives, or a few at hard edges where
         the filter is bicubic and Pillow shrinks the columns first. Raises `SampleError`.
         """
-        picture = Encoded(data, max_pixels)
+        picture = Encoded(data, max_pixels, strict=True)
         box = (0, 0, *picture.size)
         if self.min_crop_area < 1:
             box = _random_box(picture.size, self.min_crop_area, rng) or box

@@ -16,6 +16,7 @@ from siglip_train.embedding_cache import embed_pictures
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder
 from siglip_train.models.siglip import Siglip
+from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_shards, write_tar
 from tests.test_embedding_cache import TRANSFORM, frozen_model
 
@@ -101,12 +102,11 @@ def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
     tmp_path: Path, tokenizer: Tokenizer, cache: str, order: str
 ) -> None:
     shards = write_shards(tmp_path / "shards", [5, 6])
-    rows = [
-        sample(f"x{number}", 50 + number, **({"png": b"no picture"} if number == 2 else {}))
-        for number in range(6)
-    ]
+    jpeg = encoded(picture(1, (96, 64)), "jpg")
+    bad = {2: {"png": b"no picture"}, 4: {"jpg": jpeg[: len(jpeg) // 2] + jpeg[-2:]}}
+    rows = [sample(f"x{number}", 50 + number, **bad.get(number, {})) for number in range(6)]
     tar = write_tar(tmp_path / "other.tar", [member for row in rows for member in row])
-    # two sources share shards, one is a remote shard with a bad picture
+    # two sources share shards, one is a remote shard with two bad pictures
     sources = (shards, shards, f"pipe:cat {tar}")
     model, options = frozen_model(), {"order": order, "max_bad_share": 1.0}
     plain, cached = (loader_of(tokenizer, cache, *sources, **options) for _ in range(2))
@@ -121,6 +121,7 @@ def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
         # measured 0.021: training resizes within a level or two of 255
         torch.testing.assert_close(with_rows.pooled.float(), expected, rtol=0, atol=0.05)
     assert plain.counts["bad/broken image"] > 0
+    assert plain.counts["bad/damaged picture data"] > 0
     assert cached.counts == plain.counts
 
 

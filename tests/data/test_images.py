@@ -56,7 +56,7 @@ def test_jpeg_decodes_to_the_same_pixels_with_and_without_simplejpeg(monkeypatch
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_strict_refuses_a_jpeg_with_a_hole_which_training_reads_as_pillow_does(
+def test_training_refuses_a_jpeg_with_a_hole_which_evaluation_reads_as_pillow_does(
     progressive: bool, monkeypatch: pytest.MonkeyPatch
 ):
     whole = jpeg(picture(size=(96, 64)), progressive=progressive)
@@ -65,6 +65,8 @@ def test_strict_refuses_a_jpeg_with_a_hole_which_training_reads_as_pillow_does(
     with pytest.raises(SampleError) as found:
         decode(hole, strict=True)
     assert found.value.cause == "damaged picture data"
+    with pytest.raises(SampleError, match="damaged picture data"):
+        ImageTransform(32, 8).for_training(hole, np.random.default_rng(0))
     lenient = np.asarray(decode(hole))
     monkeypatch.setattr(images, "simplejpeg", None)
     np.testing.assert_array_equal(lenient, np.asarray(decode(hole)))
