@@ -89,6 +89,11 @@ def short_name(shard: str) -> str:
     return shard.rstrip("/").rsplit("/", 1)[-1] or shard
 
 
+def unsigned(shard: str) -> str:
+    """The URL of a shard without its query, which may hold a signature that changes; a command as it is."""
+    return shard if is_pipe(shard) else shard.partition("?")[0]
+
+
 def beside(shard: str, name: str) -> str | None:
     """The URL of another file in the folder of a remote shard, None = a command, which has no folder."""
     if is_pipe(shard):

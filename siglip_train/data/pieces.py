@@ -75,13 +75,20 @@ class Source:
         within = self.order.window << (attempt - 1) if self.shards.has_copies else None
         return self.order.elsewhere(slot, rng, within)
 
+    def check_left_out(self) -> None:
+        """Raise `UserError` if too many shards could not be counted; on all ranks alike."""
+        self._check_unavailable(self.shards.left_out)
+
     def check_failed(self) -> None:
-        """Raise `UserError` if too many shards have failed at once."""
-        failed, count = self.reader.failed(), len(self.shards.urls)
+        """Raise `UserError` if too many shards are unavailable at once, those that were left out among them."""
+        self._check_unavailable(self.shards.left_out | self.reader.failed())
+
+    def _check_unavailable(self, failed: dict[str, str]) -> None:
+        count = len(self.shards.urls)
         # one of few shards is no reason to stop, unless nothing is left or nothing may fail
         allowed = max(int(self.max_failed_shards * count), count > 1 and self.max_failed_shards > 0)
         if len(failed) > allowed:
-            named = "; ".join(f"{short_name(each.shard)}: {each.reason}" for each in failed[:5])
+            named = "; ".join(f"{short_name(shard)}: {reason}" for shard, reason in list(failed.items())[:5])
             raise UserError(
                 f"source {self.name}: {len(failed)} of {count} shards are unavailable, more than"
                 f" data.max_failed_shards {self.max_failed_shards} allows: {named}{'; ...' * (len(failed) > 5)}"

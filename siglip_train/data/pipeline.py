@@ -17,6 +17,7 @@ from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.fetch import Event
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
+from siglip_train.data.locations import short_name, unsigned
 from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
@@ -72,7 +73,7 @@ class DataConfig:
     long, or die, are replaced; not watched with workers=0, where this process itself reads.
     cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
     bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
-    that may be unavailable at once (one, if it has several and the share is above 0).
+    that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
     embedding_dir: a folder that all ranks see: what a locked image tower makes of every picture is computed once, kept
     there, and read in place of the pictures; null = no.
     """
@@ -121,8 +122,8 @@ class Loader:
     `bad/<cause>`, `substituted`, `failed/<source>` (samples of unavailable shards), `fetch_retries`, `failed_shards`,
     `shards_back`, `workers_replaced` (all of them, so many times), `source/<name>`, `language/<name>`.
     unusable: `excluded/<cause>` for what the shards
-    hold but cannot be used, `repeated_keys`; the same on all ranks. fingerprint: changes with the samples or their
-    order.
+    hold but cannot be used, `repeated_keys`, `shards_left_out`; the same on all ranks. fingerprint: changes with the
+    samples or their order.
     """
 
     def __init__(
@@ -156,7 +157,14 @@ class Loader:
         """What `build_loader` needs to go on after the last batch handed out.  # all ranks"""
         # what is unusable is found anew at the next start
         counts = sum_over_ranks(self.counts)
-        return {"samples_seen": self.samples_seen, "counts": counts, "fingerprint": self.fingerprint}
+        # what is not there has no place in the order, so it must not come back with a resume
+        left_out = sorted(unsigned(url) for source in self.sources for url in source.shards.left_out)
+        return {
+            "samples_seen": self.samples_seen,
+            "counts": counts,
+            "fingerprint": self.fingerprint,
+            "left_out": left_out,
+        }
 
     def _resume(self, state: dict[str, Any]) -> None:
         size = self._pieces.share.global_batch_size
@@ -181,7 +189,7 @@ class Loader:
         for source in self._pieces.sources:
             shards = source.shards
             found.update(f"excluded/{bad.cause}" for bad in shards.excluded)
-            found.update({"repeated_keys": shards.repeated})
+            found.update({"repeated_keys": shards.repeated, "shards_left_out": len(shards.left_out)})
             if self._pieces.share.rank == 0:
                 self._log_unusable(source)
             excluded = len(shards.excluded)
@@ -195,6 +203,11 @@ class Loader:
         return +found
 
     def _log_unusable(self, source: Source) -> None:
+        for url, reason in source.shards.left_out.items():
+            _LOG.warning(
+                "source %s: shard %s cannot be counted, so this run goes without it, also after a resume: %s",
+                *(source.name, short_name(url), reason),
+            )
         for bad in source.shards.excluded:
             self._log(bad)
         if source.shards.repeated:
@@ -341,8 +354,15 @@ def build_loader(
         config.cache_limit_gib,
         Patience(config.fetch_timeout_seconds, config.fetch_attempts),
     )
-    shard_sets = survey([source.shards for source in sources], wanted, cache, progress)
-    _check_sizes(names, shard_sets, mixture)
+    shard_sets = survey(
+        [source.shards for source in sources],
+        wanted,
+        cache,
+        progress,
+        left_out=state.get("left_out", ()) if state else (),
+        # to lose one more shard on the way would change the order
+        may_leave_out=state is None and config.max_failed_shards > 0,
+    )
     ready = [
         Source(
             name=name,
@@ -361,6 +381,9 @@ def build_loader(
             zip(names, sources, shard_sets, choices, labels, languages, strict=True)
         )
     ]
+    for source in ready:
+        source.check_left_out()
+    _check_sizes(names, shard_sets, mixture)
     pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
     check_room(shard_sets, cache, config.shuffle_window, _in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_train.data.cache import Known, ShardCache, local_tar, was_damaged
-from siglip_train.data.failed import Failure
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import cache_folder, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
@@ -60,6 +59,7 @@ class ShardSet:
 
     paths: where the tars are; a copy may have been removed to make room, or not been made yet. known: of each shard,
     for the time it is fetched. excluded: samples that lack a wanted member or are cut off, found before training.
+    left_out: remote shards that could not be counted and are taken as empty, and why.
     """
 
     urls: list[str]
@@ -71,6 +71,7 @@ class ShardSet:
     known: list[Known]
     excluded: list[BadSample] = field(default_factory=list)
     repeated: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -161,9 +162,10 @@ class ShardReader:
             self._opened.pop(shard, None)
         raise FileNotFoundError(f"{self.shards.paths[shard]} is removed again and again")
 
-    def failed(self) -> list[Failure]:
-        """The shards of this set that cannot be had now."""
-        return [failure for failure in self.shards.cache.failed.all() if failure.shard in self._urls]
+    def failed(self) -> dict[str, str]:
+        """The shards of this set that cannot be had now, and why."""
+        failures = self.shards.cache.failed.all()
+        return {failure.shard: failure.reason for failure in failures if failure.shard in self._urls}
 
     @functools.cached_property
     def _urls(self) -> set[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
-from siglip_train.data.fetch import FetchError
-from siglip_train.data.locations import beside, expand, is_remote, short_name
+from siglip_train.data.fetch import FetchError, said
+from siglip_train.data.locations import beside, expand, is_remote, short_name, unsigned
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.room import rounded
 from siglip_train.data.select import EVERYTHING
@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 _THREADS = 8
 # names in messages
 _NAMED = 5
+_SO_BEFORE = "it could not be counted when the run began"
 
 Progress = Callable[[int, int], None]
 
@@ -39,7 +40,7 @@ class _Task(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """What the survey learns of one shard."""
+    """What the survey learns of one shard. failure: why it cannot be counted; is_away: it is remote, and may come."""
 
     path: Path
     samples: int = 0
@@ -48,15 +49,18 @@ class _Shard(NamedTuple):
     excluded: tuple[BadSample, ...] = ()
     repeated: int = 0
     failure: str = ""
+    is_away: bool = False
 
 
 def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: ShardCache,
-           progress: Progress | None = None) -> list[ShardSet]:  # fmt: skip
+           progress: Progress | None = None, *, left_out: Collection[str] = (),
+           may_leave_out: bool = False) -> list[ShardSet]:  # fmt: skip
     """Find and count the shards of every source; every rank looks at a part and gets the whole.  # all ranks
 
     A remote shard is fetched to be counted, unless an `index.json` in its folder or an earlier count of the same
-    version says what it holds. progress: called with (shards done, shards in all) of this rank. Raises `UserError` on
-    every rank alike.
+    version says what it holds. progress: called with (shards done, shards in all) of this rank. left_out: shards, by
+    `unsigned` URL, that are not asked for and taken as empty. may_leave_out: so are remote ones that cannot be counted,
+    instead of being an error. Raises `UserError` on every rank alike.
     """
     urls = [expand(spec) for spec in specs]
     entries = _entries([url for source in urls for url in source], cache)
@@ -64,11 +68,14 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
         _Task(url, want, entries.get(url))
         for source, want in zip(urls, wanted, strict=True)
         for url in source
+        if unsigned(url) not in left_out
     ]
-    scanned = iter(_scan_together(tasks, cache, progress))
+    scanned = iter(_scan_together(tasks, cache, progress, may_leave_out=may_leave_out))
     sets = []
     for source, want in zip(urls, wanted, strict=True):
-        shards = [next(scanned) for _ in source]
+        shards = [
+            _away(url, cache, _SO_BEFORE) if unsigned(url) in left_out else next(scanned) for url in source
+        ]
         sets.append(
             ShardSet(
                 source,
@@ -80,6 +87,9 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
                 known=[shard.known for shard in shards],
                 excluded=[bad for shard in shards for bad in shard.excluded],
                 repeated=sum(shard.repeated for shard in shards),
+                left_out={
+                    url: shard.failure for url, shard in zip(source, shards, strict=True) if shard.failure
+                },
             )
         )
     return sets
@@ -118,7 +128,7 @@ def _entries(urls: Iterable[str], cache: ShardCache) -> dict[str, Entry]:
         with ThreadPoolExecutor(_THREADS) as pool:
             indexes = dict(zip(files, pool.map(lambda file: _read_index(file, cache), files), strict=True))
         for url, place in places.items():
-            entry = indexes.get(place or "", {}).get(short_name(url.partition("?")[0]))
+            entry = indexes.get(place or "", {}).get(short_name(unsigned(url)))
             if entry is not None:
                 entries[url] = entry
         missing = [url for url in remote if url not in entries]
@@ -143,7 +153,9 @@ def _read_index(url: str, cache: ShardCache) -> dict[str, Entry]:
     return {}
 
 
-def _scan_together(tasks: list[_Task], cache: ShardCache, progress: Progress | None) -> list[_Shard]:
+def _scan_together(
+    tasks: list[_Task], cache: ShardCache, progress: Progress | None, *, may_leave_out: bool
+) -> list[_Shard]:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     mine = tasks[rank::ranks]
     results = []
@@ -152,23 +164,28 @@ def _scan_together(tasks: list[_Task], cache: ShardCache, progress: Progress | N
         for done, shard in enumerate(pool.map(lambda task: _scan(task, cache), mine), start=1):
             results.append(shard)
             for event in cache.drain():
-                # what has failed is an error here, and said as one
+                # what has failed is said when all are counted
                 if event.message and event.name == "fetch_retries":
                     _LOG.warning(event.message)
             if progress is not None:
                 progress(done, len(mine))
     parts = gather_objects(results)
     shards = [parts[number % ranks][number // ranks] for number in range(len(tasks))]
-    failed = [(task.url, shard.failure) for task, shard in zip(tasks, shards, strict=True) if shard.failure]
+    failed = [
+        (task.url, shard)
+        for task, shard in zip(tasks, shards, strict=True)
+        if shard.failure and not (shard.is_away and may_leave_out)
+    ]
     if failed:
         more = f" (and {len(failed) - _NAMED} more)" if len(failed) > _NAMED else ""
-        if any(is_remote(url) for url, _ in failed):
+        if any(shard.is_away for _, shard in failed):
             more += (
-                "; a shard that is not counted has no place in the order, so data.max_failed_shards does not allow it:"
-                f" leave it out, or put an {INDEX_NAME} beside the shards (`siglip-data verify SHARDS --index"
-                f" {INDEX_NAME}`)"
+                "; a shard that is not counted has no place in the order: try again later, leave it out, or put an"
+                f" {INDEX_NAME} beside the shards (`siglip-data verify SHARDS --index {INDEX_NAME}`)"
             )
-        raise UserError("; ".join(failure for _, failure in failed[:_NAMED]) + more)
+        raise UserError(
+            "; ".join(f"cannot read shard {url}: {shard.failure}" for url, shard in failed[:_NAMED]) + more
+        )
     return shards
 
 
@@ -177,14 +194,21 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
     try:
         return _counted(task, cache)
     except BrokenTarError as error:
-        failure = f"cannot read shard {task.url}: {error}; remove it from the list or repair it"
+        failure = f"{error}; remove it from the list or repair it"
     except UnavailableShardError as error:
-        failure = f"cannot read shard {task.url}: {error.detail}"
-    except (FetchError, OSError) as error:
-        failure = f"cannot read shard {task.url}: {error}"
+        return _away(task.url, cache, error.detail)
+    except FetchError as error:
+        return _away(task.url, cache, str(error))
+    except OSError as error:
+        failure = said(error)
     except UserError as error:
         failure = str(error)
     return _Shard(Path(), failure=failure)
+
+
+def _away(url: str, cache: ShardCache, failure: str) -> _Shard:
+    # where no copy is, nor any version of it
+    return _Shard(cache.path(url, Known(version="")), failure=failure, is_away=True)
 
 
 def _counted(task: _Task, cache: ShardCache) -> _Shard:
@@ -203,9 +227,18 @@ def _counted(task: _Task, cache: ShardCache) -> _Shard:
     index = index_of_copy(path, cache.folder) if cache.is_copy(path) else None
     if index is None:
         path = cache.local_tar(url, known)
-        index = load_index(path, cache.folder)
+        index = _index_of(url, path, cache)
     samples, excluded = _complete(index, task.wanted, short_name(url), path)
     return _Shard(path, samples, index.file_size, known, tuple(excluded), index.repeated)
+
+
+def _index_of(url: str, path: Path, cache: ShardCache) -> TarIndex:
+    try:
+        return load_index(path, cache.folder)
+    except BrokenTarError as error:
+        if is_remote(url):
+            raise cache.reject(url, path, str(error)) from error
+        raise
 
 
 def _complete(index: TarIndex, wanted: Wanted, name: str, path: Path) -> tuple[int, list[BadSample]]:

@@ -177,17 +177,67 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
     assert "is back" not in caplog.text
 
 
-def test_a_shard_that_cannot_be_counted_stops_the_start_and_the_line_says_what_helps(
-    build: Build, folder: Path, server: Faults
+def test_a_shard_that_cannot_be_counted_is_left_out_of_the_run_and_of_its_resumes(
+    build: Build, folder: Path, server: Faults, caplog: pytest.LogCaptureFixture
 ):
     (folder / "index.json").unlink()
+    server[NAMES[2]] = ["404", "404"]
+    loader = _loader(build, server)
+    assert loader.unusable == {"shards_left_out": 1}
+    assert loader.total_counts()["shards_left_out"] == 1
+    assert f"source all: shard {NAMES[2]} cannot be counted, so this run goes without it" in caplog.text
+    iterator = iter(loader)
+    first = [key for _ in range(4) for key in next(iterator).keys]
+    state = json.loads(json.dumps(loader.state()))
+    rest = [key for _ in range(SHARDS - 5) for key in next(iterator).keys]
+    iterator.close()  # type: ignore[attr-defined]
+    every = Counter(first + rest)
+    assert len(every) == TOTAL - EACH
+    assert set(every.values()) == {1}
+    assert not any(key.startswith(NAMES[2]) for key in every)
+    # the shard is back: a resume goes on in the same order, and a new run has it
+    server[NAMES[2]] = []
+    caplog.clear()
+    resumed = build(_shards(server), state=state, **OPTIONS)
+    assert "differ from those of the checkpoint" not in caplog.text
+    assert resumed.state()["left_out"] == state["left_out"] == [f"{server.url}/{NAMES[2]}"]
+    assert _keys(resumed, SHARDS - 5) == rest
+    assert set(_keys(_loader(build, server), SHARDS)) > set(every)
+
+
+def test_too_many_shards_that_cannot_be_counted_stop_the_start(build: Build, folder: Path, server: Faults):
+    (folder / "index.json").unlink()
+    for name in NAMES[2:4]:
+        server[name] = ["404", "..."]
+    said = r"source all: 2 of 10 shards are unavailable, more than data\.max_failed_shards 0\.1 allows: 00002.*404"
+    with pytest.raises(UserError, match=said):
+        _loader(build, server, max_failed_shards=0.1)
+    assert len(set(_keys(_loader(build, server, max_failed_shards=0.2), SHARDS - 2))) == TOTAL - 2 * EACH
+    with pytest.raises(UserError, match=r"source all: 1 of 1 shards are unavailable.*404"):
+        build(f"{server.url}/{NAMES[2]}", **OPTIONS)
+
+
+def test_where_none_may_fail_and_at_a_resume_a_shard_that_cannot_be_counted_stops_the_start(
+    build: Build, folder: Path, server: Faults, tmp_path: Path
+):
+    (folder / "index.json").unlink()
+    state = _loader(build, server).state()
     server[NAMES[2]] = ["404", "..."]
-    with pytest.raises(UserError, match=rf"^cannot read shard .*{NAMES[2]}.*404") as stop:
-        _loader(build, server, max_failed_shards=0.5)
-    said = str(stop.value)
-    assert "data.max_failed_shards does not allow it" in said
-    assert "leave it out, or put an index.json beside the shards" in said
-    assert "\n" not in said
+    elsewhere = {"cache_dir": str(tmp_path / "another")}
+    for options in ({"max_failed_shards": 0.0}, {"state": state}):
+        with pytest.raises(UserError, match=rf"^cannot read shard .*{NAMES[2]}.*404") as stop:
+            _loader(build, server, **elsewhere, **options)
+        assert "try again later, leave it out, or put an index.json beside the shards" in str(stop.value)
+        assert "\n" not in str(stop.value)
+
+
+def test_a_remote_shard_that_is_no_tar_is_left_out_and_not_kept(build: Build, folder: Path, server: Faults):
+    (folder / "index.json").unlink()
+    whole = (folder / NAMES[2]).read_bytes()
+    (folder / NAMES[2]).write_bytes(b"<html>moved</html>")
+    assert _loader(build, server).unusable == {"shards_left_out": 1}
+    (folder / NAMES[2]).write_bytes(whole)
+    assert not _loader(build, server).unusable
 
 
 def test_an_evaluation_goes_on_without_a_failed_shard(
