@@ -1,6 +1,8 @@
 """The one kind of error a user causes: printed as a line or two, exit status 2, no traceback."""
 
 import functools
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +16,35 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2; Ctrl-C into 130."""
+    """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2; Ctrl-C into 130.
+
+    141, without a word, where who reads the output has gone, as of a program that the signal of it ends.
+    """
 
     @functools.wraps(main)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted; every file that was written is complete", file=sys.stderr)  # noqa: T201
             raise SystemExit(130) from None
+        except BrokenPipeError:
+            if not _output_is_gone():
+                raise
+            # at exit Python writes what is left, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
 
     return guarded
+
+
+def _output_is_gone() -> bool:
+    poll = select.poll()
+    # what is asked for is nothing: that the other end has gone is told anyway
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))

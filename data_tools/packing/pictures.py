@@ -33,9 +33,10 @@ def prepare(data: bytes, options: PictureOptions) -> Picture:
     """Decode a picture, shrink and encode it where the options ask for it.
 
     With "keep" the bytes stay as they are unless the picture is shrunk, or of a format that shards do not have
-    (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`.
+    (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`, also for a JPEG damaged in
+    its middle: encoded anew, no one could tell.
     """
-    image = decode(data)
+    image = decode(data, strict=True)
     before = image.size
     own = _own_extension(data)
     size = shrunk(before, options.resize)

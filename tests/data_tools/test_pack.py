@@ -602,8 +602,10 @@ def test_keys_that_two_shards_share_are_told_apart(tiny_dir: Path, tmp_path: Pat
 def test_what_cannot_be_used_is_skipped_and_listed(tmp_path: Path) -> None:
     source, good = tmp_path / "in", encoded(picture())
     wrong_size = encoded(Image.new("L", (3, 3)))
+    jpeg = encoded(picture(), "JPEG")
     broken = {
         "broken image": ({"png": good[:500], "txt": b"x"}),
+        "damaged picture data": ({"jpg": jpeg[:-200] + jpeg[-2:], "txt": b"x"}),
         "empty image": ({"png": b"", "txt": b"x"}),
         "empty caption": ({"png": good, "txt": b" \n", "json": b'{"caption": ""}'}),
         "not utf-8": ({"png": good, "txt": b"\xff\xfe\xfa"}),
