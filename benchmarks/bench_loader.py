@@ -146,10 +146,10 @@ def main() -> None:
                 "tokenizer": str(scratch / "tiny" / "tokenizer.model"),
                 "seconds": arguments.seconds,
             }
-            taking_part = contestants if case.is_jpeg else contestants[: len(PRODUCTS)]
+            taking_part = contestants if case.compares_decoders else contestants[: len(PRODUCTS)]
             table += compare(name, job, taking_part, arguments.rounds)
             notes.append(worker_note(name, taking_part))
-            if case.is_jpeg:
+            if case.of_jpeg:
                 sizes = [len(sample.members["jpg"]) for sample in read_samples(case.shards)]
                 notes.append(f"a picture of {name} has {sum(sizes) / len(sizes) / 1000:.0f} KB")
     notes = [

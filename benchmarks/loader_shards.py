@@ -17,11 +17,12 @@ LARGE, LARGE_SHARDS, LARGE_PER_SHARD = (1024, 768), 2, 128
 
 
 class Case(NamedTuple):
-    """What is loaded: shards, the side of the squares, and whether its pictures are JPEGs alone."""
+    """What is loaded: shards and the side of the squares. of_jpeg: no other pictures; compares_decoders: of ours."""
 
     shards: list[str]
     image_size: int
-    is_jpeg: bool
+    of_jpeg: bool = False
+    compares_decoders: bool = False
 
 
 def prepare_cases(scratch: Path) -> dict[str, Case]:
@@ -29,18 +30,22 @@ def prepare_cases(scratch: Path) -> dict[str, Case]:
     tiny = scratch / "tiny"
     make_tiny(tiny, TinyOptions(samples=4000, validation_samples=4, samples_per_class=1), workers=2)
     scenes = _names(tiny / "train")
-    cases = {"tiny shapes 128 px": Case(scenes, 128, is_jpeg=False)}
+    cases = {"tiny shapes 128 px": Case(scenes, 128)}
     if SHARED.exists():
         photographs = _repeated(SHARED / "captions_coco" / "open-00000.tar", scratch)
-        cases["emoji 64 px"] = Case(_names(SHARED / "emoji_train"), 64, is_jpeg=False)
-        cases["photographs 224 px"] = Case(photographs, 224, is_jpeg=True)
-        large = write_mosaics(photographs[:1], scratch / "large", tiles=(2, 2))
-        enlarged = write_mosaics(photographs[:1], scratch / "enlarged", tiles=(1, 1))
-        cases["1024 px JPEG, enlarged, to 224 px"] = Case(enlarged, 224, is_jpeg=True)
+        cases["emoji 64 px"] = Case(_names(SHARED / "emoji_train"), 64)
+        cases["photographs 224 px"] = Case(photographs, 224, of_jpeg=True, compares_decoders=True)
+        tiles, grid = photographs[:1], (2, 2)
+        for quality in (75, 85, 90):
+            enlarged = write_mosaics(tiles, scratch / f"enlarged-{quality}", (1, 1), quality)
+            name = f"1024 px photographs, quality {quality}, to 224 px"
+            cases[name] = Case(enlarged, 224, of_jpeg=True, compares_decoders=quality == 90)
     else:
         print("../shared/data is absent: no photographs and emoji, and the large pictures are made of scenes")
-        large = write_mosaics(scenes, scratch / "large", tiles=(8, 6))
-    cases["1024 px JPEG to 224 px"] = Case(large, 224, is_jpeg=True)
+        tiles, grid = scenes, (8, 6)
+    for quality in (75, 90):
+        mosaics = write_mosaics(tiles, scratch / f"mosaics-{quality}", grid, quality)
+        cases[f"1024 px mosaics, quality {quality}, to 224 px"] = Case(mosaics, 224, of_jpeg=True)
     return cases
 
 
@@ -55,11 +60,11 @@ def _repeated(shard: Path, scratch: Path) -> list[str]:
     return list(map(str, links))
 
 
-def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int]) -> list[str]:
+def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int], quality: int) -> list[str]:
     """Shards of 1024 x 768 JPEGs, each `tiles` (columns, rows) pictures of `shards` side by side, with a caption.
 
     Four shrunk ones have detail at every pixel, more than a photograph of that size; a single one is enlarged and has
-    less. Quality 90, 4:2:0, the same bytes every time.
+    less. 4:2:0, the same bytes every time. Quality 75 is what encoders write unless told otherwise.
     """
     folder.mkdir()
     samples = list(read_samples(shards))
@@ -69,19 +74,19 @@ def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int]) -> li
             for key in range(LARGE_PER_SHARD):
                 chosen = [samples[place] for place in rng.integers(len(samples), size=tiles[0] * tiles[1])]
                 pictures = [next(iter(sample.members.values())) for sample in chosen]
-                _add(shard, f"{key:04d}.jpg", _mosaic([decode(data) for data in pictures], tiles))
+                _add(shard, f"{key:04d}.jpg", _mosaic([decode(data) for data in pictures], tiles, quality))
                 _add(shard, f"{key:04d}.txt", chosen[0].members["txt"])
     return _names(folder)
 
 
-def _mosaic(pictures: list[Image.Image], tiles: tuple[int, int]) -> bytes:
+def _mosaic(pictures: list[Image.Image], tiles: tuple[int, int], quality: int) -> bytes:
     width, height = LARGE[0] // tiles[0], LARGE[1] // tiles[1]
     mosaic = Image.new("RGB", LARGE)
     for place, picture in enumerate(pictures):
         tile = ImageOps.fit(picture, (width, height))
         mosaic.paste(tile, (place % tiles[0] * width, place // tiles[0] * height))
     out = io.BytesIO()
-    mosaic.save(out, "JPEG", quality=90, subsampling="4:2:0")
+    mosaic.save(out, "JPEG", quality=quality, subsampling="4:2:0")
     return out.getvalue()
 
 

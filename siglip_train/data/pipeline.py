@@ -205,7 +205,7 @@ class Loader:
     def _log_unusable(self, source: Source) -> None:
         for url, reason in source.shards.left_out.items():
             _LOG.warning(
-                "source %s: shard %s cannot be counted, so this run goes without it, also after a resume: %s",
+                "source %s: this run goes without shard %s, also after a resume: %s",
                 *(source.name, short_name(url), reason),
             )
         for bad in source.shards.excluded:
