@@ -185,7 +185,9 @@ def test_a_shard_that_cannot_be_counted_is_left_out_of_the_run_and_of_its_resume
     loader = _loader(build, server)
     assert loader.unusable == {"shards_left_out": 1}
     assert loader.total_counts()["shards_left_out"] == 1
-    assert f"source all: this run goes without shard {NAMES[2]}, also after a resume: HTTPError" in caplog.text
+    assert (
+        f"source all: this run goes without shard {NAMES[2]}, also after a resume: HTTPError" in caplog.text
+    )
     iterator = iter(loader)
     first = [key for _ in range(4) for key in next(iterator).keys]
     state = json.loads(json.dumps(loader.state()))
