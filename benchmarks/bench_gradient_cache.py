@@ -179,8 +179,8 @@ def check_updates(split: Split, world: World) -> str:
     assert errors[ours] < 1e-4, errors
     assert all(math.isclose(ratio, 1, rel_tol=1e-4) for ratio in ratios[ours]), ratios
     return (
-        f"{split.name}, 4 micro-batches, fp32, against the whole batch: gradients of the towers off by "
-        f"{errors[ours]:.0e} (ours), {errors[peer]:.0e} (open_clip); gradients of scale and bias "
+        f"{split.name}, but 4 micro-batches, {split.case.batch_size} pairs, fp32, against the whole batch: gradients "
+        f"of the towers off by {errors[ours]:.0e} (ours), {errors[peer]:.0e} (open_clip); gradients of scale and bias "
         f"{' and '.join(f'{ratio:.4f}' for ratio in ratios[ours])} times as large (ours), "
         f"{' and '.join(f'{ratio:.4f}' for ratio in ratios[peer])} times (open_clip)"
     )

@@ -13,6 +13,9 @@ from kernels.sigmoid_loss.messages import waiting
 from kernels.sigmoid_loss.pair_ids import PairIds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPARED = (
+    "number of rows", "width", "dtype", "use of gradients", "pair ids or same_id_weight", "exchange",
+)  # fmt: skip
 
 
 def agree(
@@ -22,46 +25,67 @@ def agree(
     *,
     gradients: bool,
     ids: PairIds | None = None,
+    refusal: ValueError | None = None,
 ) -> Exchange:
     """`choose_exchange`, and ValueError on all ranks if their embeddings or choices differ.  # all ranks of group
 
     Unequal messages would hang or corrupt the exchange. One small all-reduce in each call: a rank that has seen its
-    shape before could not know that another has a new one.
+    shape before could not know that another has a new one. refusal: what is wrong with this rank's arguments, if
+    anything; it is raised here, and the other ranks are told.
     """
     if dist.get_rank(group) < 0:
         raise ValueError("sigmoid_loss: this rank is not a member of the group it was given")
     if dist.get_world_size(group) == 1:
+        if refusal is not None:
+            raise refusal
         return exchange
-    refusal, chosen = None, None
-    try:
-        chosen = choose_exchange(exchange, images, group, has_ids=ids is not None)
-    except ValueError as error:
-        refusal = error  # told after the others have heard of it
-    mine = {
-        "number of rows": len(images),
-        "width": images.shape[1],
-        "dtype": _DTYPES.index(images.dtype),
-        "use of gradients": int(gradients),
-        # the bits of a double that is not negative, as an integer, are not negative either
-        "pair ids or same_id_weight": -1
-        if ids is None
-        else struct.unpack("q", struct.pack("d", ids.weight))[0],
-        "exchange": -1 if chosen is None else _code(chosen),
-    }
-    values = list(mine.values())
-    highest = _maximum([*values, *(-value for value in values)], images.device, group)
+    mine, chosen = dict.fromkeys(_COMPARED, -1), None
+    if refusal is None:
+        try:
+            chosen = choose_exchange(exchange, images, group, has_ids=ids is not None)
+            mine = _compared(images, chosen, ids, gradients=gradients)
+        except ValueError as error:
+            refusal = error
+    values = [*mine.values(), int(refusal is not None)]
+    highest = _maximum([*values, *(-value for value in values)], _device(images, group), group)
     lowest = [-value for value in highest[len(values) :]]
-    unequal = [name for name, low, high in zip(mine, lowest, highest, strict=False) if low != high]
     if refusal is not None:
         raise refusal
-    if unequal:
+    if highest[len(mine)]:
         raise ValueError(
-            f"sigmoid_loss: the ranks of a group must have equal batches, but differ in {' and '.join(unequal)}; "
-            f"rows from {lowest[0]} to {highest[0]}, on this rank {tuple(images.shape)} {images.dtype}. Drop the "
-            "incomplete last batch, and call the loss alike on every rank"
+            "sigmoid_loss: another rank of the group was given what it refuses; see its own message"
+        )
+    unequal = [name for name, low, high in zip(mine, lowest, highest, strict=False) if low != high]
+    if unequal:
+        hint = "drop the incomplete last batch, and " if unequal[0] == _COMPARED[0] else ""
+        raise ValueError(
+            f"sigmoid_loss: the ranks of a group must call it alike, but differ in {' and '.join(unequal)}; rows from"
+            f" {lowest[0]} to {highest[0]}, on this rank {tuple(images.shape)} {images.dtype}: {hint}give every rank"
+            " the same"
         )
     assert chosen is not None
     return chosen
+
+
+def _compared(images: Tensor, exchange: Exchange, ids: PairIds | None, *, gradients: bool) -> dict[str, int]:
+    # the bits of a double that is not negative, as an integer, are not negative either
+    weight = -1 if ids is None else struct.unpack("q", struct.pack("d", ids.weight))[0]
+    values = (
+        len(images),
+        images.shape[1],
+        _DTYPES.index(images.dtype),
+        int(gradients),
+        weight,
+        _code(exchange),
+    )
+    return dict(zip(_COMPARED, values, strict=True))
+
+
+def _device(images: Tensor, group: dist.ProcessGroup) -> torch.device:
+    # what this rank was given may be no tensor
+    if isinstance(images, Tensor):
+        return images.device
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _code(exchange: Exchange) -> int:

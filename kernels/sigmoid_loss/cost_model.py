@@ -194,7 +194,10 @@ def _trip_seconds(
     ring, *inner = rings
     block, gradients = (_hop_seconds(ring, size) for size in hop)
     half, whole = (_trip_seconds(inner, hop, work, part) for part in (share / 2, share))
-    return max(half, block) + (ring.size - 1) * max(whole, block + gradients) + max(half, gradients)
+    # the first visitor comes before any gradient is on its way, and with the last no further block is
+    rounds = [whole] if ring.size == 2 else [max(whole, block), max(whole, gradients)]
+    between = (ring.size - 3) * max(whole, block + gradients) if ring.size > 3 else 0.0
+    return max(half, block) + sum(rounds) + between + max(half, gradients)
 
 
 def _gather_seconds(sizes: Sizes, links: Links) -> float:

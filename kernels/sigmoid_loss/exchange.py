@@ -52,11 +52,14 @@ class Exchange:
             )
         if self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"sigmoid_loss: the exchange dtype must be None or bfloat16, not {self.dtype}")
-        numbers = (self.ranks_per_node, *(self.grid or ()))
-        if any(number is not None and number < 1 for number in numbers):
+        numbers = (self.ranks_per_node or 1, *(self.grid or (1, 1)))
+        if len(numbers) != 3 or not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise ValueError(
-                f"sigmoid_loss: ranks_per_node={self.ranks_per_node} and grid={self.grid} must be at least 1"
+                f"sigmoid_loss: ranks_per_node={self.ranks_per_node} and both numbers of grid={self.grid} must be "
+                "integers of at least 1"
             )
+        if not isinstance(self.links, Links | None):
+            raise ValueError(f"sigmoid_loss: links must be Links; got {self.links!r}")
 
     def __str__(self) -> str:
         """The form as a config names it, for a log."""

@@ -102,7 +102,8 @@ def _pairs(
     product would overflow; what is above adds to the loss as it is, and G is 1 to 2^(-124 / GROUP). The sum of the
     losses is needed at once: its barriers keep the compiler from working on several blocks of columns at a time.
     """
-    low = tl.minimum(logits, (124.0 - SHIFT) / GROUP + SHIFT)
+    # NaN passes, as in torch: else it would become a large logit, and its gradients finite
+    low = tl.minimum(logits, (124.0 - SHIFT) / GROUP + SHIFT, propagate_nan=tl.PropagateNan.ALL)
     e = _exp2(low, INTERPRETED)
     above = _groups(logits - low, GROUP, BY_ROWS)
     G, sums_g = e, above
@@ -233,7 +234,7 @@ def _store(
     dtype: tl.constexpr = G.dtype if DESCRIPTORS else G.dtype.element_ty
     if INTERPRETED and dtype == tl.bfloat16:
         bits = g.to(tl.int32, bitcast=True)
-        g = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        g = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     # the buffer has room for whole tiles, and pairs that were left out store their 0: no mask
     if DESCRIPTORS:
         G.store([first_row, first_column], g.to(dtype))

@@ -41,16 +41,22 @@ def sigmoid_loss(
     parallel training. There, the mean over ranks of every parameter's gradient is that of the global batch.
     Sums and products are in float32 or better whatever the input; autocast is not followed.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError for a second derivative.
+    Raises ValueError for shapes, dtypes and devices that do not fit, on all ranks if on one; RuntimeError for a second
+    derivative.
     """
     inputs = (image_embeddings, text_embeddings, logit_scale, logit_bias)
-    _check_shapes(image_embeddings, text_embeddings)
-    check_types("sigmoid_loss", *inputs)
-    ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
-    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    ids, refusal = None, None
+    try:
+        _check(*inputs, exchange)
+        ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
+    except ValueError as error:
+        if group is None:
+            raise
+        refusal = error  # told when the other ranks have heard of it
+    gradients = refusal is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     peers = None
     if group is not None:
-        exchange = agree(exchange, image_embeddings, group, gradients=gradients, ids=ids)
+        exchange = agree(exchange, image_embeddings, group, gradients=gradients, ids=ids, refusal=refusal)
         peers = _Peers(group, exchange) if dist.get_world_size(group) > 1 else None
     with torch.autocast(image_embeddings.device.type, enabled=False):
         if gradients:
@@ -107,16 +113,25 @@ class _SigmoidLoss(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _check_shapes(images: Tensor, texts: Tensor) -> None:
-    if images.ndim != 2 or images.shape != texts.shape or len(images) == 0:
+def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange) -> None:
+    check_types("sigmoid_loss", images, texts, scale, bias)
+    if images.ndim != 2 or images.shape != texts.shape or images.numel() == 0:
         raise ValueError(
-            "sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B at least 1; got images "
+            "sigmoid_loss: embeddings must be two [B, E] tensors of one shape, B and E at least 1; got images "
             f"{tuple(images.shape)}, texts {tuple(texts.shape)}"
+        )
+    if not isinstance(exchange, Exchange):
+        raise ValueError(
+            f"sigmoid_loss: exchange must be an Exchange, such as Exchange('ring'); got {exchange!r}"
         )
 
 
 def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
     """Raise ValueError, beginning with the name of the op, for dtypes and devices that do not fit one another."""
+    named = zip(("images", "texts", "logit_scale", "logit_bias"), (images, texts, scale, bias), strict=True)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor; got {tensor!r:.60}")
     if images.dtype != texts.dtype or images.dtype not in _FLOATS:
         raise ValueError(
             f"{op}: embeddings must have one floating-point dtype; got images {images.dtype}, texts {texts.dtype}"

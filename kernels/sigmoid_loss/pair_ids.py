@@ -6,6 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# in uint64, half of all hashes would become negative, and so be like nothing
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
+
 
 class PairIds(NamedTuple):
     """A pair that does not match but has equal ids, not negative, counts `weight` times in loss and gradients.
@@ -23,18 +28,21 @@ def make_pair_ids(
     image_ids: Tensor | None, text_ids: Tensor | None, weight: float, embeddings: tuple[Tensor, Tensor]
 ) -> PairIds | None:
     """What a caller gave for images `[n, E]` and texts `[m, E]`, None for nothing; ValueError if it does not fit."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"sigmoid_loss: same_id_weight must be a finite number of at least 0; got {weight}")
+    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f"sigmoid_loss: same_id_weight must be a finite number of at least 0; got {weight!r}"
+        )
     if image_ids is None and text_ids is None:
         return None
     if image_ids is None or text_ids is None:
         raise ValueError("sigmoid_loss: image_ids and text_ids go together; give both or neither")
     named = ("image_ids", image_ids, embeddings[0]), ("text_ids", text_ids, embeddings[1])
     for name, ids, rows in named:
-        is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        if ids.shape != rows.shape[:1] or not is_integer or ids.device != rows.device:
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"sigmoid_loss: {name} must be a tensor; got {ids!r:.60}")
+        if ids.shape != rows.shape[:1] or ids.dtype not in _INTEGERS or ids.device != rows.device:
             raise ValueError(
-                f"sigmoid_loss: {name} must be {len(rows)} integers on {rows.device}; got "
+                f"sigmoid_loss: {name} must be {len(rows)} integers, int64 or narrower, on {rows.device}; got "
                 f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
             )
     return PairIds(image_ids.long().contiguous(), text_ids.long().contiguous(), abs(float(weight)))

@@ -38,7 +38,7 @@ class SigmoidLoss(Objective):
     kernels/sigmoid_loss. exchange_dtype: `bf16` halves what is sent and rounds it. same_text_weight: how often an image
     counts against another sample's text that has the same tokens as its own, and so is none of its negatives; 0 leaves
     such pairs out, 1 (as published) treats them as all others. Raises ValueError for other values, and for a form that
-    does not fit the number of ranks.
+    does not fit the number of ranks, where there are several.
     """
 
     pairs_samples = True
@@ -65,10 +65,11 @@ class SigmoidLoss(Objective):
         model = forward_pass.model
         images, texts = forward_pass.image_embedding, forward_pass.text_embedding
         group = _all_ranks() if is_distributed() else None
-        if group is not None and not self._is_announced:
-            log.info("exchange of texts between ranks: %s", choose_exchange(self._exchange, images, group))
-            self._is_announced = True
         ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.texts)
+        if group is not None and not self._is_announced:
+            chosen = choose_exchange(self._exchange, images, group, has_ids=ids is not None)
+            log.info("exchange of texts between ranks: %s", chosen)
+            self._is_announced = True
         with record_function("objective/sigmoid"):
             return sigmoid_loss(
                 images,

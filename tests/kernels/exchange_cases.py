@@ -62,8 +62,10 @@ def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=No
     whole = make(rows * size, rows * size, WIDTH, scale, bias, dtype)
     image_ids, text_ids = draw_ids(rows * size)
     ids = None if weight is None else PairIds(image_ids, text_ids, weight)
+    # "auto" may choose a grid, where images travel too
+    chosen = choose_exchange(exchange, whole[0].chunk(size)[rank], group, has_ids=ids is not None)
     loss, images, texts, scale_gradient, bias_gradient = differentiate(
-        sigmoid_loss_reference, as_sent(whole, exchange), ids=ids
+        sigmoid_loss_reference, as_sent(whole, chosen), ids=ids
     )
     options = {"group": group, "exchange": exchange}
     if ids is not None:
@@ -85,7 +87,7 @@ def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=No
     return {
         "loss": rms_ratio(means[0], loss),
         "evaluated": rms_ratio(evaluated, value.detach()),
-        "own loss": rms_ratio(value.detach(), own_loss(as_sent(whole, exchange), ids, rank, size)),
+        "own loss": rms_ratio(value.detach(), own_loss(as_sent(whole, chosen), ids, rank, size)),
         "images": rms_ratio(leaves[0].grad, size * images.chunk(size)[rank]),
         "texts": rms_ratio(leaves[1].grad, size * texts.chunk(size)[rank]),
         "scale": rms_ratio(means[1], scale_gradient),
@@ -216,6 +218,31 @@ def refusals(rank, group):
         (plain, {"exchange": Exchange("grid", grid=(5, 1))}),
         (plain, {"exchange": Exchange("node_ring", ranks_per_node=5)}),
     ]
+    return _messages(calls, group)
+
+
+def refusals_by_one(rank, group):
+    """Messages of calls in which the arguments of rank 0 are wrong in themselves."""
+    odd = rank == 0
+    images, texts, scale, bias = make(4, 4, 8, *INIT)
+    ids = {"image_ids": torch.arange(4), "text_ids": torch.arange(4)}
+    calls = [
+        ((images[:0], texts[:0], scale, bias), {}),
+        ((images, texts[:3], scale, bias), {}),
+        ((images, texts.float(), scale, bias), {}),
+        ((images.long(), texts.long(), scale, bias), {}),
+        ((images, texts, scale.expand(2), bias), {}),
+        ((images, texts, 10.0, bias), {}),
+        ((images.tolist(), texts, scale, bias), {}),
+        ((images, texts, scale, bias), {"image_ids": ids["image_ids"]}),
+        ((images, texts, scale, bias), ids | {"text_ids": ids["text_ids"].to(torch.uint64)}),
+        ((images, texts, scale, bias), ids | {"same_id_weight": -1.0}),
+        ((images, texts, scale, bias), {"exchange": "ring"}),
+    ]
+    return _messages([call if odd else ((images, texts, scale, bias), {}) for call in calls], group)
+
+
+def _messages(calls, group):
     messages = []
     for inputs, options in calls:
         try:
@@ -271,6 +298,7 @@ def group_cases(group):
         },
         "goldens": distributed_golden_errors(group),
         "refusals": refusals(dist.get_rank(group), group),
+        "refusals_by_one": refusals_by_one(dist.get_rank(group), group),
     }
 
 

@@ -107,3 +107,34 @@ def test_only_what_the_ranks_can_do_is_offered():
     assert [plan.form for plan in plans(gpus(7, 10))] == ["ring", "both_directions", "all_gather"]
     assert Plan("node_ring") not in plans(gpus(12, 10))
     assert {plan.grid_rows for plan in plans(gpus(24, 10)) if plan.form == "grid"} == {2, 3, 4, 6, 8, 12}
+
+
+def scheduled(sizes, links):
+    """Time of a ring whose messages follow one another, posted and waited for in the order of `round_trip`."""
+    text, gradients = (
+        links.between_latency + part / links.between for part in (sizes.block, sizes.gradients)
+    )
+    work = 6 * sizes.rows**2 * sizes.width / links.flops
+    now = free = 0.0
+
+    def post(duration):
+        nonlocal free
+        free = max(free, now) + duration
+        return free
+
+    arrival, back = post(text), 0.0
+    now += links.call + work / 2
+    for visit in range(1, sizes.ranks):
+        now = max(now, arrival)
+        if visit < sizes.ranks - 1:
+            arrival = post(text)
+        now = max(now + links.call + work, back)
+        back = post(gradients)
+    return max(now + links.call + work / 2, back)
+
+
+@pytest.mark.parametrize("rows", [256, 2048, 4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_trip_of_a_ring_takes_the_time_of_its_schedule(ranks, rows):
+    sizes = Sizes(ranks, 1, rows, 768, 2, 4)
+    assert seconds(Plan("ring"), sizes, Links()) == pytest.approx(scheduled(sizes, Links()), rel=0.02)

@@ -17,6 +17,12 @@ from tests.ranks import run_ranks
 # (bytes of an element, of an element of gradients, of an id) in the order of exchange_cases.form_cases
 SENT = [(8, 8, 0), (2, 4, 8), (2, 2, 0)]
 CAUSES = ["number of rows", "dtype", "use of gradients", "pair ids or same_id_weight", "exchange", "exchange"]
+# in the order of exchange_cases.refusals_by_one
+WRONG = [
+    "B and E at least 1", "of one shape", "one floating-point dtype", "one floating-point dtype", "of shape () or (1,)",
+    "logit_scale must be a tensor; got 10.0", "images must be a tensor; got [[", "go together", "int64 or narrower",
+    "at least 0; got -1.0", "must be an Exchange, such as Exchange('ring'); got 'ring'",
+]  # fmt: skip
 
 
 def check_group(result, size):
@@ -54,6 +60,9 @@ def test_two_ranks():
     results = run_ranks(2, exchange_cases.world_of_two)
     for result in results:
         check_group(result, 2)
+    for message, cause in zip(results[0]["refusals_by_one"], WRONG, strict=True):
+        assert cause in message
+    assert all("another rank of the group" in message for message in results[1]["refusals_by_one"])
     late = [result["late"] for result in results]
     # rank 0 waits for rank 1, not the other way round; half the delay is left to a busy machine
     assert late[0][0] > 0.2
@@ -142,8 +151,12 @@ def test_a_group_of_one_is_a_single_process():
         ({"form": "tree"}, "'tree' is not one of auto, ring"),
         ({"form": "grid"}, "a grid needs its rows and columns"),
         ({"form": "ring", "grid": (2, 1)}, "a grid needs its rows and columns"),
-        ({"form": "grid", "grid": (0, 2)}, "must be at least 1"),
-        ({"form": "node_ring", "ranks_per_node": -1}, "must be at least 1"),
+        ({"form": "grid", "grid": (0, 2)}, "must be integers of at least 1"),
+        ({"form": "grid", "grid": (1, 2, 3)}, "must be integers of at least 1"),
+        ({"form": "grid", "grid": (1, 2.0)}, "must be integers of at least 1"),
+        ({"form": "node_ring", "ranks_per_node": -1}, "must be integers of at least 1"),
+        ({"form": "node_ring", "ranks_per_node": 1.5}, "must be integers of at least 1"),
+        ({"links": 3}, "links must be Links"),
         ({"dtype": torch.float16}, "must be None or bfloat16"),
     ],
 )

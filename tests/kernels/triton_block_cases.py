@@ -6,6 +6,7 @@ process of their own, which `test_triton_block.py` starts; pytest does not colle
 
 import pytest
 import torch
+import triton
 
 from kernels import sigmoid_loss
 from kernels.dispatch import force
@@ -24,19 +25,18 @@ from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # loss, images, texts, scale, bias; scale goes through G in the embeddings' dtype. The worst of all, measured in the
-# interpreter: fp32 6e-7; bf16 5e-7, 2.1e-3, 1.8e-3, 1.1e-3, 5e-7; fp16 2e-7, 2.6e-4, 2.4e-4, 1.6e-4, 2e-7
+# interpreter: fp32 6e-7; bf16 5e-7, 2.1e-3, 1.8e-3, 3.4e-3, 5e-7; fp16 2e-7, 2.6e-4, 2.4e-4, 7e-4, 2e-7; those of scale
+# in blocks of two and six pairs, where no errors average
 LIMITS = {
     torch.float32: [1.5e-6] * 5,
-    torch.bfloat16: [1.5e-6, 3e-3, 3e-3, 2e-3, 1.5e-6],
-    torch.float16: [1.5e-6, 4e-4, 4e-4, 3e-4, 1.5e-6],
+    torch.bfloat16: [1.5e-6, 3e-3, 3e-3, 5e-3, 1.5e-6],
+    torch.float16: [1.5e-6, 4e-4, 4e-4, 1e-3, 1.5e-6],
 }
 # the GPU's logarithm is good to 2^-22 absolutely: not measured, from its specification
 LEAST = 1e-5 if DEVICE == "cuda" else 0.0
 WITH_DESCRIPTORS = INTERPRETED._replace(descriptors=True)
-# shapes by dtypes: 66 cases
-SHAPES = [
-    (n, m, DTYPES[(turn + shift) % 3], shift) for turn, (n, m) in enumerate(ODD_SHAPES) for shift in range(3)
-]
+# 66 shapes; the widths are odd and even, below and above the depth of a tile
+SHAPES = [(n, m, width) for n, m in ODD_SHAPES for width in (1 + n * m % 37, 41 + (n + m) % 23, 97)]
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
@@ -60,10 +60,11 @@ def check(inputs, *, positives, ids=None, limits=None, **options):
     assert_close(value, expected[0], max(limits[0], LEAST), "value")
 
 
-@pytest.mark.parametrize(("n", "m", "dtype", "shift"), SHAPES)
-def test_block_equals_the_reference_for_odd_shapes(n, m, dtype, shift):
-    positives = [0, None, 2, -3][(n + m + shift) % 4]
-    check(make(n, m, 1 + (n * m) % 37, 10.0, -3.0, dtype), positives=positives, chunk_rows=48)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m", "width"), SHAPES)
+def test_block_equals_the_reference_for_odd_shapes(n, m, width, dtype):
+    positives = [0, None, 2, -3][(n + m + width + DTYPES.index(dtype)) % 4]
+    check(make(n, m, width, 10.0, -3.0, dtype), positives=positives, chunk_rows=48)
 
 
 @pytest.mark.parametrize("bias", [-20.0, -10.0, 0.0])
@@ -102,11 +103,36 @@ def test_several_bands_of_columns(m):
     check_scores(inputs, positives=m - 40)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("scale", "bias"), [(200.0, 0.0), (200.0, -20.0), (1000.0, 0.0)])
-def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias):
-    images, _, scale, bias = make(33, 33, 16, scale, bias, torch.float32)
+def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias, dtype):
+    images, _, scale, bias = make(33, 33, 16, scale, bias, dtype)
     check([images, sign * images, scale, bias], positives=0)
+
+
+def test_a_row_of_nan_is_not_hidden():
+    images, texts, scale, bias = make(33, 40, 16, *INIT, torch.float32)
+    images[5, 3] = float("nan")
+    block = triton_block.sigmoid_loss_block(
+        *(tensor.to(DEVICE) for tensor in (images, texts, scale, bias)), positives=None, tile=INTERPRETED
+    )
+    assert all(part.isnan().any() for part in block)
+    assert block.images[5].isnan().all()
+    assert block.texts.isnan().all()
+    assert not block.images[:5].isnan().any()
+
+
+def test_places_in_a_buffer_of_more_than_2_to_the_31_elements():
+    images, texts, scale, bias = (tensor.to(DEVICE) for tensor in make(64, 40, 32, *INIT, torch.bfloat16))
+    block = triton_block._Block(images, texts, scale, bias, 0, None, INTERPRETED)
+    usual = block.buffer(64)
+    # 8 GiB of addresses, of which a few pages are touched
+    stride = 2**26
+    wide = torch.zeros(64 * stride, dtype=torch.bfloat16, device=DEVICE).as_strided(usual.shape, (stride, 1))
+    sums = [block.tiles(images, 0, buffer) for buffer in (usual, wide)]
+    assert torch.equal(wide[:, :40], usual[:, :40])
+    assert torch.equal(*sums)
 
 
 def test_matching_pairs_that_cost_nothing_leave_their_small_loss():
@@ -266,6 +292,7 @@ def test_a_search_runs_the_block_with_every_candidate(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_block, "sigmoid_loss_block", recorded)
     images, texts, _, _ = make(40, 30, 16, *INIT, torch.bfloat16)
     tuning = triton_block.tuning_of(images, texts)
+    assert tuning.case == autotune.Case("imagined", triton.__version__, "bfloat16", 16, 1024, 1024)
     assert tuning.search(lambda run: (run(), len(ran))[1]) == autotune.Choice(tuning.default.tile, 128)
     # for the time and for the results; chunks of at least 128 rows, at most 6 E: one, for this width
     assert ran == [(40, tile, 128) for tile in tuning.tiles() for _ in range(2)]
