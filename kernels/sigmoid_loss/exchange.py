@@ -52,7 +52,8 @@ class Exchange:
             )
         if self.dtype not in (None, torch.bfloat16):
             raise ValueError(f"sigmoid_loss: the exchange dtype must be None or bfloat16, not {self.dtype}")
-        numbers = (self.ranks_per_node or 1, *(self.grid or (1, 1)))
+        numbers = [1 if self.ranks_per_node is None else self.ranks_per_node]
+        numbers += (1, 1) if self.grid is None else self.grid
         if len(numbers) != 3 or not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise ValueError(
                 f"sigmoid_loss: ranks_per_node={self.ranks_per_node} and both numbers of grid={self.grid} must be "

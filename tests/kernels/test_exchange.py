@@ -155,6 +155,8 @@ def test_a_group_of_one_is_a_single_process():
         ({"form": "grid", "grid": (1, 2, 3)}, "must be integers of at least 1"),
         ({"form": "grid", "grid": (1, 2.0)}, "must be integers of at least 1"),
         ({"form": "node_ring", "ranks_per_node": -1}, "must be integers of at least 1"),
+        ({"form": "node_ring", "ranks_per_node": 0}, "must be integers of at least 1"),
+        ({"form": "grid", "grid": ()}, "must be integers of at least 1"),
         ({"form": "node_ring", "ranks_per_node": 1.5}, "must be integers of at least 1"),
         ({"links": 3}, "links must be Links"),
         ({"dtype": torch.float16}, "must be None or bfloat16"),
