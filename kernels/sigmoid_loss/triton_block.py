@@ -131,8 +131,9 @@ class _Block:
         self._positives = positives
         self._is_weighted = ids is not None and ids.weight != 0
         self._tile, self._rows = _choose(self.images, self.texts, tile)
+        self._loss_tile = self._tile
         if self._is_weighted:
-            self._tile = for_weights(self._tile, _capability(images.device))
+            self._loss_tile = for_weights(self._tile, _capability(images.device))
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
@@ -158,7 +159,7 @@ class _Block:
 
     def tiles(self, chunk: Tensor, start: int, G: Tensor | None) -> Tensor:
         """Write G of a chunk `[c, E]` (None: not wanted); give the sums of loss and of G, float64 `[2]`."""
-        tile, (n, m) = self._tile, (len(chunk), len(self.texts))
+        tile, (n, m) = self._loss_tile, (len(chunk), len(self.texts))
         grid = self._grid(n, m)
         sums = torch.zeros(grid[0] * grid[1], 2, device=chunk.device)
         row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
@@ -238,9 +239,10 @@ class _Block:
         return TensorDescriptor.from_tensor(embeddings, [rows, self._tile.depth])
 
     def _destination(self, G: Tensor) -> Any:
-        if not self._tile.descriptors:
+        tile = self._loss_tile
+        if not tile.descriptors:
             return G
-        return TensorDescriptor.from_tensor(G, [self._tile.images, self._tile.texts // self._tile.parts])
+        return TensorDescriptor.from_tensor(G, [tile.images, tile.texts // tile.parts])
 
 
 def _fill_tiles(places: Tensor, side: int, value: float) -> Tensor:

@@ -202,12 +202,13 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
     except OSError as error:
         failure = said(error)
     except UserError as error:
-        failure = str(error)
+        # some say already which shard it is
+        failure = str(error).removeprefix(f"cannot read shard {task.url}: ")
     return _Shard(Path(), failure=failure)
 
 
 def _away(url: str, cache: ShardCache, failure: str) -> _Shard:
-    # where no copy is, nor any version of it
+    # its place is never read, as it counts as empty
     return _Shard(cache.path(url, Known(version="")), failure=failure, is_away=True)
 
 

@@ -4,6 +4,7 @@ The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported, for t
 process of their own, which `test_triton_block.py` starts; pytest does not collect this file by its name.
 """
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -127,9 +128,10 @@ def test_places_in_a_buffer_of_more_than_2_to_the_31_elements():
     images, texts, scale, bias = (tensor.to(DEVICE) for tensor in make(64, 40, 32, *INIT, torch.bfloat16))
     block = triton_block._Block(images, texts, scale, bias, 0, None, INTERPRETED)
     usual = block.buffer(64)
-    # 8 GiB of addresses, of which a few pages are touched
+    # 8 GiB of addresses, of which numpy, unlike torch, touches no page before it is written to
     stride = 2**26
-    wide = torch.zeros(64 * stride, dtype=torch.bfloat16, device=DEVICE).as_strided(usual.shape, (stride, 1))
+    pages = torch.from_numpy(np.zeros(64 * stride, dtype=np.int16)).to(DEVICE)
+    wide = pages.view(torch.bfloat16).as_strided(usual.shape, (stride, 1))
     sums = [block.tiles(images, 0, buffer) for buffer in (usual, wide)]
     assert torch.equal(wide[:, :40], usual[:, :40])
     assert torch.equal(*sums)
