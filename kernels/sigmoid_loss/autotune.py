@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 REQUEST = "SIGLIP_KERNELS_AUTOTUNE"
 # beside each default, what passes the compile gate (test_compile_gate.py) and might hide its work better
 BESIDE = {
-    HOPPER: (HOPPER._replace(texts=256, warps=8), HOPPER._replace(warps=8)),
-    AMPERE: (AMPERE._replace(depth=64, stages=3), AMPERE._replace(parts=2, warps=8)),
-    HOPPER_FP32: (HOPPER_FP32._replace(texts=256, parts=4, warps=8), HOPPER_FP32._replace(warps=8)),
+    HOPPER: (HOPPER._replace(texts=256, warps=8), HOPPER._replace(images=256, warps=8)),
+    AMPERE: (AMPERE._replace(depth=64, stages=2), AMPERE._replace(stages=3)),
+    HOPPER_FP32: (HOPPER_FP32._replace(texts=256, warps=8), HOPPER_FP32._replace(images=256, warps=8)),
     AMPERE_FP32: (AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(images=256, texts=128)),
 }  # fmt: skip
 # there a thread holds a whole row of the accumulator, so eight warps want twice the rows; in fp16 they spill

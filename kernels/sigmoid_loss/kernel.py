@@ -9,6 +9,8 @@ the machine's exponential and logarithm have base 2.
 import triton
 import triton.language as tl
 
+from kernels.sigmoid_loss.left_out import leave_out, places, places_of_ids, scale_and_bias
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 # as a logit: its power of two is 0, and so are its loss and its gradient
@@ -118,62 +120,25 @@ def _pairs(
 
 
 @triton.jit
-def _keys(row, first_row, n, positives):
-    """The column that matches a row, NaN for rows that are padding."""
-    return tl.where(row < n - first_row, (row + (first_row + positives)).to(tl.float32), float("nan"))
-
-
-@triton.jit
-def _logits(S, scale, bias, row_key, column_key_at, is_special, CHECKED: tl.constexpr):
-    """In a special tile, matching pairs (their keys are equal) and padding (a key is NaN) are left out."""
-    logits = S * scale + bias
-    if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
-        if is_special:
-            key, column_key = row_key[:, None], tl.load(column_key_at)[None, :]
-            # one instruction: "ordered and not equal"; `!=` would let NaN pass
-            counts = (key < column_key) | (key > column_key)
-            logits = tl.where(counts, logits, LEFT_OUT)
-    return logits
-
-
-@triton.jit
-def _has_alike(SORTED, ids, BN: tl.constexpr):
-    """Whether one of ids `[M]` is among BN sorted ones. Comparing all pairs would take 2 to 7 instructions each."""
-    smaller = tl.zeros(ids.shape, dtype=tl.int32)
-    step = BN // 2
-    while step > 0:
-        smaller += tl.where(tl.load(SORTED + smaller + step - 1) < ids, step, 0)
-        step //= 2
-    return tl.max((tl.load(SORTED + smaller) == ids).to(tl.int32)) > 0
-
-
-@triton.jit
-def _pairs_by_id(
-    logits, row_ids_at, column_ids_at, has_alike, weight,
-    WEIGHTED: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, SHIFT: tl.constexpr,
-    INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
+def _weighted_pairs(
+    logits, row_ids_at, column_ids_at, has_alike, weight, GROUP: tl.constexpr, BY_ROWS: tl.constexpr,
+    SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
 ):  # fmt: skip
-    """`_pairs` without those that are alike; under WEIGHTED these in a second round, counted weight times."""
-    if WEIGHTED:
-        G = tl.zeros(logits.shape, dtype=tl.float32)
-        sums_g = _groups(G, GROUP, BY_ROWS)
-        loss, factor = 0.0, 1.0
-        for turn in range(1 + has_alike.to(tl.int32)):
-            shown = logits
-            if has_alike:
-                alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
-                shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
-            g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
-            G += factor * g
-            loss += factor * turn_loss
-            sums_g += factor * turn_g
-            factor = weight
-        return G, loss, sums_g
-    else:
+    """`_pairs` without those that are alike, then these in a second round, counted weight times."""
+    G = tl.zeros(logits.shape, dtype=tl.float32)
+    sums_g = _groups(G, GROUP, BY_ROWS)
+    loss, factor = 0.0, 1.0
+    for turn in range(1 + has_alike.to(tl.int32)):
+        shown = logits
         if has_alike:
             alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
-            logits = tl.where(alike, LEFT_OUT, logits)
-        return _pairs(logits, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
+            shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
+        g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
+        G += factor * g
+        loss += factor * turn_loss
+        sums_g += factor * turn_g
+        factor = weight
+    return G, loss, sums_g
 
 
 @triton.jit
@@ -246,7 +211,7 @@ def _store(
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def sigmoid_tile_kernel(
-    X, Y, SCALE, BIAS, G, SUMS, COLUMN_KEYS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
+    X, Y, SCALE, BIAS, G, SUMS, MARKS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     GRADIENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, HAS_IDS: tl.constexpr,
@@ -256,9 +221,9 @@ def sigmoid_tile_kernel(
 
     X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row
     stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`:
-    of loss and of G. positives: row i matches column i + positives; m or more for none. COLUMN_KEYS: fp32, for whole
-    tiles, the column, NaN from m on. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay
-    for it. G is stored times 2^SHIFT.
+    of loss and of G. positives: row i matches column i + positives; m or more for none. MARKS: `left_out.marks`, in the
+    dtype of X. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay for it. G is stored
+    times 2^SHIFT.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
     HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
     are left out; under WEIGHTED they count weight times. Else these four are not used.
@@ -269,40 +234,40 @@ def sigmoid_tile_kernel(
         # beyond the last column of the last band
         return
     S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E + SHIFT
-    on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
-    is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
+    if CHECKED:
+        row_place, column_place, is_special = places(first_row, first_column, n, m, positives, BN, BM)
+        S = leave_out(S, SCALE, MARKS, row_place, column_place, is_special, BN, INTERPRETED)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
     if HAS_IDS:
-        tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
-        has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
-    row_key = _keys(row, first_row, n, positives)
+        sorted_ids, column_ids = SORTED + first_row, tl.load(Y_IDS + first_column + tl.arange(0, BM))
+        column_place = places_of_ids(sorted_ids, column_ids, BN)
+        has_alike = tl.min(column_place) < BN
+        if not WEIGHTED:
+            row_place = places_of_ids(sorted_ids, tl.load(X_IDS + first_row + row), BN)
+            S = leave_out(S, SCALE, MARKS, row_place, column_place, has_alike, BN, INTERPRETED)
+    scale, bias = scale_and_bias(SCALE, BIAS)
     loss, sums_g = 0.0, 0.0
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        logits = _logits(parts[part], scale, bias, row_key, COLUMN_KEYS + left + column, is_special, CHECKED)
-        if HAS_IDS:
-            g, part_loss, part_g = _pairs_by_id(
+        logits = parts[part] * (scale * LOG2E) + (bias * LOG2E + SHIFT)
+        if WEIGHTED:
+            g, part_loss, part_g = _weighted_pairs(
                 logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
-                WEIGHTED, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS,
+                GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS,
             )  # fmt: skip
         else:
             g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS)
         loss += part_loss
         if GRADIENTS:
             _store(G, g, first_row, left, stride_g, DESCRIPTORS, INTERPRETED)
-            if HAS_IDS and DESCRIPTORS:
-                # at once, for the barriers: one a tile spills on Blackwell under Triton 3.6
-                part_g = tl.sum(part_g)
             sums_g += part_g
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     sums = SUMS + program * 2
     tl.store(sums, loss)
     if GRADIENTS:
-        sum_g = sums_g if HAS_IDS and DESCRIPTORS else tl.sum(sums_g)
-        tl.store(sums + 1, sum_g / (1 << SHIFT))
+        tl.store(sums + 1, tl.sum(sums_g) / (1 << SHIFT))
 
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])

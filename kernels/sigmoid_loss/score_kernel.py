@@ -5,17 +5,8 @@
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.kernel import (
-    LEFT_OUT,
-    LN2,
-    LOG2E,
-    _columns,
-    _cosines,
-    _exp2,
-    _has_alike,
-    _keys,
-    _tile_of_program,
-)
+from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines, _exp2, _tile_of_program
+from kernels.sigmoid_loss.left_out import leave_out, places, places_of_ids, scale_and_bias
 
 
 @triton.jit
@@ -35,12 +26,12 @@ def _losses(logits, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m", "positives"])
 def score_tile_kernel(
-    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, COLUMN_KEYS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
+    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, MARKS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
     HAS_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN images and BM texts a program; arguments as those of `sigmoid_tile_kernel`.
+    """One tile of BN images and BM texts a program, without matching pairs; arguments as of `sigmoid_tile_kernel`.
 
     ROW_SUMS `[tile columns, n]`, COLUMN_SUMS `[tile rows, m]`, fp32, n and m rounded up to whole tiles: each place is
     written once, so that sums do not depend on the order of programs.
@@ -49,34 +40,25 @@ def score_tile_kernel(
     if first_column >= m:
         return
     S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    scale, bias = tl.load(SCALE) * LOG2E, tl.load(BIAS) * LOG2E
-    on_diagonal = (first_column < first_row + positives + BN) & (first_row + positives < first_column + BM)
-    is_special = on_diagonal | (first_row + BN > n) | (first_column + BM > m)
+    if CHECKED:
+        row_place, column_place, is_special = places(first_row, first_column, n, m, positives, BN, BM)
+        S = leave_out(S, SCALE, MARKS, row_place, column_place, is_special, BN, INTERPRETED)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    row_key = _keys(row, first_row, n, positives)
     if HAS_IDS:
-        tile_ids = tl.load(Y_IDS + first_column + tl.arange(0, BM))
-        has_alike = _has_alike(SORTED + first_row, tile_ids, BN)
+        column_place = places_of_ids(SORTED + first_row, tl.load(Y_IDS + first_column + tl.arange(0, BM)), BN)
+        has_alike = tl.min(column_place) < BN
     row_sums = tl.zeros((BN, WIDTH), dtype=tl.float32)
     column_sums = COLUMN_SUMS + (first_row // BN).to(tl.int64) * (tl.cdiv(m, BM) * BM) + first_column
+    scale, bias = scale_and_bias(SCALE, BIAS)
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
         left = first_column + part * WIDTH
-        column_key_at = COLUMN_KEYS + left + column
-        logits = parts[part] * scale + bias
-        if CHECKED:  # noqa: SIM102 (one is for the compiler, one for the GPU)
-            if is_special:
-                key, column_key = row_key[:, None], tl.load(column_key_at)[None, :]
-                # neither is NaN
-                real = (key <= column_key) | (key > column_key)
-                logits = tl.where(key == column_key, -logits, tl.where(real, logits, LEFT_OUT))
-        losses = _losses(logits, INTERPRETED)
-        if HAS_IDS:  # noqa: SIM102
+        losses = _losses(parts[part] * (scale * LOG2E) + (bias * LOG2E), INTERPRETED)
+        if HAS_IDS:  # noqa: SIM102 (one is for the compiler, one for the GPU)
             if has_alike:
                 alike = tl.load(X_IDS + first_row + row)[:, None] == tl.load(Y_IDS + left + column)[None, :]
-                matches = row_key[:, None] == tl.load(column_key_at)[None, :]
-                losses = tl.where(alike & ~matches, weight * losses, losses)
+                losses = tl.where(alike, weight * losses, losses)
         row_sums += losses
         tl.store(column_sums + part * WIDTH + column, tl.sum(losses, axis=0) * LN2)
     row_at = ROW_SUMS + (first_column // BM).to(tl.int64) * (tl.cdiv(n, BN) * BN) + first_row + row

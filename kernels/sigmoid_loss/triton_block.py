@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import softplus
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dispatch import device_of
@@ -15,6 +16,7 @@ from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
 from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.factors import image_factors, text_factors
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
+from kernels.sigmoid_loss.left_out import marks
 from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
 from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, for_scores, for_weights
@@ -107,8 +109,11 @@ def sigmoid_loss_block_scores(
     text_scores = texts.new_zeros(len(texts), dtype=torch.float64)
     for start, chunk in block.chunks(chunk_rows or block.chunk_rows()):
         rows, columns = block.scores(chunk, start)
-        image_scores[start : start + len(chunk)] = rows
         text_scores += columns
+        matching_rows, matching_columns, losses = block.matching_pairs(chunk, start)
+        rows[matching_rows] += losses
+        text_scores[matching_columns] += losses
+        image_scores[start : start + len(chunk)] = rows
     return Scores(image_scores, text_scores.float())
 
 
@@ -133,13 +138,12 @@ class _Block:
         self._tile, self._rows = _choose(self.images, self.texts, tile)
         self._loss_tile = self._tile
         if self._is_weighted:
-            self._loss_tile = for_weights(self._tile, _capability(images.device))
+            self._loss_tile = for_weights(self._tile)
         self._ids = None if ids is None else number(ids)
         if self._ids is not None:
             self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
         self._text_factors = text_factors(self.texts, self._tile.depth)
-        column_keys = torch.arange(len(texts), dtype=torch.float32, device=texts.device)
-        self._column_keys = _fill_tiles(column_keys, self._tile.texts, float("nan"))
+        self._marks = marks(self._tile.images, self._text_factors.dtype, texts.device)
         self._is_interpreted = not images.is_cuda
 
     def chunk_rows(self) -> int:
@@ -168,7 +172,7 @@ class _Block:
         with device_of(chunk.device):
             sigmoid_tile_kernel[grid](
                 self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
-                sums if G is None else self._destination(G), sums, self._column_keys, row_ids, sorted_ids,
+                sums if G is None else self._destination(G), sums, self._marks, row_ids, sorted_ids,
                 column_ids, n, m, X.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
                 CHECKED=has_edge or self._positives is not None,
@@ -180,7 +184,7 @@ class _Block:
         return sums.sum(0, dtype=torch.float64)
 
     def scores(self, chunk: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The losses of a chunk `[c, E]` summed for each image `[c]` and for each text `[m]`, float64."""
+        """Losses of a chunk `[c, E]`, but of matching pairs, summed for each image `[c]` and text `[m]`, float64."""
         tile, (n, m) = for_scores(self._tile), (len(chunk), len(self.texts))
         high, wide = triton.cdiv(n, tile.images), triton.cdiv(m, tile.texts)
         row_sums = torch.empty(wide, high * tile.images, device=chunk.device)
@@ -191,7 +195,7 @@ class _Block:
         with device_of(chunk.device):
             score_tile_kernel[self._grid(n, m)](
                 self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
-                row_sums, column_sums, self._column_keys, row_ids, sorted_ids, column_ids,
+                row_sums, column_sums, self._marks, row_ids, sorted_ids, column_ids,
                 n, m, X.shape[1], self._offset(start), weight,
                 BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
                 CHECKED=has_edge or self._positives is not None, DESCRIPTORS=tile.descriptors,
@@ -199,6 +203,14 @@ class _Block:
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
         return row_sums.sum(0, dtype=torch.float64)[:n], column_sums.sum(0, dtype=torch.float64)[:m]
+
+    def matching_pairs(self, chunk: Tensor, start: int) -> tuple[slice, slice, Tensor]:
+        """Rows of a chunk `[c, E]` that have a match, the rows of those texts, and their losses, float64."""
+        offset = self._offset(start)
+        first, end = max(0, -offset), max(0, -offset, min(len(chunk), len(self.texts) - offset))
+        rows, columns = slice(first, end), slice(first + offset, end + offset)
+        cosines = (chunk[rows].float() * self.texts[columns].float()).sum(1)
+        return rows, columns, softplus(-(cosines * self.scale + self.bias).double())
 
     def finish(
         self, chunk: Tensor, start: int, image_gradients: Tensor | None, text_gradients: Tensor | None
@@ -267,11 +279,6 @@ def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
         return sigmoid_loss_block(*some, scale, bias, positives=0, tile=tile, chunk_rows=chunk_rows)
 
     return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @cache

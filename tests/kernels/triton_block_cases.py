@@ -12,6 +12,7 @@ import triton
 from kernels import sigmoid_loss
 from kernels.dispatch import force
 from kernels.sigmoid_loss import autotune, triton_block
+from kernels.sigmoid_loss.left_out import marks
 from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.reference import (
     sigmoid_loss_block_reference,
@@ -110,6 +111,33 @@ def test_several_bands_of_columns(m):
 def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias, dtype):
     images, _, scale, bias = make(33, 33, 16, scale, bias, dtype)
     check([images, sign * images, scale, bias], positives=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, -1e-9, 1e-6, -1e-5, -3.0, -120.0, 1e5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_left_out_stays_out_at_any_scale(dtype, scale):
+    """Matching and alike pairs and padding, which a product marks before the scale and its sign come to it."""
+    inputs = make(67, 41, 24, scale, -2.0, dtype)
+    # measured 1.2e-5, of the scale: at 0 the kernel's is 1e-6, and terms of both signs are all there is
+    limits = [max(limit, 3e-5) for limit in LIMITS[dtype]]
+    for ids in (None, make_ids(67, 41, 0.0)):
+        check(inputs, positives=1, ids=ids, chunk_rows=48, limits=limits)
+        check_scores(inputs, positives=1, ids=ids, chunk_rows=48)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_marks_meet_where_places_are_equal_or_padding(dtype):
+    rows = 32
+    images, texts, for_negative = marks(rows, dtype, torch.device("cpu")).double()
+    padding_text, padding_image, like_nothing = range(rows, rows + 3)
+    images_of = [*range(rows), padding_image]
+    texts_of = [*range(rows), padding_text, like_nothing]
+    sums = images[images_of] @ texts[texts_of].T
+    for row, image in enumerate(images_of):
+        for column, text in enumerate(texts_of):
+            is_out = image in (text, padding_image) or text == padding_text
+            assert (sums[row, column] <= -(2.0**30)) if is_out else (sums[row, column] == 0)
+    assert torch.equal(images[images_of] @ for_negative[texts_of].T, -sums)
 
 
 def test_a_row_of_nan_is_not_hidden():
