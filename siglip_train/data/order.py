@@ -7,7 +7,7 @@ resuming, and resuming on another number of ranks, is arithmetic.
 import bisect
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,24 @@ def generator(seed: int, purpose: int, *path: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *path])
 
 
+class _UntilDrawn:
+    """Stands for a generator that is made at the first draw: a plain recipe draws nothing inside most samples."""
+
+    def __init__(self, key: list[int]) -> None:
+        self._key = key
+
+    @functools.cached_property
+    def _generator(self) -> np.random.Generator:
+        # keyed directly: a third of the time of `default_rng`
+        return np.random.Generator(np.random.Philox(key=self._key))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
 def sample_generator(seed: int, position: int) -> np.random.Generator:
     """The generator of all choices made inside the sample at this position: caption, crop, mirror, substitute."""
-    # keyed directly: a third of the time of `default_rng`, which shows where one is made for every sample
-    return np.random.Generator(np.random.Philox(key=[seed, position]))
+    return cast(np.random.Generator, _UntilDrawn([seed, position]))
 
 
 class _Layout(NamedTuple):

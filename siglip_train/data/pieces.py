@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ _ATTEMPTS = 8
 _TRACKED = 1024
 # and draws that may meet a failed shard, which cost next to nothing
 _FAILED_DRAWS = 64
+# bytes; a tensor in shared memory takes a connection between worker and main process, a copy of a small one less
+_IN_MESSAGE = 1 << 20
 
 
 class Share(NamedTuple):
@@ -120,11 +122,26 @@ class Piece:
     batch: Batch | None
     report: Report
 
+    def __getstate__(self) -> tuple[Batch | None, Report]:
+        return self.batch and self.batch.each(_to_send), self.report
+
+    def __setstate__(self, state: tuple[Batch | None, Report]) -> None:
+        batch, self.report = state
+        self.batch = batch and batch.each(_received)
+
     def pin_memory(self) -> "Piece":
         """Called by the DataLoader's pinning thread."""
         if self.batch is None:
             return self
         return Piece(self.batch.each(torch.Tensor.pin_memory), self.report)
+
+
+def _to_send(tensor: torch.Tensor) -> Any:
+    return tensor.numpy() if tensor.nbytes <= _IN_MESSAGE else tensor
+
+
+def _received(part: Any) -> torch.Tensor:
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
 
 
 class _Row(NamedTuple):

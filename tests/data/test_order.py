@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from siglip_train.data.order import SourceOrder
+from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.errors import UserError
 
 COUNTS = np.array([7, 0, 3, 11, 5, 1, 8])
@@ -130,3 +130,19 @@ def test_substitutes_may_be_kept_close_by():
     for seed in range(100):
         other = order.elsewhere(500 + seed, np.random.default_rng(seed), within=20)
         assert 5 <= (other - seed - 500) % 500 < 15
+
+
+def test_a_sample_draws_from_one_generator_of_its_own_made_at_the_first_draw(monkeypatch: pytest.MonkeyPatch):
+    expected = np.random.Generator(np.random.Philox(key=[3, 7]))
+    made, make = [], np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda key: made.append(key) or make(key=key))
+    rng = sample_generator(3, 7)
+    assert made == []
+    for draw in (
+        lambda source: source.random(),
+        lambda source: source.integers(100),
+        lambda source: source.uniform(0.2, 1.0),
+        lambda source: source.choice(5, p=[0.1, 0.2, 0.3, 0.2, 0.2]),
+    ):
+        assert draw(rng) == draw(expected)
+    assert made == [[3, 7]]
