@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 from kernels import sigmoid_loss
 from kernels.dispatch import force
 from kernels.sigmoid_loss import autotune, triton_block
+from kernels.sigmoid_loss.kernel import _cosines
 from kernels.sigmoid_loss.left_out import marks
 from kernels.sigmoid_loss.pair_ids import PairIds
 from kernels.sigmoid_loss.reference import (
@@ -163,6 +165,47 @@ def test_places_in_a_buffer_of_more_than_2_to_the_31_elements():
     sums = [block.tiles(images, 0, buffer) for buffer in (usual, wide)]
     assert torch.equal(wide[:, :40], usual[:, :40])
     assert torch.equal(*sums)
+
+
+@triton.jit
+def cosines_of_a_tile(X, Y, S, first, rows, width, SIDE: tl.constexpr, INTERPRETED: tl.constexpr):
+    cosines = _cosines(X, Y, first, first, rows, rows, width, SIDE, SIDE, SIDE, False, INTERPRETED)
+    place = tl.arange(0, SIDE)
+    tl.store(S + place[:, None] * SIDE + place[None, :], cosines)
+
+
+def test_places_in_embeddings_of_more_than_2_to_the_31_elements():
+    width, rows = 32, 2**26 + 40
+    values = torch.randn(2, 32, width, device=DEVICE).half()
+    # as above, 4 GiB of addresses a side and a page or two of memory
+    far = [
+        torch.from_numpy(np.zeros(rows * width, dtype=np.float16)).to(DEVICE).view(rows, width) for _ in "xy"
+    ]
+    for side, value in zip(far, values, strict=True):
+        side[rows - 32 :] = value
+    S = torch.empty(32, 32, device=DEVICE)
+    cosines_of_a_tile[(1,)](*far, S, rows - 32, rows, width, SIDE=32, INTERPRETED=DEVICE == "cpu")
+    assert_close(S, values[0].double() @ values[1].double().T, 1e-6)
+
+
+def test_tiles_are_summed_in_float64(monkeypatch):
+    inputs = [tensor.to(DEVICE) for tensor in make(64, 64, 32, *INIT, torch.float32)]
+    block = triton_block._Block(*inputs, 0, None, INTERPRETED)
+    grid = block._grid(64, 64)
+
+    class Fills:
+        def __getitem__(self, programs):
+            return self.fill
+
+        def fill(self, *arguments, **options):
+            sums = arguments[5]
+            sums.copy_(torch.tensor([2.0**24] + [1.0] * (len(sums) - 1))[:, None])
+
+    monkeypatch.setattr(triton_block, "sigmoid_tile_kernel", Fills())
+    sums = block.tiles(block.images, 0, None)
+    # an even number of ones would be left of an odd one in fp32
+    assert sums.tolist() == [2.0**24 + grid[0] * grid[1] - 1] * 2
+    assert (grid[0] * grid[1]) % 2 == 0
 
 
 def test_matching_pairs_that_cost_nothing_leave_their_small_loss():
