@@ -39,13 +39,10 @@ BESIDE = {
     HOPPER: (HOPPER._replace(texts=256, warps=8), HOPPER._replace(images=256, warps=8)),
     AMPERE: (AMPERE._replace(depth=64, stages=2), AMPERE._replace(stages=3)),
     HOPPER_FP32: (HOPPER_FP32._replace(texts=256, warps=8), HOPPER_FP32._replace(images=256, warps=8)),
-    AMPERE_FP32: (AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(images=256, texts=128)),
+    AMPERE_FP32: (AMPERE_FP32._replace(stages=4), AMPERE_FP32._replace(stages=2)),
 }  # fmt: skip
-# there a thread holds a whole row of the accumulator, so eight warps want twice the rows; in fp16 they spill
-BESIDE_ON_BLACKWELL = {
-    HOPPER: (HOPPER._replace(stages=2),),
-    HOPPER_FP32: (HOPPER_FP32._replace(images=256, warps=8),),
-}
+# there a thread holds a whole row of the accumulator, and larger tiles spill
+BESIDE_ON_BLACKWELL = {default: (default._replace(stages=2),) for default in (HOPPER, HOPPER_FP32)}
 # from 32,768 rows on, more of them change no tile; below 1,024, the launches are all of the time
 LEAST_ROWS, MOST_ROWS = 1024, 32768
 _WARMUP, _RUNS = 2, 5

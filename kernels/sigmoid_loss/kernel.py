@@ -9,12 +9,17 @@ the machine's exponential and logarithm have base 2.
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.left_out import leave_out, places, places_of_ids, scale_and_bias
+from kernels.sigmoid_loss.left_out import (
+    has_alike,
+    leave_out,
+    number_of_program,
+    only_alike,
+    scale_and_bias,
+    tile_of_program,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-# as a logit: its power of two is 0, and so are its loss and its gradient
-LEFT_OUT = tl.constexpr(-10000.0)
 # below it, log(1 + q) is its series: 1 + q would round q away
 SERIES = tl.constexpr(0.0625)
 
@@ -120,28 +125,6 @@ def _pairs(
 
 
 @triton.jit
-def _weighted_pairs(
-    logits, row_ids_at, column_ids_at, has_alike, weight, GROUP: tl.constexpr, BY_ROWS: tl.constexpr,
-    SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, GRADIENTS: tl.constexpr,
-):  # fmt: skip
-    """`_pairs` without those that are alike, then these in a second round, counted weight times."""
-    G = tl.zeros(logits.shape, dtype=tl.float32)
-    sums_g = _groups(G, GROUP, BY_ROWS)
-    loss, factor = 0.0, 1.0
-    for turn in range(1 + has_alike.to(tl.int32)):
-        shown = logits
-        if has_alike:
-            alike = tl.load(row_ids_at)[:, None] == tl.load(column_ids_at)[None, :]
-            shown = tl.where(alike ^ (turn == 0), logits, LEFT_OUT)
-        g, turn_loss, turn_g = _pairs(shown, GROUP, BY_ROWS, SHIFT, INTERPRETED, GRADIENTS)
-        G += factor * g
-        loss += factor * turn_loss
-        sums_g += factor * turn_g
-        factor = weight
-    return G, loss, sums_g
-
-
-@triton.jit
 def _columns(S, PARTS: tl.constexpr):
     """S cut into PARTS (2 or 4) equal blocks of columns."""
     left, right = _halves(S)
@@ -154,23 +137,13 @@ def _columns(S, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_program(BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
-    """First row and column. Programs that run together share a band of BAND tile columns, which stay in the cache, as
-    all rows of a chunk do. One band for each second index of the grid: dividing by its size would take 60 instructions.
-    """
-    place = tl.program_id(0)
-    return place // BAND * BN, (tl.program_id(1) * BAND + place % BAND) * BM
-
-
-@triton.jit
 def _cosines(
-    X, Y, first_row, first_column, n, m, width,
+    S, X, Y, first_row, first_column, n, m, width,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """S `[BN, BM]` in fp32. Rows beyond the end give anything finite."""
+    """S `[BN, BM]`, fp32, with the cosines added. Rows beyond the end give anything finite."""
     # without it, a loop that may run no turn sets S to 0 twice: half an instruction a logit
     tl.assume(width > 0)
-    S = tl.zeros((BN, BM), dtype=tl.float32)
     if not DESCRIPTORS:
         # the last row again instead of a mask; 64 bits for where the tile is, 32 within it
         row = tl.minimum(tl.arange(0, BN), n - 1 - first_row)
@@ -194,77 +167,80 @@ def _cosines(
 
 @triton.jit
 def _store(
-    G, g, first_row, first_column, stride_g, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr
+    G, g, first_row, first_column, stride_g, weight,
+    ALIKE: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = G.dtype if DESCRIPTORS else G.dtype.element_ty
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = g.to(tl.int32, bitcast=True)
-        g = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     # the buffer has room for whole tiles, and pairs that were left out store their 0: no mask
     if DESCRIPTORS:
-        G.store([first_row, first_column], g.to(dtype))
+        if ALIKE:
+            g = weight * g + G.load([first_row, first_column])
+        G.store([first_row, first_column], _rounded(g, G.dtype, INTERPRETED))
     else:
         row, column = tl.arange(0, g.shape[0]), tl.arange(0, g.shape[1])
         corner = G + first_row.to(tl.int64) * stride_g + first_column
-        tl.store(corner + (row[:, None] * stride_g + column[None, :]), g.to(dtype))
+        at = corner + (row[:, None] * stride_g + column[None, :])
+        if ALIKE:
+            g = weight * g + tl.load(at)
+        tl.store(at, _rounded(g, G.dtype.element_ty, INTERPRETED))
 
 
-@triton.jit(do_not_specialize=["n", "m", "positives"])
+@triton.jit
+def _rounded(g, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = g.to(tl.int32, bitcast=True)
+        g = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return g.to(dtype)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
 def sigmoid_tile_kernel(
-    X, Y, SCALE, BIAS, G, SUMS, MARKS, X_IDS, SORTED, Y_IDS, n, m, width, stride_g, positives, weight,
+    X, Y, SCALE, BIAS, G, SUMS, MARKS, PLACES, DEPTHS, n, m, width, stride_g, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    CHECKED: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    GRADIENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, HAS_IDS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    CHECKED: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    GRADIENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`.
+    """One tile of BN images and BM texts a program; all pairs but the matching ones, which are left to `finish_kernel`,
+    and those with equal ids.
 
     X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row
     stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`:
-    of loss and of G. positives: row i matches column i + positives; m or more for none. MARKS: `left_out.marks`, in the
-    dtype of X. CHECKED: the call has matching pairs or tiles that stick out; only such tiles pay for it. G is stored
-    times 2^SHIFT.
+    of loss and of G. MARKS: `left_out.marks`, in the dtype of X. PLACES, DEPTHS: of `place_kernel`. CHECKED: the call
+    has pairs to leave out; only tiles with such pairs pay for it. G is stored times 2^SHIFT.
+    ALIKE: pairs with equal ids alone, counted weight times, are added to G; programs without any end at once.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.
-    HAS_IDS: X_IDS, Y_IDS are int32 for whole tiles, SORTED the former in order within each tile. Pairs with equal ids
-    are left out; under WEIGHTED they count weight times. Else these four are not used.
     INTERPRETED: plain functions; and bf16 by hand, which the interpreter multiplies wrongly and does not round.
     """
-    first_row, first_column = _tile_of_program(BN, BM, BAND)
+    READ: tl.constexpr = not (DESCRIPTORS or INTERPRETED)
+    first_row, first_column = tile_of_program(BN, BM, BAND, READ=False)
     if first_column >= m:
         # beyond the last column of the last band
         return
-    S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    if CHECKED:
-        row_place, column_place, is_special = places(first_row, first_column, n, m, positives, BN, BM)
-        S = leave_out(S, SCALE, MARKS, row_place, column_place, is_special, BN, INTERPRETED)
+    if ALIKE:
+        if not has_alike(DEPTHS, BN):
+            return
+        S = only_alike(SCALE, MARKS, PLACES, DEPTHS, BN, BM, INTERPRETED)
+    else:
+        S = tl.zeros((BN, BM), dtype=tl.float32)
+    S = _cosines(S, X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
+    if CHECKED and not ALIKE:
+        S = leave_out(S, MARKS, PLACES, DEPTHS, READ, INTERPRETED, INVERTED=False)
     WIDTH: tl.constexpr = BM // PARTS
-    row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    if HAS_IDS:
-        sorted_ids, column_ids = SORTED + first_row, tl.load(Y_IDS + first_column + tl.arange(0, BM))
-        column_place = places_of_ids(sorted_ids, column_ids, BN)
-        has_alike = tl.min(column_place) < BN
-        if not WEIGHTED:
-            row_place = places_of_ids(sorted_ids, tl.load(X_IDS + first_row + row), BN)
-            S = leave_out(S, SCALE, MARKS, row_place, column_place, has_alike, BN, INTERPRETED)
     scale, bias = scale_and_bias(SCALE, BIAS)
+    first_row, first_column = tile_of_program(BN, BM, BAND, READ)
     loss, sums_g = 0.0, 0.0
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
-        left = first_column + part * WIDTH
         logits = parts[part] * (scale * LOG2E) + (bias * LOG2E + SHIFT)
-        if WEIGHTED:
-            g, part_loss, part_g = _weighted_pairs(
-                logits, X_IDS + first_row + row, Y_IDS + left + column, has_alike, weight,
-                GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS,
-            )  # fmt: skip
-        else:
-            g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS)
+        g, part_loss, part_g = _pairs(logits, GROUP, not DESCRIPTORS, SHIFT, INTERPRETED, GRADIENTS)
         loss += part_loss
         if GRADIENTS:
-            _store(G, g, first_row, left, stride_g, DESCRIPTORS, INTERPRETED)
+            left = first_column + part * WIDTH
+            _store(G, g, first_row, left, stride_g, weight, ALIKE, DESCRIPTORS, INTERPRETED)
             sums_g += part_g
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    sums = SUMS + program * 2
+    sums = SUMS + number_of_program(READ) * 2
+    if ALIKE:
+        loss *= weight
+        sums_g *= weight
     tl.store(sums, loss)
     if GRADIENTS:
         tl.store(sums + 1, tl.sum(sums_g) / (1 << SHIFT))

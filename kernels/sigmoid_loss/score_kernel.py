@@ -5,8 +5,14 @@
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines, _exp2, _tile_of_program
-from kernels.sigmoid_loss.left_out import leave_out, places, places_of_ids, scale_and_bias
+from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines, _exp2
+from kernels.sigmoid_loss.left_out import (
+    has_alike,
+    leave_out,
+    only_alike,
+    scale_and_bias,
+    tile_of_program,
+)
 
 
 @triton.jit
@@ -24,42 +30,44 @@ def _losses(logits, INTERPRETED: tl.constexpr):
     return tl.maximum(logits, 0.0) + _log2_of_1_plus(_exp2(-tl.abs(logits), INTERPRETED))
 
 
-@triton.jit(do_not_specialize=["n", "m", "positives"])
+@triton.jit(do_not_specialize=["n", "m"])
 def score_tile_kernel(
-    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, MARKS, X_IDS, SORTED, Y_IDS, n, m, width, positives, weight,
+    X, Y, SCALE, BIAS, ROW_SUMS, COLUMN_SUMS, MARKS, PLACES, DEPTHS, n, m, width, weight,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
-    HAS_IDS: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BN images and BM texts a program, without matching pairs; arguments as of `sigmoid_tile_kernel`.
 
     ROW_SUMS `[tile columns, n]`, COLUMN_SUMS `[tile rows, m]`, fp32, n and m rounded up to whole tiles: each place is
-    written once, so that sums do not depend on the order of programs.
+    written once, so that sums do not depend on the order of programs. Pairs with equal ids are left out, or under
+    ALIKE, these alone are added, weight times, to what is there.
     """
-    first_row, first_column = _tile_of_program(BN, BM, BAND)
+    READ: tl.constexpr = not (DESCRIPTORS or INTERPRETED)
+    first_row, first_column = tile_of_program(BN, BM, BAND, READ=False)
     if first_column >= m:
         return
-    S = _cosines(X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    if CHECKED:
-        row_place, column_place, is_special = places(first_row, first_column, n, m, positives, BN, BM)
-        S = leave_out(S, SCALE, MARKS, row_place, column_place, is_special, BN, INTERPRETED)
+    if ALIKE:
+        if not has_alike(DEPTHS, BN):
+            return
+        S = only_alike(SCALE, MARKS, PLACES, DEPTHS, BN, BM, INTERPRETED)
+    else:
+        S = tl.zeros((BN, BM), dtype=tl.float32)
+    S = _cosines(S, X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
+    if CHECKED and not ALIKE:
+        S = leave_out(S, MARKS, PLACES, DEPTHS, READ, INTERPRETED, INVERTED=False)
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
-    if HAS_IDS:
-        column_place = places_of_ids(SORTED + first_row, tl.load(Y_IDS + first_column + tl.arange(0, BM)), BN)
-        has_alike = tl.min(column_place) < BN
     row_sums = tl.zeros((BN, WIDTH), dtype=tl.float32)
     column_sums = COLUMN_SUMS + (first_row // BN).to(tl.int64) * (tl.cdiv(m, BM) * BM) + first_column
     scale, bias = scale_and_bias(SCALE, BIAS)
     parts = _columns(S, PARTS)
     for part in tl.static_range(PARTS):
-        left = first_column + part * WIDTH
         losses = _losses(parts[part] * (scale * LOG2E) + (bias * LOG2E), INTERPRETED)
-        if HAS_IDS:  # noqa: SIM102 (one is for the compiler, one for the GPU)
-            if has_alike:
-                alike = tl.load(X_IDS + first_row + row)[:, None] == tl.load(Y_IDS + left + column)[None, :]
-                losses = tl.where(alike, weight * losses, losses)
         row_sums += losses
-        tl.store(column_sums + part * WIDTH + column, tl.sum(losses, axis=0) * LN2)
+        at = column_sums + part * WIDTH + column
+        sums = tl.sum(losses, axis=0) * LN2
+        tl.store(at, weight * sums + tl.load(at) if ALIKE else sums)
     row_at = ROW_SUMS + (first_column // BM).to(tl.int64) * (tl.cdiv(n, BN) * BN) + first_row + row
-    tl.store(row_at, tl.sum(row_sums, axis=1) * LN2)
+    sums = tl.sum(row_sums, axis=1) * LN2
+    tl.store(row_at, weight * sums + tl.load(row_at) if ALIKE else sums)

@@ -38,9 +38,9 @@ def choose_tile(capability: tuple[int, int], element_size: int) -> Tile:
     return HOPPER if has_descriptors else AMPERE
 
 
-def for_weights(tile: Tile) -> Tile:
-    """The tile whose registers suffice for the second round that weighted pairs take."""
-    return tile._replace(parts=4) if tile.descriptors else tile._replace(warps=8)
+def for_alike(tile: Tile) -> Tile:
+    """The tile whose registers suffice for adding to what is in G."""
+    return tile if tile.descriptors else tile._replace(warps=8)
 
 
 def for_scores(tile: Tile) -> Tile:

@@ -16,10 +16,10 @@ from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
 from kernels.sigmoid_loss.chunked import BlockGradients, Scores
 from kernels.sigmoid_loss.factors import image_factors, text_factors
 from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.left_out import marks
+from kernels.sigmoid_loss.left_out import marks, place_kernel
 from kernels.sigmoid_loss.pair_ids import PairIds, number
 from kernels.sigmoid_loss.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, for_scores, for_weights
+from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, for_alike, for_scores
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -45,8 +45,8 @@ def sigmoid_loss_block(
 
     images `[n, E]`, texts `[m, E]`; scale and bias have one element. positives: image i matches text
     i + positives, where there is one; None if nothing matches. Memory beside the result: chunk_rows x m elements of
-    the embeddings' dtype (by default at most 6 E rows), and sums of a thousandth of that; in fp32 also thrice the texts
-    and a chunk (`factors.py`). ids: pairs that are alike.
+    the embeddings' dtype (by default at most 6 E rows), and a thirtieth of that for places and sums of tiles; in fp32
+    also thrice the texts and a chunk (`factors.py`). ids: pairs that are alike.
     """
     block = _Block(images, texts, scale, bias, positives, ids, tile)
     n, m, width = len(images), len(texts), images.shape[1]
@@ -102,7 +102,7 @@ def sigmoid_loss_block_scores(
 ) -> Scores:
     """The loss of each image and of each text, the sums of the block's rows and columns; no gradients.
 
-    Memory beside the result: chunk_rows x m / 64 elements of fp32, the sums of tiles of 128 x 128.
+    Memory beside the result: chunk_rows x m / 32 elements of fp32, the sums and places of tiles of 128 x 128.
     """
     block = _Block(images, texts, scale, bias, positives, ids, tile)
     image_scores = images.new_empty(len(images), dtype=torch.float32)
@@ -134,14 +134,9 @@ class _Block:
         self.scale, self.bias = scale.float().reshape(1), bias.float().reshape(1)
         self.shift = _SHIFT[images.dtype]
         self._positives = positives
-        self._is_weighted = ids is not None and ids.weight != 0
         self._tile, self._rows = _choose(self.images, self.texts, tile)
-        self._loss_tile = self._tile
-        if self._is_weighted:
-            self._loss_tile = for_weights(self._tile)
         self._ids = None if ids is None else number(ids)
-        if self._ids is not None:
-            self._ids = self._ids._replace(texts=_fill_tiles(self._ids.texts, self._tile.texts, -2))
+        self._weight = 0.0 if ids is None else ids.weight
         self._text_factors = text_factors(self.texts, self._tile.depth)
         self._marks = marks(self._tile.images, self._text_factors.dtype, texts.device)
         self._is_interpreted = not images.is_cuda
@@ -163,25 +158,26 @@ class _Block:
 
     def tiles(self, chunk: Tensor, start: int, G: Tensor | None) -> Tensor:
         """Write G of a chunk `[c, E]` (None: not wanted); give the sums of loss and of G, float64 `[2]`."""
-        tile, (n, m) = self._loss_tile, (len(chunk), len(self.texts))
+        n, m = len(chunk), len(self.texts)
         grid = self._grid(n, m)
-        sums = torch.zeros(grid[0] * grid[1], 2, device=chunk.device)
-        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (sums, sums, sums, 0.0)
-        has_edge = n % tile.images != 0 or m % tile.texts != 0
-        X, Y = image_factors(chunk, tile.depth), self._text_factors
+        sums = torch.zeros(2, grid[0] * grid[1], 2, device=chunk.device)
+        X, Y = image_factors(chunk, self._tile.depth), self._text_factors
         with device_of(chunk.device):
-            sigmoid_tile_kernel[grid](
-                self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
-                sums if G is None else self._destination(G), sums, self._marks, row_ids, sorted_ids,
-                column_ids, n, m, X.shape[1], 0 if G is None else G.stride(0), self._offset(start), weight,
-                BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                CHECKED=has_edge or self._positives is not None,
-                GROUP=tile.group, DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, SHIFT=self.shift,
-                INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
-                WEIGHTED=self._is_weighted,
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-            )  # fmt: skip
-        return sums.sum(0, dtype=torch.float64)
+            places = self._places(start, n)
+            for turn in self._turns():
+                tile = for_alike(self._tile) if turn else self._tile
+                sigmoid_tile_kernel[grid](
+                    self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
+                    sums if G is None else self._destination(G), sums[turn],
+                    self._marks, *(places or (sums, sums)), n, m, X.shape[1],
+                    0 if G is None else G.stride(0), self._weight,
+                    BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
+                    CHECKED=places is not None, ALIKE=turn == 1, GROUP=tile.group,
+                    DESCRIPTORS=tile.descriptors, GRADIENTS=G is not None, SHIFT=self.shift,
+                    INTERPRETED=self._is_interpreted,
+                    num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+                )  # fmt: skip
+        return sums.sum((0, 1), dtype=torch.float64)
 
     def scores(self, chunk: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Losses of a chunk `[c, E]`, but of matching pairs, summed for each image `[c]` and text `[m]`, float64."""
@@ -189,19 +185,19 @@ class _Block:
         high, wide = triton.cdiv(n, tile.images), triton.cdiv(m, tile.texts)
         row_sums = torch.empty(wide, high * tile.images, device=chunk.device)
         column_sums = torch.empty(high, wide * tile.texts, device=chunk.device)
-        row_ids, sorted_ids, column_ids, weight = self._ids_of(start, n) or (row_sums,) * 3 + (0.0,)
-        has_edge = n % tile.images != 0 or m % tile.texts != 0
         X, Y = image_factors(chunk, tile.depth), self._text_factors
         with device_of(chunk.device):
-            score_tile_kernel[self._grid(n, m)](
-                self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
-                row_sums, column_sums, self._marks, row_ids, sorted_ids, column_ids,
-                n, m, X.shape[1], self._offset(start), weight,
-                BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
-                CHECKED=has_edge or self._positives is not None, DESCRIPTORS=tile.descriptors,
-                INTERPRETED=self._is_interpreted, HAS_IDS=self._ids is not None,
-                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-            )  # fmt: skip
+            places = self._places(start, n)
+            for turn in self._turns():
+                score_tile_kernel[self._grid(n, m)](
+                    self._source(X, tile.images), self._source(Y, tile.texts), self.scale, self.bias,
+                    row_sums, column_sums, self._marks, *(places or (row_sums, row_sums)),
+                    n, m, X.shape[1], self._weight,
+                    BN=tile.images, BM=tile.texts, BD=tile.depth, BAND=_BAND, PARTS=tile.parts,
+                    CHECKED=places is not None, ALIKE=turn == 1, DESCRIPTORS=tile.descriptors,
+                    INTERPRETED=self._is_interpreted,
+                    num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+                )  # fmt: skip
         return row_sums.sum(0, dtype=torch.float64)[:n], column_sums.sum(0, dtype=torch.float64)[:m]
 
     def matching_pairs(self, chunk: Tensor, start: int) -> tuple[slice, slice, Tensor]:
@@ -233,13 +229,30 @@ class _Block:
         """Programs of a band, bands."""
         return _BAND * triton.cdiv(n, self._tile.images), triton.cdiv(m, self._tile.texts * _BAND)
 
-    def _ids_of(self, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor, float] | None:
-        """What the tile kernel takes of a chunk's ids, with room for whole tiles."""
-        if self._ids is None:
+    def _places(self, start: int, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Which pairs of a chunk's tiles do not count, as `place_kernel` writes it; None if all do."""
+        tile, m = self._tile, len(self.texts)
+        has_edge = rows % tile.images != 0 or m % tile.texts != 0
+        if not has_edge and self._positives is None and self._ids is None:
             return None
-        row_ids = _fill_tiles(self._ids.images[start : start + rows], self._tile.images, -1)
-        sorted_ids = row_ids.view(-1, self._tile.images).sort(dim=1).values
-        return row_ids, sorted_ids, self._ids.texts, self._ids.weight
+        grid = self._grid(rows, m)
+        places = self.texts.new_empty(grid[0] * grid[1], 2, tile.images + tile.texts, dtype=torch.int16)
+        depths = places.new_empty(len(places), dtype=torch.int32)
+        row_ids = sorted_ids = column_ids = depths
+        if self._ids is not None:
+            row_ids = self._ids.images[start : start + rows]
+            row_ids = torch.nn.functional.pad(row_ids, (0, -rows % tile.images), value=-1)
+            sorted_ids = row_ids.view(-1, tile.images).sort(dim=1).values
+            column_ids = self._ids.texts
+        place_kernel[grid](
+            self.scale, row_ids, sorted_ids, column_ids, places, depths, rows, m, self._offset(start),
+            BN=tile.images, BM=tile.texts, BAND=_BAND, HAS_IDS=self._ids is not None,
+        )  # fmt: skip
+        return places, depths
+
+    def _turns(self) -> range:
+        """All tiles; then, of those that have some, the pairs with equal ids, if they count."""
+        return range(2 if self._weight else 1)
 
     def _offset(self, start: int) -> int:
         # from m on, no row has a match
@@ -251,14 +264,10 @@ class _Block:
         return TensorDescriptor.from_tensor(embeddings, [rows, self._tile.depth])
 
     def _destination(self, G: Tensor) -> Any:
-        tile = self._loss_tile
+        tile = self._tile
         if not tile.descriptors:
             return G
         return TensorDescriptor.from_tensor(G, [tile.images, tile.texts // tile.parts])
-
-
-def _fill_tiles(places: Tensor, side: int, value: float) -> Tensor:
-    return torch.nn.functional.pad(places, (0, -len(places) % side), value=value)
 
 
 def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
