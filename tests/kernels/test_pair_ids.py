@@ -86,7 +86,8 @@ def test_all_alike_at_weight_0_leaves_the_matching_pairs_alone():
     same = torch.zeros(9, dtype=torch.int64)
     block = chunked.sigmoid_loss_block(images, texts, scale, bias, positives=0, ids=PairIds(same, same, 0.0))
     matching = pairwise_loss_reference(images, texts, scale, bias).diagonal()
-    assert_close(block.loss, matching.sum(), 1e-14)
+    # measured up to 1.1e-14, which depends on the CPU
+    assert_close(block.loss, matching.sum(), 1e-13)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -1,17 +1,15 @@
 """The objective against a plain restatement of its formula, alone and over ranks."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from kernels.sigmoid_loss import Exchange
 from kernels.testing import assert_close, rms_ratio
 from siglip_train.batch import Batch, Images
 from siglip_train.objectives.forward_pass import ForwardPass
-from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, parse_exchange, text_ids
+from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, text_ids
 from siglip_train.objectives.training_model import TrainingModel
 from tests.objectives.tiny import tiny_batch, tiny_model
 from tests.ranks import run_ranks
@@ -69,7 +67,7 @@ def test_ids_of_texts_tell_order_place_and_token_apart():
     assert len(ids.unique()) == len(tokens.unique(dim=0)) == 4999
 
 
-@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), "half"])
 def test_a_weight_of_equal_texts_that_cannot_be(weight):
     with pytest.raises(ValueError, match="same_text_weight"):
         SigmoidLoss(same_text_weight=weight)
@@ -92,37 +90,12 @@ def share(batch, rank, size):
     return Batch(images, batch.texts[rows])
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("auto", Exchange()),
-        ("ring", Exchange("ring")),
-        ("both_directions", Exchange("both_directions")),
-        ("all_gather", Exchange("all_gather")),
-        ("node_ring", Exchange("node_ring")),
-        ("node_ring:8", Exchange("node_ring", ranks_per_node=8)),
-        ("grid:4x2", Exchange("grid", grid=(4, 2))),
-    ],
-)
-def test_names_of_exchanges(name, expected):
-    assert parse_exchange(name, "fp32") == expected
-    assert parse_exchange(name, "bf16") == replace(expected, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    "name", ["", "Ring", "ring:2", "grid", "grid:2", "grid:0x2", "node_ring:0", "auto:bf16"]
-)
-def test_what_names_no_exchange_is_refused(name):
-    with pytest.raises(ValueError, match=r"exchange is|at least 1"):
-        SigmoidLoss(exchange=name)
-
-
 def one_rank(exchange):
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with pytest.raises(ValueError, match="a grid of 3 x 1 has 3 ranks, the group has 2"):
         SigmoidLoss(exchange="grid:3x1")
     model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(weight=1.0, exchange=exchange)})
-    said, logger = [], logging.getLogger("siglip_train.objectives.sigmoid")
+    said, logger = [], logging.getLogger("siglip_train.distributed.ring")
     logger.setLevel(logging.INFO)
     logger.addFilter(lambda record: said.append(record.getMessage()))
     with torch.no_grad():

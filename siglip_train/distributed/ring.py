@@ -1,0 +1,99 @@
+"""How the texts of a run's ranks meet each other's images: what a config names, whether it fits, and what was chosen.
+
+The blocks that travel, and the pairs computed meanwhile, are in `kernels/sigmoid_loss` (`exchange.py`, `ring.py`):
+`kernels.sigmoid_loss(group=...)` works without this package.
+"""
+
+import logging
+import re
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels import sigmoid_loss
+from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange
+from kernels.sigmoid_loss.cost_model import Form
+from siglip_train.distributed.collectives import is_distributed
+
+log = logging.getLogger(__name__)
+
+_PLAIN: dict[str, Form | Literal["auto"]] = {
+    "auto": "auto",
+    "ring": "ring",
+    "both_directions": "both_directions",
+    "node_ring": "node_ring",
+    "all_gather": "all_gather",
+}
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class Ring:
+    """The sigmoid loss over the texts of all ranks; of a single process, without any exchange.
+
+    exchange: `auto` (the fastest by a cost model), `ring`, `both_directions`, `node_ring` (`node_ring:8` with 8 ranks a
+    node), `grid:4x2` (rows x columns of ranks) or `all_gather`; README of kernels/sigmoid_loss. dtype: `bf16` halves
+    what is sent and rounds it. Raises ValueError for others, and for a form that does not fit the number of ranks,
+    where there are several.
+    """
+
+    def __init__(self, exchange: str, dtype: str) -> None:
+        self._exchange = parse_exchange(exchange, dtype)
+        self._is_announced = False
+        if is_distributed():
+            check_exchange(self._exchange, _all_ranks())
+
+    def sigmoid_loss(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        ids: Tensor | None = None,
+        same_id_weight: float = 0.0,
+    ) -> Tensor:
+        """`kernels.sigmoid_loss` of images and texts `[B, E]` of this rank; ids `[B]`: of its pairs.  # all ranks
+
+        The first call on several ranks says in the log what it sends, and how.
+        """
+        group = _all_ranks() if is_distributed() else None
+        if group is not None and not self._is_announced:
+            chosen = choose_exchange(self._exchange, images, group, has_ids=ids is not None)
+            log.info("exchange of texts between ranks: %s", chosen)
+            self._is_announced = True
+        return sigmoid_loss(
+            images,
+            texts,
+            scale,
+            bias,
+            image_ids=ids,
+            text_ids=ids,
+            same_id_weight=same_id_weight,
+            group=group,
+            exchange=self._exchange,
+        )
+
+
+def parse_exchange(name: str, dtype: str) -> Exchange:
+    """The `Exchange` that a config's `exchange` and `exchange_dtype` name; ValueError for others."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"exchange_dtype is {dtype!r}: choose fp32 or bf16")
+    travels = _DTYPES[dtype]
+    if name in _PLAIN:
+        return Exchange(_PLAIN[name], dtype=travels)
+    if found := re.fullmatch(r"node_ring:(\d+)", name):
+        return Exchange("node_ring", ranks_per_node=int(found[1]), dtype=travels)
+    if found := re.fullmatch(r"grid:(\d+)x(\d+)", name):
+        return Exchange("grid", grid=(int(found[1]), int(found[2])), dtype=travels)
+    raise ValueError(
+        f"exchange is {name!r}: choose {', '.join(_PLAIN)}, node_ring:8 (ranks a node) or grid:4x2 (rows x columns of "
+        "ranks)"
+    )
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
