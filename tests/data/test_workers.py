@@ -25,7 +25,7 @@ def _signal_from_another_process(*processes: int) -> None:
             os.kill(process, number)
 
 
-def test_only_its_parents_sigterm_ends_a_worker():
+def signal_worker_and_server():
     context = worker_options(1)["multiprocessing_context"]
     ours, theirs = context.Pipe()
     worker = context.Process(target=_work, args=(theirs,), daemon=True)
@@ -51,6 +51,12 @@ def test_only_its_parents_sigterm_ends_a_worker():
         assert another.exitcode == 0
     finally:
         worker.kill()
+
+
+def test_only_its_parents_sigterm_ends_a_worker():
+    # in a process of its own: in this one, the server may be that of the tests, which ignores no signals
+    program = "from tests.data.test_workers import signal_worker_and_server as main; main()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=100)
 
 
 def test_workers_and_their_server_end_with_a_killed_main_process():
