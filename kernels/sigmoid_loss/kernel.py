@@ -166,6 +166,25 @@ def _cosines(
 
 
 @triton.jit
+def _cosines_that_count(
+    X, Y, SCALE, MARKS, PLACES, DEPTHS, first_row, first_column, n, m, width,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, CHECKED: tl.constexpr, ALIKE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, READ: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """S `[BN, BM]`, -2^30 or less where a pair is left out. Arguments as of `sigmoid_tile_kernel`."""
+    S = (
+        only_alike(SCALE, MARKS, PLACES, DEPTHS, BN, BM, INTERPRETED)
+        if ALIKE
+        else tl.zeros((BN, BM), dtype=tl.float32)
+    )
+    S = _cosines(S, X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
+    if CHECKED and not ALIKE:
+        # after the cosines: a sum that began with a loop would be set to 0 twice, half an instruction a logit
+        S = leave_out(S, MARKS, PLACES, DEPTHS, READ, INTERPRETED, INVERTED=False)
+    return S
+
+
+@triton.jit
 def _store(
     G, g, first_row, first_column, stride_g, weight,
     ALIKE: tl.constexpr, DESCRIPTORS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -215,15 +234,13 @@ def sigmoid_tile_kernel(
     if first_column >= m:
         # beyond the last column of the last band
         return
-    if ALIKE:
+    if ALIKE:  # noqa: SIM102 (one is for the compiler, one for the GPU)
         if not has_alike(DEPTHS, BN):
             return
-        S = only_alike(SCALE, MARKS, PLACES, DEPTHS, BN, BM, INTERPRETED)
-    else:
-        S = tl.zeros((BN, BM), dtype=tl.float32)
-    S = _cosines(S, X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    if CHECKED and not ALIKE:
-        S = leave_out(S, MARKS, PLACES, DEPTHS, READ, INTERPRETED, INVERTED=False)
+    S = _cosines_that_count(
+        X, Y, SCALE, MARKS, PLACES, DEPTHS, first_row, first_column, n, m, width,
+        BN, BM, BD, CHECKED, ALIKE, DESCRIPTORS, READ, INTERPRETED,
+    )  # fmt: skip
     WIDTH: tl.constexpr = BM // PARTS
     scale, bias = scale_and_bias(SCALE, BIAS)
     first_row, first_column = tile_of_program(BN, BM, BAND, READ)

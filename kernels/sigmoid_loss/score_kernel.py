@@ -5,14 +5,8 @@
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines, _exp2
-from kernels.sigmoid_loss.left_out import (
-    has_alike,
-    leave_out,
-    only_alike,
-    scale_and_bias,
-    tile_of_program,
-)
+from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines_that_count, _exp2
+from kernels.sigmoid_loss.left_out import has_alike, scale_and_bias, tile_of_program
 
 
 @triton.jit
@@ -47,15 +41,13 @@ def score_tile_kernel(
     first_row, first_column = tile_of_program(BN, BM, BAND, READ=False)
     if first_column >= m:
         return
-    if ALIKE:
+    if ALIKE:  # noqa: SIM102 (one is for the compiler, one for the GPU)
         if not has_alike(DEPTHS, BN):
             return
-        S = only_alike(SCALE, MARKS, PLACES, DEPTHS, BN, BM, INTERPRETED)
-    else:
-        S = tl.zeros((BN, BM), dtype=tl.float32)
-    S = _cosines(S, X, Y, first_row, first_column, n, m, width, BN, BM, BD, DESCRIPTORS, INTERPRETED)
-    if CHECKED and not ALIKE:
-        S = leave_out(S, MARKS, PLACES, DEPTHS, READ, INTERPRETED, INVERTED=False)
+    S = _cosines_that_count(
+        X, Y, SCALE, MARKS, PLACES, DEPTHS, first_row, first_column, n, m, width,
+        BN, BM, BD, CHECKED, ALIKE, DESCRIPTORS, READ, INTERPRETED,
+    )  # fmt: skip
     WIDTH: tl.constexpr = BM // PARTS
     row, column = tl.arange(0, BN), tl.arange(0, WIDTH)
     row_sums = tl.zeros((BN, WIDTH), dtype=tl.float32)
