@@ -122,9 +122,18 @@ def test_what_is_left_out_stays_out_at_any_scale(dtype, scale):
     inputs = make(67, 41, 24, scale, -2.0, dtype)
     # measured 1.2e-5, of the scale: at 0 the kernel's is 1e-6, and terms of both signs are all there is
     limits = [max(limit, 3e-5) for limit in LIMITS[dtype]]
-    for ids in (None, make_ids(67, 41, 0.0), make_ids(67, 41, 0.7)):
+    for ids in (None, make_ids(67, 41, 0.0)):
         check(inputs, positives=1, ids=ids, chunk_rows=48, limits=limits)
         check_scores(inputs, positives=1, ids=ids, chunk_rows=48)
+
+
+@pytest.mark.parametrize("scale", [1e-9, -1e-5, -3.0, 1e5])
+def test_alike_pairs_alone_have_a_weight_at_any_scale(scale):
+    """The second round starts with all others left out."""
+    inputs, ids = make(41, 67, 24, scale, -2.0, torch.bfloat16), make_ids(41, 67, 0.7)
+    limits = [max(limit, 3e-5) for limit in LIMITS[torch.bfloat16]]
+    check(inputs, positives=1, ids=ids, chunk_rows=48, limits=limits)
+    check_scores(inputs, positives=1, ids=ids, chunk_rows=48)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
