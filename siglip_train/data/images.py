@@ -238,13 +238,14 @@ class ImageTransform:
         spare = min(right - left, bottom - top) / (_LEAST_REDUCTION * self.image_size)
         return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
 
-    def batch(self, patches: list[NDArray]) -> Images:
-        """Stack B results of this transform."""
+    def batch(self, patches: list[NDArray], out: torch.Tensor | None = None) -> Images:
+        """Stack B results of this transform, into `out` `[B, L, P]` if given."""
         grid = self.grid
         if not patches:
             return Images(torch.empty(0, len(grid), 0, dtype=torch.uint8), grid.expand(0, -1, -1))
-        # in a worker torch stacks into shared memory, which saves a copy on the way to the main process
-        stacked = default_collate([torch.from_numpy(each) for each in patches])
+        rows = [torch.from_numpy(each) for each in patches]
+        # in a worker torch collates into shared memory, which saves a copy on the way to the main process
+        stacked = default_collate(rows) if out is None else torch.stack(rows, out=out)
         return Images(stacked, grid.expand(len(patches), -1, -1).contiguous())
 
 

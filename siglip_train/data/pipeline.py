@@ -231,10 +231,11 @@ class Loader:
                 self._report(ahead.events())
                 parts = [self._checked(next(stream)) for _ in range(per_batch)]
                 self.samples_seen += self._pieces.share.global_batch_size
-                yield parts[0] if per_batch == 1 else _joined(parts, pin_memory=self._pin_memory)
+                # before the next piece is asked for, which may take the memory of the first of these
+                yield _joined(parts, pin_memory=self._pin_memory)
 
     def _from(self, piece: int) -> DataLoader:
-        return _data_loader(self._pieces, itertools.count(piece), self.config, pin_memory=self._pin_memory)
+        return _data_loader(self._pieces, itertools.count(piece), self.config)
 
     def _lost(self, piece: int) -> str:
         self.counts["workers_replaced"] += 1
@@ -291,14 +292,15 @@ def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
     )
 
 
-def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig, *, pin_memory: bool) -> DataLoader:
+def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig) -> DataLoader:
+    # those that workers may have begun, and the ones that a batch is being made of
+    in_use = config.workers * config.prefetch + pieces.per_batch
     return DataLoader(
-        pieces,
+        pieces.shared(in_use) if config.workers else pieces,
         batch_size=None,
         collate_fn=unchanged,
         sampler=numbers,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=pin_memory,
         **worker_options(config.workers),
     )
 

@@ -1,11 +1,18 @@
 """What a worker hands over, on its way to the main process."""
 
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
+import pytest
 import torch
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.pieces import Piece, Report
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.pieces import Piece, Pieces, Report, Share
+from siglip_train.data.pipeline import DataConfig, SourceConfig, build_loader
+from siglip_train.data.tokenizer import Tokenizer
+from siglip_train.errors import UserError
+from tests.data.shard_files import write_shards
 
 
 def test_a_piece_arrives_as_it_was_sent_with_patches_alone_in_shared_memory():
@@ -29,3 +36,44 @@ def test_a_piece_that_was_given_up_keeps_its_reason():
     arrived = ForkingPickler.loads(bytes(ForkingPickler.dumps(Piece(None, Report(failure="no shard")))))
     assert arrived.batch is None
     assert arrived.report.failure == "no shard"
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, tokenizer: Tokenizer, cache: str) -> Pieces:
+    """Of one sample each, 1.3 million levels, which do not go in a message."""
+    config = DataConfig({"all": SourceConfig(write_shards(tmp_path / "in", [8]))}, cache_dir=cache)
+    transform = ImageTransform(672, 8)
+    return build_loader(config, tokenizer=tokenizer, transform=transform, share=Share(1), seed=0)._pieces
+
+
+def test_pieces_of_workers_take_turns_in_the_same_memory(pieces: Pieces):
+    def patches(pieces: Pieces, number: int) -> torch.Tensor:
+        batch = pieces[number].batch
+        assert batch is not None
+        assert batch.images is not None
+        return batch.images.patches
+
+    own = [patches(pieces, number) for number in range(7)]
+    assert not own[0].is_shared()
+    shared = pieces.shared(3)
+    places = []
+    for number, expected in enumerate(own):
+        found = patches(shared, number)
+        assert found.is_shared()
+        assert found.equal(expected)
+        places.append(found.data_ptr())
+    assert places[:3] == places[3:6]
+    assert places[6] == places[0]
+    assert len(set(places)) == 3
+
+
+def test_too_little_shared_memory_is_said_in_a_line(pieces: Pieces, monkeypatch: pytest.MonkeyPatch):
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm): No space left on device (28)\nat somewhere"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    message = r"^no 1\.3 GiB of shared memory .* lower data\.workers .* No space left on device \(28\)$"
+    with pytest.raises(UserError, match=message):
+        pieces.shared(1000)

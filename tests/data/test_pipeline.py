@@ -3,6 +3,7 @@
 import gzip
 import logging
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -380,21 +381,51 @@ def test_keys_of_an_epoch_mix_the_shards_of_a_window(build: Build, tmp_path: Pat
     assert len(shards) >= 3
 
 
-def test_pinning_keeps_keys_and_counts(build: Build, shards: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("batch_size", [6, 300], ids=["one piece", "two pieces"])
+def test_a_batch_is_pinned_whole_and_keeps_its_keys(
+    build: Build, tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+):
     pinned: list[tuple[int, ...]] = []
+    empty = torch.empty
 
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        pinned.append(tuple(tensor.shape))
-        return tensor.clone()
+    def pin(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            pinned.append(tuple(size[0]))
+        return empty(*size, **options)
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    piece = build(shards)._pieces[0]
-    # what the DataLoader's pinning thread does
-    copy = torch.utils.data._utils.pin_memory.pin_memory(piece)
-    assert pinned == [(6, 4, 192), (6, 4, 2), (6, 8)]
-    assert copy.batch.keys == piece.batch.keys
-    assert copy.report.counts == {"source/all": 6}
-    assert copy.batch.texts.equal(piece.batch.texts)
+    shards = write_shards(tmp_path / "in", [300])
+    expected = next(iter(build(shards, Share(batch_size))))
+    loader = build(shards, Share(batch_size))
+    loader._pin_memory = True
+    monkeypatch.setattr(torch, "empty", pin)
+    batch = next(iter(loader))
+    assert pinned == [(batch_size, 4, 192), (batch_size, 4, 2), (batch_size, 8)]
+    assert batch.keys == expected.keys
+    assert batch.texts.equal(expected.texts)
+    assert batch.images.patches.equal(expected.images.patches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_in_pinned_memory(build: Build, shards: str):
+    loader = build(shards, workers=2)
+    loader._pin_memory = True
+    batch = next(iter(loader))
+    assert all(tensor.is_pinned() for tensor in (*batch.images[:2], batch.texts))
+
+
+@pytest.mark.parametrize(("batch_size", "image_size"), [(4, 448), (257, 64)], ids=["one piece", "two pieces"])
+def test_batches_in_hand_keep_their_pictures_while_workers_go_on(
+    tokenizer: Tokenizer, cache: str, tmp_path: Path, batch_size: int, image_size: int
+):
+    # too large for a message, so that workers leave the patches in memory which they use again
+    build = Build(tokenizer, ImageTransform(image_size, 8), cache)
+    shards, share = write_shards(tmp_path / "in", [200, 100]), Share(batch_size)
+    expected = list(islice(build(shards, share), 9))
+    got = list(islice(build(shards, share, workers=2, prefetch=2), 9))
+    for batch, same in zip(got, expected, strict=True):
+        assert batch.keys == same.keys
+        assert batch.images.patches.equal(same.images.patches)
 
 
 def _labelled(folder: Path, labels: list[bytes]) -> str:
