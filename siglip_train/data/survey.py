@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +60,10 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
     """Find and count the shards of every source; every rank looks at a part and gets the whole.  # all ranks
 
     A remote shard is fetched to be counted, unless an `index.json` in its folder or an earlier count of the same
-    version says what it holds. progress: called with (shards done, shards in all) of this rank. left_out: shards, by
-    `unsigned` URL, that are not asked for and taken as empty. may_leave_out: so are remote ones that cannot be counted,
-    instead of being an error. Raises `UserError` on every rank alike.
+    version says what it holds; one that cannot be had is asked for once more after the others. progress: called with
+    (shards done, shards in all) of this rank. left_out: shards, by `unsigned` URL, that are not asked for and taken as
+    empty. may_leave_out: so are remote ones that cannot be counted, instead of being an error. Raises `UserError` on
+    every rank alike.
     """
     urls = [expand(spec) for spec in specs]
     entries = _entries([url for source in urls for url in source], cache)
@@ -159,16 +162,16 @@ def _scan_together(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     mine = tasks[rank::ranks]
     results = []
-    # waiting for disks and networks, not for the interpreter
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, shard in enumerate(pool.map(lambda task: _scan(task, cache), mine), start=1):
-            results.append(shard)
-            for event in cache.drain():
-                # what has failed is said when all are counted
-                if event.message and event.name == "fetch_retries":
-                    _LOG.warning(event.message)
-            if progress is not None:
-                progress(done, len(mine))
+    for done, shard in enumerate(_scans(mine, cache), start=1):
+        results.append(shard)
+        if progress is not None:
+            progress(done, len(mine))
+    # a server may have been away for longer than all attempts took, and be back now that the others are counted
+    away = [number for number, shard in enumerate(results) if shard.is_away]
+    if len(away) < len(mine):
+        anew = replace(cache, since=time.time())
+        for number, shard in zip(away, _scans([mine[number] for number in away], anew), strict=True):
+            results[number] = shard
     parts = gather_objects(results)
     shards = [parts[number % ranks][number // ranks] for number in range(len(tasks))]
     failed = [
@@ -187,6 +190,17 @@ def _scan_together(
             "; ".join(f"cannot read shard {url}: {shard.failure}" for url, shard in failed[:_NAMED]) + more
         )
     return shards
+
+
+def _scans(tasks: Sequence[_Task], cache: ShardCache) -> Iterator[_Shard]:
+    # waiting for disks and networks, not for the interpreter
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for shard in pool.map(lambda task: _scan(task, cache), tasks):
+            for event in cache.drain():
+                # what has failed is said when all are counted
+                if event.message and event.name == "fetch_retries":
+                    _LOG.warning(event.message)
+            yield shard
 
 
 def _scan(task: _Task, cache: ShardCache) -> _Shard:

@@ -207,6 +207,25 @@ def test_a_shard_that_cannot_be_counted_is_left_out_of_the_run_and_of_its_resume
     assert set(_keys(_loader(build, server), SHARDS)) > set(every)
 
 
+def test_a_shard_that_comes_at_the_second_look_is_in_the_run(build: Build, folder: Path, server: Faults):
+    (folder / "index.json").unlink()
+    server[NAMES[2]] = ["404"]
+    loader = _loader(build, server)
+    assert not loader.unusable
+    assert server.gets() == {**dict.fromkeys(NAMES, 1), NAMES[2]: 2}
+    assert len(set(_keys(loader, SHARDS))) == TOTAL
+    assert server.gets().total() == SHARDS + 1
+
+
+def test_where_no_shard_came_there_is_no_second_look(build: Build, folder: Path, server: Faults):
+    (folder / "index.json").unlink()
+    for name in NAMES:
+        server[name] = ["404", "..."]
+    with pytest.raises(UserError, match="10 of 10 shards are unavailable"):
+        _loader(build, server)
+    assert server.gets() == dict.fromkeys(NAMES, 1)
+
+
 def test_too_many_shards_that_cannot_be_counted_stop_the_start(build: Build, folder: Path, server: Faults):
     (folder / "index.json").unlink()
     for name in NAMES[2:4]:
