@@ -11,9 +11,13 @@ from http.client import HTTPResponse
 from multiprocessing.util import Finalize
 from typing import NamedTuple
 
+from fsspec import AbstractFileSystem
+
 from siglip_train.data.locations import filesystem_of, is_http, is_pipe
 
 _CHUNK = 1 << 20
+# how stores call what changes with the content alone: S3, the hub, GCS, Azure, files, and what writes them in memory
+_MARKS = ("ETag", "blob_id", "generation", "etag", "mtime", "created")
 
 
 class Start(NamedTuple):
@@ -97,7 +101,7 @@ def _http_start(response: HTTPResponse) -> Start:
 
 def _from_filesystem(shard: str, position: int, known: str) -> Items:
     filesystem, path = filesystem_of(shard)
-    version = str(filesystem.ukey(path))
+    version = _version(filesystem, path)
     with filesystem.open(path, "rb") as stream:
         begin = position if version == known else 0
         if begin:
@@ -107,11 +111,18 @@ def _from_filesystem(shard: str, position: int, known: str) -> Items:
             yield data
 
 
+def _version(filesystem: AbstractFileSystem, path: str) -> str:
+    """The mark of an object's content: its other facts differ between a listing and a question for it alone."""
+    facts = filesystem.info(path)
+    marks = [f"{facts[name]} {facts['size']}" for name in _MARKS if facts.get(name)]
+    return marks[0] if marks else str(filesystem.ukey(path))
+
+
 def heading(shard: str, timeout: float) -> Items:
     """The start alone, by a small request, of a shard that is no command."""
     if not is_http(shard):
         filesystem, path = filesystem_of(shard)
-        yield Start(str(filesystem.ukey(path)))
+        yield Start(_version(filesystem, path))
         return
     try:
         response = urllib.request.urlopen(urllib.request.Request(shard, method="HEAD"), timeout=timeout)

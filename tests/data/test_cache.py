@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from siglip_train.data.cache import Known, ShardCache, UnavailableShardError, local_tar, was_damaged
+from siglip_train.data.locations import expand
 from siglip_train.data.patience import CancelledError, Patience
 from siglip_train.data.room import Part, Room
 from siglip_train.data.tar import index_of_copy, load_index, scan
@@ -383,6 +386,37 @@ def test_a_remote_object_that_changed_is_fetched_again(tmp_path: Path):
             out.write(data)
         got.append(scan(local_tar("memory://changing/a.tar", tmp_path / "cache")).key(0))
     assert got == ["one", "another"]
+
+
+@pytest.mark.parametrize("mark", ["ETag", "blob_id", "generation", "etag", "created"])
+def test_an_object_of_a_listing_is_the_same_when_it_is_asked_for_alone(
+    mark: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    facts_of, open_file, opened = MemoryFileSystem.info, MemoryFileSystem._open, []
+    other = "Key"
+
+    def info(filesystem: MemoryFileSystem, path: str, **options: Any) -> dict[str, Any]:
+        facts = facts_of(filesystem, path, **options)
+        return {**facts, mark: facts.pop("created", None), other: path}
+
+    def open_(filesystem: MemoryFileSystem, path: str, *given: Any, **options: Any) -> Any:
+        opened.append(path)
+        return open_file(filesystem, path, *given, **options)
+
+    for path in shards.glob("*.tar"):
+        fsspec.filesystem("memory").pipe_file(f"/listed-{mark}/{path.name}", path.read_bytes())
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_)
+    cache = ShardCache(tmp_path / "cache")
+    urls = expand(f"memory://listed-{mark}/*.tar")
+    known = [cache.identify(url) for url in urls]
+    # S3 says VersionId where the listing says Key
+    other = "VersionId"
+    for _ in range(2):
+        for url, promised in zip(urls, known, strict=True):
+            assert cache.local_tar(url, promised) == cache.path(url, promised)
+    # a copy under another name would not be found again
+    assert len(opened) == len(urls) == 3
 
 
 def test_many_askers_at_once_fetch_once(shards: Path, tmp_path: Path):
