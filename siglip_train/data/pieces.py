@@ -32,6 +32,7 @@ _PIECE = 256
 _ATTEMPTS = 8
 # pieces that may be on their way at once, of all workers together
 _TRACKED = 1024
+_NOWHERE = -1
 # and draws that may meet a failed shard, which cost next to nothing
 _FAILED_DRAWS = 64
 # bytes; a tensor in shared memory takes a connection between worker and main process, a copy of a small one less
@@ -158,7 +159,7 @@ class Pieces(Dataset):
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
         self.per_batch = -(-share.size // _PIECE)
         # which position each piece has come to; the main process looks here when a worker is stuck
-        self._reached = torch.full((_TRACKED,), -1).share_memory_()
+        self._reached = torch.full((_TRACKED,), _NOWHERE).share_memory_()
         self._space: torch.Tensor | None = None
 
     def shared(self, count: int) -> "Pieces":
@@ -187,11 +188,13 @@ class Pieces(Dataset):
         begin, end = (start + self.share.size * part // self.per_batch for part in (piece, piece + 1))
         return begin, end
 
-    def where(self, number: int) -> str:
-        """What a worker that did not finish this piece was at, for messages."""
-        begin, end = self._bounds(number)
-        position = int(self._reached[number % _TRACKED])
-        if not begin <= position < end:
+    def where(self, batch: int) -> str:
+        """What a worker that did not finish its piece of this batch was at, for messages."""
+        numbers = range(batch * self.per_batch, (batch + 1) * self.per_batch)
+        begin, end = self._bounds(numbers[0])[0], self._bounds(numbers[-1])[1]
+        reached = (int(self._reached[number % _TRACKED]) for number in numbers)
+        position = next((position for position in reached if begin <= position < end), None)
+        if position is None:
             return f"samples {begin} to {end - 1} of the run"
         sources, slots = self.mixture.slots(position, position + 1)
         source = self.sources[int(sources[0])]
@@ -221,6 +224,7 @@ class Pieces(Dataset):
         texts = self.tokenizer(captions) if captions else torch.empty(len(rows), 0, dtype=torch.long)
         labels = [row.label for row in rows if row.label is not None]
         keys = tuple(row.key for row in rows)
+        reached[number % _TRACKED] = _NOWHERE
         return Piece(Batch(images, texts, keys, torch.tensor(labels) if labels else None, pooled), report)
 
     def _images(self, number: int, rows: list[np.ndarray]) -> tuple[Images | None, torch.Tensor | None]:

@@ -7,7 +7,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
 from siglip_train.data.patience import USUAL, Patience
-from siglip_train.data.pieces import Piece, Pieces, Share, Source
+from siglip_train.data.pieces import Piece, Pieces, Report, Share, Source
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import Selection
@@ -219,9 +220,15 @@ class Loader:
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        per_batch = self._pieces.per_batch
-        first = self.samples_seen // self._pieces.share.global_batch_size * per_batch
-        stream = watched(self._from, first, lost=self._lost, stall_seconds=self.config.stall_seconds)
+        size = self._pieces.share.global_batch_size
+        device = torch.cuda.current_device() if self._pin_memory else None
+        stream = watched(
+            self._from,
+            self.samples_seen // size,
+            lost=self._lost,
+            stall_seconds=self.config.stall_seconds,
+            gather=partial(_gathered, per_batch=self._pieces.per_batch, device=device),
+        )
         with (
             contextlib.closing(stream),
             ReadAhead(self._pieces, _in_flight(self._pieces, self.config)) as ahead,
@@ -229,17 +236,16 @@ class Loader:
             while True:
                 ahead.at(self.samples_seen)
                 self._report(ahead.events())
-                parts = [self._checked(next(stream)) for _ in range(per_batch)]
-                self.samples_seen += self._pieces.share.global_batch_size
-                # before the next piece is asked for, which may take the memory of the first of these
-                yield _joined(parts, pin_memory=self._pin_memory)
+                batch = self._checked(next(stream))
+                self.samples_seen += size
+                yield batch
 
-    def _from(self, piece: int) -> DataLoader:
-        return _data_loader(self._pieces, itertools.count(piece), self.config)
+    def _from(self, batch: int) -> DataLoader:
+        return _data_loader(self._pieces, batch * self._pieces.per_batch, self.config)
 
-    def _lost(self, piece: int) -> str:
+    def _lost(self, batch: int) -> str:
         self.counts["workers_replaced"] += 1
-        return self._pieces.where(piece)
+        return self._pieces.where(batch)
 
     def _report(self, events: list[Event]) -> None:
         for event in events:
@@ -247,29 +253,54 @@ class Loader:
             if event.message:
                 _LOG.warning(event.message)
 
-    def _checked(self, piece: Piece) -> Batch:
-        batch, report = piece.batch, piece.report
-        self.counts.update(report.counts)
-        self._report(report.events)
-        for bad in report.bad:
+    def _checked(self, gathered: "_Gathered") -> Batch:
+        batch, reports = gathered
+        for report in reports:
+            self.counts.update(report.counts)
+            self._report(report.events)
+        found = [bad for report in reports for bad in report.bad]
+        for bad in found:
             self.counts[f"bad/{bad.cause}"] += 1
             self._log(bad)
         if batch is None:
-            raise UserError(report.failure)
+            raise UserError(next(report.failure for report in reports if report.failure))
         self.counts["seen"] += batch.size
         bad_samples = sum(count for name, count in self.counts.items() if name.startswith("bad/"))
-        if report.bad and too_many(bad_samples, self.counts["seen"], self.config.max_bad_share):
+        if found and too_many(bad_samples, self.counts["seen"], self.config.max_bad_share):
             raise UserError(
                 f"{bad_samples} bad samples among {self.counts['seen']}, more than data.max_bad_share"
-                f" {self.config.max_bad_share} allows; the last: {report.bad[-1]}; the log names the others"
+                f" {self.config.max_bad_share} allows; the last: {found[-1]}; the log names the others"
             )
         return batch
 
 
 def _in_flight(pieces: Pieces, config: DataConfig) -> int:
     """Samples of the run that workers may have begun beyond those handed out."""
-    batches = -(-config.workers * config.prefetch // pieces.per_batch)
-    return batches * pieces.share.global_batch_size
+    # one batch is gathered ahead
+    batches = -(-config.workers * config.prefetch // pieces.per_batch) + 1
+    return batches * pieces.share.global_batch_size if config.workers else 0
+
+
+class _Gathered(NamedTuple):
+    """The pieces of a batch in one; `batch` is None where one was given up."""
+
+    batch: Batch | None
+    reports: list[Report]
+
+
+def _gathered(pieces: Iterator[Piece], *, per_batch: int, device: int | None) -> Iterator[_Gathered]:
+    """Batches of this rank, of `per_batch` pieces each; in pinned memory for a CUDA `device`, where there is one.
+
+    Every batch is a copy: a piece that is made later may take the memory of one of these.
+    """
+    if device is not None:
+        # of this thread, which would else pin memory for the first
+        torch.cuda.set_device(device)
+    while True:
+        parts = list(itertools.islice(pieces, per_batch))
+        batches = [part.batch for part in parts if part.batch is not None]
+        whole = _joined(batches, pin_memory=device is not None) if len(batches) == per_batch else None
+        yield _Gathered(whole, [part.report for part in parts])
 
 
 def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
@@ -292,14 +323,14 @@ def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
     )
 
 
-def _data_loader(pieces: Pieces, numbers: Any, config: DataConfig) -> DataLoader:
-    # those that workers may have begun, and the ones that a batch is being made of
+def _data_loader(pieces: Pieces, first: int, config: DataConfig) -> DataLoader:
+    # those that workers may have begun, and the ones that a batch is being gathered of
     in_use = config.workers * config.prefetch + pieces.per_batch
     return DataLoader(
         pieces.shared(in_use) if config.workers else pieces,
         batch_size=None,
         collate_fn=unchanged,
-        sampler=numbers,
+        sampler=itertools.count(first),  # type: ignore[arg-type]
         prefetch_factor=config.prefetch if config.workers else None,
         **worker_options(config.workers),
     )

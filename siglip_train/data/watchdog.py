@@ -1,4 +1,4 @@
-"""Items of a DataLoader whose workers may die or hang: they are replaced, and go on with the item that is due.
+"""Items that a DataLoader's workers make, one ahead; workers that die or hang are replaced and make the one due again.
 
 Possible because an item is a pure function of its number.
 """
@@ -34,15 +34,22 @@ class WorkersLostError(Exception):
     """The workers will give nothing more; the message says why."""
 
 
-class _Crew:
-    """The workers of one iterator over a DataLoader, and the thread that takes what they make.
+Gather = Callable[[Iterator[Any]], Iterator[Any]]
 
-    A thread, because to take an item is to ask its worker for the memory it lies in: for ever, where that one is stuck.
+
+def _as_they_come(made: Iterator[Any]) -> Iterator[Any]:
+    return made
+
+
+class _Crew:
+    """The workers of one iterator over a DataLoader, and the thread that gathers items of what they make, one ahead.
+
+    A thread, because to take what a worker made is to ask it for the memory that lies in: for ever, where it is stuck.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, gather: Gather) -> None:
         before = set(multiprocessing.active_children())
-        iterator = iter(loader)
+        iterator = gather(iter(loader))
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
         self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
@@ -50,10 +57,10 @@ class _Crew:
             target=_take, args=(iterator, self._asked, self._given), name="data", daemon=True
         )
         self._thread.start()
+        self._asked.put("next")
 
     def next(self, stall_seconds: float) -> Any:
         """The next item. Raises `WorkersLostError`, or whatever making it raised in a worker."""
-        self._asked.put("next")
         deadline = time.monotonic() + stall_seconds
         while True:
             try:
@@ -67,6 +74,7 @@ class _Crew:
                 # of a dead worker the connection may be gone a moment earlier than the news
                 self._check(patience=_POLL_SECONDS)
                 raise error
+            self._asked.put("next")
             return item
 
     def _check(self, *, patience: float) -> None:
@@ -113,18 +121,20 @@ def watched(
     *,
     lost: Callable[[int], str],
     stall_seconds: float = STALL_SECONDS,
+    gather: Gather = _as_they_come,
 ) -> Generator[Any, None, None]:
-    """Items first..stop-1 (None: without end), each given by the DataLoader that `make(number)` begins with it.
+    """Items first..stop-1 (None: without end), gathered from the DataLoader that `make(number)` begins with it.
 
     Workers that die, or give nothing for `stall_seconds`, are replaced: all of them, as their queues may be damaged.
+    gather: makes items of what the DataLoader gives, in a thread where it has workers.
     lost: called at each loss with the number of the item that is due; says what it is. Raises `UserError` where the
     third replacement does not get through an item either. Without workers nothing is watched.
     """
     loader = make(first)
     if loader.num_workers == 0:
-        yield from loader
+        yield from gather(iter(loader))
         return
-    crew = _Crew(loader)
+    crew = _Crew(loader, gather)
     losses = 0
     try:
         number = first
@@ -135,7 +145,7 @@ def watched(
                 crew.kill()
                 losses += 1
                 _report(losses, lost(number), str(error))
-                crew = _Crew(make(number))
+                crew = _Crew(make(number), gather)
                 continue
             losses = 0
             number += 1

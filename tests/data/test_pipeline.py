@@ -398,7 +398,11 @@ def test_a_batch_is_pinned_whole_and_keeps_its_keys(
     loader = build(shards, Share(batch_size))
     loader._pin_memory = True
     monkeypatch.setattr(torch, "empty", pin)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     batch = next(iter(loader))
+    assert chosen == [3]
     assert pinned == [(batch_size, 4, 192), (batch_size, 4, 2), (batch_size, 8)]
     assert batch.keys == expected.keys
     assert batch.texts.equal(expected.texts)
