@@ -70,8 +70,9 @@ class DataConfig:
     reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
-    prefetch: pieces of up to 256 samples that each worker holds ready. stall_seconds: workers that give nothing for so
-    long, or die, are replaced; not watched with workers=0, where this process itself reads.
+    prefetch: pieces of up to 256 samples that each worker holds ready, in shared memory.
+    stall_seconds: workers that give nothing for so long, or die, are replaced; not watched with workers=0, where this
+    process itself reads.
     cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
     bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
     that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
