@@ -15,6 +15,11 @@ class UserError(Exception):
     """
 
 
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2; Ctrl-C into 130.
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siglip_train.data.failed import FailedShards, Failure, UnavailableShardError
-from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, said, version_of
+from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, version_of
 from siglip_train.data.gunzip import gunzip, is_gzip
 from siglip_train.data.locations import cache_folder, is_remote, short_name
 from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.room import NoRoomError, Part, Room
 from siglip_train.data.tar import COPIES
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
 
 _DAMAGED = ".damaged.tar"
 

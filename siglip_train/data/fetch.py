@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from siglip_train.data.locations import is_pipe, short_name
 from siglip_train.data.patience import Background, CancelledError, Patience, SlowError, Watch
 from siglip_train.data.sources import Start, heading, source
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
 
 # "too early" and "too many requests" pass; 408 is a time-out
 _PASSING = {408, 425, 429}
@@ -122,11 +122,6 @@ class Fetch:
             self._forget()
         first = f"shard {short_name(self.shard)}: {said(error)}; trying again" if attempt == 1 else ""
         self.notice(Event("fetch_retries", first))
-
-
-def said(error: BaseException) -> str:
-    """An error in a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _with_retries(

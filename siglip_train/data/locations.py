@@ -9,7 +9,7 @@ from pathlib import Path
 import braceexpand
 import fsspec
 
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
 
 _TAR_ENDINGS = ("*.tar", "*.tar.gz", "*.tgz")
 
@@ -66,7 +66,7 @@ def _expand_one(pattern: str) -> list[str]:
     expanded = _braces(pattern) if "{" in pattern else [pattern]
     if is_pipe(pattern) or is_http(pattern):
         return expanded
-    return [shard for url in expanded for shard in (_glob_remote(url) if glob.has_magic(url) else [url])]
+    return [shard for url in expanded for shard in _expand_remote(url)]
 
 
 def is_remote(shard: str) -> bool:
@@ -102,9 +102,17 @@ def beside(shard: str, name: str) -> str | None:
     return path.rpartition("/")[0] + "/" + name + mark + query
 
 
-def _glob_remote(url: str) -> list[str]:
+def _expand_remote(url: str) -> list[str]:
+    # to ask for every URL whether it is a folder would take long
+    is_folder = url.endswith("/")
+    if not is_folder and not glob.has_magic(url):
+        return [url]
     filesystem, path = filesystem_of(url)
-    matches = sorted(filesystem.glob(path))
+    patterns = [f"{path.rstrip('/')}/{ending}" for ending in _TAR_ENDINGS] if is_folder else [path]
+    try:
+        matches = sorted({match for pattern in patterns for match in filesystem.glob(pattern)})
+    except Exception as error:  # whatever the filesystem behind the URL raises
+        raise UserError(f"cannot list {url}: {said(error)}") from error
     if not matches:
         raise UserError(f"no shard matches {url}")
     return [filesystem.unstrip_protocol(match) for match in matches]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
-from siglip_train.data.fetch import FetchError, said
+from siglip_train.data.fetch import FetchError
 from siglip_train.data.locations import beside, expand, is_remote, short_name, unsigned
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.room import rounded
@@ -22,7 +22,7 @@ from siglip_train.data.select import EVERYTHING
 from siglip_train.data.shards import ShardSet, Wanted, complete_samples, damaged_samples
 from siglip_train.data.tar import BrokenTarError, TarIndex, index_of_copy, load_index
 from siglip_train.distributed.collectives import broadcast_object, gather_objects, is_distributed
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 8

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from siglip_train.data.locations import beside, check_local, default_cache, expand
 from siglip_train.errors import UserError
@@ -49,6 +51,27 @@ def test_every_way_to_write_shards(shards: Path):
 def test_what_matches_nothing_is_named(pattern: str | list[str], named: str):
     with pytest.raises(UserError, match=named):
         expand(pattern)
+
+
+def test_a_remote_folder_is_what_ends_in_a_slash():
+    store = fsspec.filesystem("memory")
+    for name in ("b.tar", "a.tgz", "c.tar.gz", "index.json", "below/d.tar"):
+        store.pipe_file(f"/folder/web/{name}", b"")
+    assert _names(expand("memory://folder/web/")) == ["a.tgz", "b.tar", "c.tar.gz"]
+    assert expand("memory://folder/web/") == expand("memory://folder/{web,web/below}/")[:3]
+    with pytest.raises(UserError, match=r"no shard matches memory://folder/$"):
+        expand("memory://folder/")
+
+
+@pytest.mark.parametrize("url", ["memory://bucket/*.tar", "memory://bucket/web/"])
+def test_a_store_that_does_not_list_gets_one_line(url: str, monkeypatch: pytest.MonkeyPatch):
+    def glob(*_: object) -> None:
+        raise RuntimeError("Unable to\nlocate credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "glob", glob)
+    with pytest.raises(UserError) as found:
+        expand(url)
+    assert str(found.value) == f"cannot list {url}: RuntimeError: Unable to locate credentials"
 
 
 def test_what_is_local_can_be_checked_without_a_network(shards: Path):
