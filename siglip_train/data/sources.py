@@ -14,8 +14,11 @@ from typing import NamedTuple
 from fsspec import AbstractFileSystem
 
 from siglip_train.data.locations import filesystem_of, is_http, is_pipe
+from siglip_train.errors import UserError
 
 _CHUNK = 1 << 20
+# nothing of a block is seen before it is whole; those of S3 would be 50 MiB, too long a silence on a slow line
+_BLOCK = 4 << 20
 # how stores call what changes with the content alone: S3, the hub, GCS, Azure, files, and what writes them in memory
 _MARKS = ("ETag", "blob_id", "generation", "etag", "mtime", "created")
 
@@ -102,18 +105,29 @@ def _http_start(response: HTTPResponse) -> Start:
 def _from_filesystem(shard: str, position: int, known: str) -> Items:
     filesystem, path = filesystem_of(shard)
     version = _version(filesystem, path)
-    with filesystem.open(path, "rb") as stream:
-        begin = position if version == known else 0
-        if begin:
-            stream.seek(begin)
-        yield Start(version, begin, getattr(stream, "size", None) or -1, resumable=True)
-        while data := stream.read(_CHUNK):
-            yield data
+    try:
+        with filesystem.open(path, "rb", block_size=_BLOCK) as stream:
+            begin = position if version == known else 0
+            if begin:
+                stream.seek(begin)
+            yield Start(version, begin, getattr(stream, "size", None) or -1, resumable=True)
+            while data := stream.read(_CHUNK):
+                yield data
+    finally:
+        # a listing is kept for good: what it says of this object may be true no more
+        filesystem.invalidate_cache(path)
+    # some stores go on in another object without a word, and its bytes would pass for those of this one
+    if _version(filesystem, path) != version:
+        raise ConnectionError("it changed while it was fetched")
 
 
 def _version(filesystem: AbstractFileSystem, path: str) -> str:
     """The mark of an object's content: its other facts differ between a listing and a question for it alone."""
     facts = filesystem.info(path)
+    if facts.get("type") == "directory":
+        raise UserError(
+            f"{filesystem.unstrip_protocol(path)} is a folder: end it with a slash, or name its shards"
+        )
     marks = [f"{facts[name]} {facts['size']}" for name in _MARKS if facts.get(name)]
     return marks[0] if marks else str(filesystem.ukey(path))
 

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from siglip_train.data.cache import Known, ShardCache, UnavailableShardError, local_tar, was_damaged
 from siglip_train.data.locations import expand
-from siglip_train.data.patience import CancelledError, Patience
+from siglip_train.data.patience import _SLOWEST, CancelledError, Patience
 from siglip_train.data.room import Part, Room
 from siglip_train.data.tar import index_of_copy, load_index, scan
 from siglip_train.errors import UserError
@@ -417,6 +417,59 @@ def test_an_object_of_a_listing_is_the_same_when_it_is_asked_for_alone(
             assert cache.local_tar(url, promised) == cache.path(url, promised)
     # a copy under another name would not be found again
     assert len(opened) == len(urls) == 3
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_an_object_that_was_replaced_is_no_copy_of_the_one_in_a_listing(
+    pins: bool, tmp_path: Path, quick: ShardCache, monkeypatch: pytest.MonkeyPatch
+):
+    facts_of, open_file, store = MemoryFileSystem.info, MemoryFileSystem._open, fsspec.filesystem("memory")
+    url, place = f"memory://replaced/{pins}.tar", f"/replaced/{pins}.tar"
+    old, new = (write_tar(tmp_path / "a.tar", sample(key)).read_bytes() for key in ("old", "new"))
+    assert len(old) == len(new)
+    store.pipe_file(place, old)
+    known, listed = quick.identify(url), {place: store.info(place)}
+    store.pipe_file(place, new)
+
+    def info(filesystem: MemoryFileSystem, path: str, **options: Any) -> dict[str, Any]:
+        return listed.get(path) or facts_of(filesystem, path, **options)
+
+    def open_(filesystem: MemoryFileSystem, path: str, *given: Any, **options: Any) -> Any:
+        # S3 is asked for what the listing named, others give what there is
+        if pins and path in listed:
+            raise OSError("no longer exists")
+        return open_file(filesystem, path, *given, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda _, path: listed.pop(path, None))
+    copy = quick.local_tar(url, known)
+    assert copy.read_bytes() == new
+    assert copy == quick.path(url, quick.identify(url)) != quick.path(url, known)
+    (event,) = quick.drain()
+    assert event.name == "fetch_retries"
+
+
+def test_a_store_is_read_in_blocks_that_a_slow_line_brings_in_time(
+    quick: ShardCache, monkeypatch: pytest.MonkeyPatch
+):
+    open_file, blocks = MemoryFileSystem._open, []
+
+    def open_(filesystem: MemoryFileSystem, path: str, mode: str, block_size: int, **options: Any) -> Any:
+        blocks.append(block_size)
+        return open_file(filesystem, path, mode, block_size, **options)
+
+    fsspec.filesystem("memory").pipe_file("/blocks/a.tar", b"a")
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_)
+    quick.local_tar("memory://blocks/a.tar")
+    # what is waited for, of a silence in all
+    assert 0 < blocks[0] <= 2 * _SLOWEST * Patience().timeout_seconds
+
+
+def test_a_folder_is_no_shard(tmp_path: Path):
+    fsspec.filesystem("memory").pipe_file("/no-shard/web/a.tar", b"a")
+    with pytest.raises(UserError, match="web is a folder: end it with a slash"):
+        local_tar("memory://no-shard/web", tmp_path / "cache")
 
 
 def test_many_askers_at_once_fetch_once(shards: Path, tmp_path: Path):
