@@ -199,11 +199,25 @@ class ShardCache:
             if failure:
                 self.failed.hold(name, failure)
             try:
-                return self._fetch(shard, name, known)
+                return self._copy_of_changed(shard, known) or self._fetch(shard, name, known)
             except (FetchError, DamagedError, NoRoomError, OSError) as error:
                 # noted before the lock is free, or the next process would try as patiently
                 reason = str(error) if isinstance(error, (FetchError, DamagedError)) else said(error)
                 raise self._failure(shard, reason) from error
+
+    def _copy_of_changed(self, shard: str, known: Known) -> Path | None:
+        """The copy that another process has made of what a shard has become since it was counted."""
+        if known.version is None or known.is_promise:
+            return None
+        now = self.identify(shard)
+        if now == known:
+            return None
+        if (present := self.path(shard, now)).exists():
+            return present
+        self.events.append(
+            Event("changed_shards", f"shard {short_name(shard)} has changed since it was counted")
+        )
+        return None
 
     def _fetch(self, shard: str, name: str, known: Known) -> Path:
         with (

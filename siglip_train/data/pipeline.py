@@ -122,9 +122,9 @@ class Loader:
 
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
     `bad/<cause>`, `substituted`, `failed/<source>` (samples of unavailable shards), `fetch_retries`, `failed_shards`,
-    `shards_back`, `workers_replaced` (all of them, so many times), `source/<name>`, `language/<name>`.
-    unusable: `excluded/<cause>` for what the shards
-    hold but cannot be used, `repeated_keys`, `shards_left_out`; the same on all ranks. fingerprint: changes with the
+    `shards_back`, `changed_shards` (since they were counted), `workers_replaced` (all of them, so many times),
+    `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards hold but cannot be used,
+    `repeated_keys`, `shards_left_out`; the same on all ranks. fingerprint: changes with the
     samples or their order.
     """
 

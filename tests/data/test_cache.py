@@ -450,6 +450,19 @@ def test_an_object_that_was_replaced_is_no_copy_of_the_one_in_a_listing(
     assert event.name == "fetch_retries"
 
 
+def test_what_a_shard_has_become_is_fetched_once_for_all(shards: Path, server: Faults, quick: ShardCache):
+    url = f"{server.url}/00000.tar"
+    known = quick.identify(url)
+    (shards / "00002.tar").replace(shards / "00000.tar")
+    others = [ShardCache(quick.folder, patience=STEADY) for _ in range(3)]
+    copies = {cache.local_tar(url, known) for cache in (quick, *others)}
+    assert [copy.read_bytes() for copy in copies] == [(shards / "00000.tar").read_bytes()]
+    assert server.gets() == {"00000.tar": 1}
+    (event,) = quick.drain()
+    assert event == ("changed_shards", "shard 00000.tar has changed since it was counted")
+    assert not [event for cache in others for event in cache.drain()]
+
+
 def test_a_store_is_read_in_blocks_that_a_slow_line_brings_in_time(
     quick: ShardCache, monkeypatch: pytest.MonkeyPatch
 ):
