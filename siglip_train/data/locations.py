@@ -66,6 +66,11 @@ def _expand_one(pattern: str) -> list[str]:
     expanded = _braces(pattern) if "{" in pattern else [pattern]
     if is_pipe(pattern) or is_http(pattern):
         return expanded
+    try:
+        # names the package to install, or the unknown protocol, before anything is asked for
+        fsspec.get_filesystem_class(pattern.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise UserError(f"cannot read {pattern}: {error}") from error
     return [shard for url in expanded for shard in _expand_remote(url)]
 
 
@@ -107,9 +112,9 @@ def _expand_remote(url: str) -> list[str]:
     is_folder = url.endswith("/")
     if not is_folder and not glob.has_magic(url):
         return [url]
-    filesystem, path = filesystem_of(url)
-    patterns = [f"{path.rstrip('/')}/{ending}" for ending in _TAR_ENDINGS] if is_folder else [path]
     try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        patterns = [f"{path.rstrip('/')}/{ending}" for ending in _TAR_ENDINGS] if is_folder else [path]
         matches = sorted({match for pattern in patterns for match in filesystem.glob(pattern)})
     except Exception as error:  # whatever the filesystem behind the URL raises
         raise UserError(f"cannot list {url}: {said(error)}") from error

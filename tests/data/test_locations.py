@@ -43,6 +43,7 @@ def test_every_way_to_write_shards(shards: Path):
         ("nowhere.tar", "nowhere.tar"),
         ("memory://nowhere/*.tar", "nowhere"),
         ("nosuchprotocol://x/*.tar", "nosuchprotocol"),
+        ("nosuchprotocol://x/{0..2}.tar", "nosuchprotocol"),
         ([], "empty"),
         ("http://nowhere/{00..", "cannot expand the braces of http"),
         ("pipe:cat {0..", "cannot expand the braces of pipe"),
