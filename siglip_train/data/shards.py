@@ -117,7 +117,8 @@ class OpenShard(NamedTuple):
 def open_shard(shards: ShardSet, shard: int, cache: ShardCache) -> OpenShard:
     """Find or make the copy of a shard, and look whether a remote one holds what it was to hold.
 
-    Raises `UnavailableShardError`, for a local shard `BrokenTarError` and `UserError`.
+    Raises `UnavailableShardError`, for a local shard `BrokenTarError` and `UserError`, FileNotFoundError for a copy
+    that has just been removed.
     """
     url, path = shards.urls[shard], shards.paths[shard]
     if not path.exists():
@@ -125,7 +126,9 @@ def open_shard(shards: ShardSet, shard: int, cache: ShardCache) -> OpenShard:
     try:
         index = load_index(path, cache.folder)
     except BrokenTarError as error:
-        if is_remote(url) and path.exists():
+        if cache.is_copy(path) and not path.exists():
+            raise FileNotFoundError(path) from error
+        if is_remote(url):
             raise cache.reject(url, path, str(error)) from error
         raise
     samples = np.flatnonzero(complete_samples(index, shards.wanted)[2])

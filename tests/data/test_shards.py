@@ -10,6 +10,7 @@ from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import SampleError
 from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples
 from siglip_train.data.survey import survey
+from siglip_train.data.tar import TarIndex, load_index
 from siglip_train.errors import UserError
 from tests.data.faulty_server import serve
 from tests.data.shard_files import sample, without, write_index, write_shards, write_tar
@@ -57,6 +58,21 @@ def test_extra_members_are_read_where_they_are(tmp_path: Path, cache: str):
     reader = ShardReader(_survey(str(path), cache, Wanted(("png",), None, ("cls",))))
     assert reader.read(0, 0).members["cls"] == b"3"
     assert list(reader.read(0, 1).members) == ["image"]
+
+
+def test_a_copy_that_makes_room_while_it_is_opened_is_made_again(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_tar(tmp_path / "a.tar", sample("a"))
+    reader = ShardReader(_survey(f"pipe:cat {path}", cache))
+
+    def removed_before(copy: Path, folder: Path) -> TarIndex:
+        monkeypatch.undo()
+        copy.unlink()
+        return load_index(copy, folder)
+
+    monkeypatch.setattr("siglip_train.data.shards.load_index", removed_before)
+    assert reader.read(0, 0).key == "a"
 
 
 def test_a_torn_shard_counts_its_last_sample(tmp_path: Path, cache: str):
