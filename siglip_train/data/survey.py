@@ -65,7 +65,7 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
     empty. may_leave_out: so are remote ones that cannot be counted, instead of being an error. Raises `UserError` on
     every rank alike.
     """
-    urls = [expand(spec) for spec in specs]
+    urls = _expanded(specs)
     entries = _entries([url for source in urls for url in source], cache)
     tasks = [
         _Task(url, want, entries.get(url))
@@ -96,6 +96,21 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
             )
         )
     return sets
+
+
+def _expanded(specs: Sequence[str | list[str]]) -> list[list[str]]:
+    """The shards of every source as rank 0 finds them: a listing may have become longer when another asks."""
+    found: list[list[str]] | str = []
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            found = [expand(spec) for spec in specs]
+        except UserError as error:
+            # the others would wait for ever if it were raised here
+            found = str(error)
+    found = broadcast_object(found)
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
 
 
 def check_room(shard_sets: Sequence[ShardSet], cache: ShardCache, window: int, in_flight: int) -> None:

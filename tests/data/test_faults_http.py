@@ -327,7 +327,7 @@ def test_a_resume_late_in_a_long_epoch_fetches_no_more_than_the_windows_at_hand(
 def test_a_run_over_more_shards_than_fit_stays_within_the_limit(build: Build, folder: Path, server: Faults):
     size = max(entry.bytes for entry in read_index((folder / "index.json").read_text()).values())
     # what two windows and the samples in flight need
-    limit = 7 * (-(-size // 4096) * 4096)
+    limit = 8 * (-(-size // 4096) * 4096)
     options = {"cache_limit_gib": limit / 2**30, "workers": 1, "prefetch": 1}
     loader = _loader(build, server, **options)
     with most_on_disk(loader._pieces.sources[0].shards.cache) as most:

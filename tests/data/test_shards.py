@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import SampleError
@@ -137,6 +138,27 @@ def _failing_survey(shards: list[str], cache: str) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def _survey_of_what_a_rank_finds(folder: Path, cache: str) -> list[str] | str:
+    try:
+        return _survey(str(folder / f"rank{dist.get_rank()}"), cache).urls
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_all_ranks_read_what_rank_0_finds(tmp_path: Path, cache: str):
+    # as where a shard appears after rank 0 has looked
+    write_shards(tmp_path / "rank0", [2, 1])
+    write_shards(tmp_path / "rank1", [2, 1, 3])
+    expected = [str(tmp_path / "rank0" / f"0000{shard}.tar") for shard in range(2)]
+    assert run_ranks(2, _survey_of_what_a_rank_finds, tmp_path, cache) == [expected, expected]
+    for path in (tmp_path / "rank0").iterdir():
+        path.unlink()
+    first, second = run_ranks(2, _survey_of_what_a_rank_finds, tmp_path, cache)
+    assert first == second
+    assert "no shard in folder" in first
 
 
 @pytest.mark.dist
