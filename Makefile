@@ -1,9 +1,8 @@
 # `make` prints what there is. Each target makes .venv first where it is missing or pyproject.toml has changed.
 PYTHON ?= python3
 BIN := .venv/bin
-# with one thread a process, pytest's workers and the ranks they start do not crowd each other; three of them keep two
-# cores busy, as many tests wait for a server, a time-out or other processes
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+# with one thread a process, pytest's workers and the ranks they start do not crowd each other
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14

@@ -102,9 +102,9 @@ def test_matches_anywhere(positives):
 # tiles of 32 texts in bands of eight: two whole ones, the last of one column, of seven and an edge
 @pytest.mark.parametrize("m", [512, 544, 475])
 def test_several_bands_of_columns(m):
-    inputs = make(70, m, 24, *TRAINED, torch.float32)
-    check(inputs, positives=m - 40)
-    check_scores(inputs, positives=m - 40)
+    inputs = make(40, m, 24, *TRAINED, torch.float32)
+    check(inputs, positives=m - 20)
+    check_scores(inputs, positives=m - 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +115,7 @@ def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias, 
     check([images, sign * images, scale, bias], positives=0)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-9, -1e-9, 1e-6, -1e-5, -3.0, -120.0, 1e5])
+@pytest.mark.parametrize("scale", [0.0, -1e-9, 1e-6, -120.0, 1e5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_left_out_stays_out_at_any_scale(dtype, scale):
     """Matching and alike pairs and padding, which a product marks before the scale and its sign come to it."""
