@@ -132,3 +132,15 @@ def test_no_weights_are_unpickled() -> None:
     for name in source_files():
         for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", (ROOT / name).read_text()):
             assert "weights_only=True" in call, f"{name}: {call}"
+
+
+def test_only_tests_and_benchmarks_read_files_that_no_user_has() -> None:
+    """Everything else reads what one can get: `siglip-data recipes` says how."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no checkout of git to list the files of")
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    elsewhere = [name for name in names if not name.startswith(("tests/", "benchmarks/"))]
+    assert len(elsewhere) > 100
+    private = "../shared".encode()
+    assert [name for name in elsewhere if private in (ROOT / name).read_bytes()] == []
