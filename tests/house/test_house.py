@@ -142,5 +142,5 @@ def test_only_tests_and_benchmarks_read_files_that_no_user_has() -> None:
     names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     elsewhere = [name for name in names if not name.startswith(("tests/", "benchmarks/"))]
     assert len(elsewhere) > 100
-    private = "../shared".encode()
+    private = b"../shared"
     assert [name for name in elsewhere if private in (ROOT / name).read_bytes()] == []
