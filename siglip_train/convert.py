@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from siglip_train.data.prompts import read_class_names
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.evals.prompts import read_class_names
 from siglip_train.interop.conversion import PARTS, TARGETS, Conversion, Request, convert
 from siglip_train.interop.files import shortened
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import BenchmarkFolder, benchmark_folder, class_folder_names
+from siglip_train.data.prompts import canonicalise, fill, read_class_names, read_templates
 from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import (
@@ -30,17 +31,8 @@ from siglip_train.evals.label_sets import (
     read_label_sets,
     target_tensor,
 )
-from siglip_train.evals.prompts import canonicalise, fill, read_class_names, read_templates
 from siglip_train.evals.ranking import best_ranks_in_sets, is_target, top
-
-
-def class_embeddings(prompts: Tensor) -> Tensor:
-    """Normalise each prompt, average over templates, normalise again: `[C, T, E]` -> `[C, E]`.
-
-    The recipe of big_vision's discriminative classifier, of open_clip and of CLIP_benchmark.
-    """
-    unit = torch.nn.functional.normalize(prompts, dim=-1)
-    return torch.nn.functional.normalize(unit.mean(dim=1), dim=-1)
+from siglip_train.models.siglip import class_embeddings
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_train.data.images import to_rgb
-from siglip_train.interop.load import LoadedModel, load_model
+from siglip_train.interop.load import load_model
+from siglip_train.interop.loaded_model import LoadedModel
 from siglip_train.models.siglip import Siglip
 from siglip_train.models.siglip import normalize as unit_norm
 from siglip_train.models.vision import patchify

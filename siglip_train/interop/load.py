@@ -1,21 +1,19 @@
 """Open a model whatever its format: `load_model` to use it, `load_weights` to start a training from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from siglip_train.batch import Images
-from siglip_train.data.images import ImageTransform, to_rgb
-from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
+from siglip_train.data.images import ImageTransform
+from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import UserError
 from siglip_train.interop.big_vision import is_big_vision, read_big_vision
 from siglip_train.interop.files import read_json, refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
+from siglip_train.interop.loaded_model import LoadedModel
 from siglip_train.interop.native import Description, ModelFiles, is_native, read_export
 from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
 from siglip_train.interop.runs import newest_checkpoint
@@ -26,48 +24,26 @@ from siglip_train.models.siglip import Siglip
 _CONFIGS = {WEIGHTS_FILE: CONFIG_FILE, "model.safetensors": "config.json"}
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with what it needs to take pictures and texts.
-
-    tokenizer: None if the folder has none; `tokenize` then says so.
-    """
-
-    model: Siglip
-    transform: ImageTransform
-    tokenizer: Tokenizer | None
-    source: Path
-
-    def preprocess(self, image: Image.Image) -> Images:
-        """A picture of any size and mode, as `model.encode_image` takes it: a batch of one.
-
-        NaFlex models too get the square image, at the size of their position table.
-        """
-        return self.transform.batch([self.transform(to_rgb(image))])
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """int64 `[n, context_length]`, as `model.encode_text` takes it."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.source} has no tokenizer: give one with tokenizer=PATH")
-        tokens = self.tokenizer(texts)
-        vocab_size = self.model.config.text.vocab_size
-        if tokens.numel() and int(tokens.max()) >= vocab_size:
-            raise UserError(
-                f"the tokenizer {self.tokenizer.name} gives token {int(tokens.max())}, but the model in "
-                f"{self.source} has {vocab_size} tokens: this is not its tokenizer"
-            )
-        return tokens
-
-
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", *, tokenizer: str | Path | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    tokenizer: str | Path | None = None,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> LoadedModel:
     """Open a run (its newest checkpoint), a checkpoint, an export, a HuggingFace or open_clip folder, or an npz.
 
-    tokenizer: a tokenizer file or folder, instead of the model's own. The model is in evaluation mode, fp32.
+    device: of torch, or "auto", the GPU where there is one. tokenizer: a tokenizer file or folder, instead of the
+    model's own. precision: in which `embed_images` and its like run the towers; auto is bf16 autocast on a GPU, fp32
+    elsewhere. The model is in evaluation mode, its weights are fp32.
     Raises `UserError` for anything else, and for damaged or unfitting files.
     """
     path = Path(path).expanduser()
+    place = _device(device)
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision={precision} is not known: choose auto, bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if place.type == "cuda" else "fp32"
     description, state = read_model(path)
     config = description.config
     with torch.device("meta"):
@@ -75,13 +51,26 @@ def load_model(
     model.load_state_dict(state, assign=True)
     tokenizer_path = tokenizer or description.tokenizer
     return LoadedModel(
-        model=model.to(device).eval(),
+        model=model.to(place).eval(),
         transform=ImageTransform(config.vision.image_size, config.vision.patch_size, description.resize),
         tokenizer=load_tokenizer(tokenizer_path, description.rules, config.text.context_length)
         if tokenizer_path
         else None,
         source=path,
+        precision=precision,
     )
+
+
+def _device(wanted: str | torch.device) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"device={wanted} is not known: choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={wanted}, but torch sees no GPU on this machine: use cpu or auto")
+    return device
 
 
 def read_model(path: Path, skip: Sequence[str] = ()) -> ModelFiles:

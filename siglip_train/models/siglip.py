@@ -25,6 +25,15 @@ def normalize(pooled: Tensor) -> Tensor:
     return pooled / (torch.linalg.vector_norm(pooled, dim=-1, keepdim=True) + 1e-8)
 
 
+def class_embeddings(prompts: Tensor) -> Tensor:
+    """Normalise each prompt, average over templates, normalise again: `[C, T, E]` -> `[C, E]`.
+
+    The recipe of big_vision's discriminative classifier, of open_clip and of CLIP_benchmark.
+    """
+    unit = nn.functional.normalize(prompts, dim=-1)
+    return nn.functional.normalize(unit.mean(dim=1), dim=-1)
+
+
 class Siglip(nn.Module):
     """Image and text tower with logits `exp(logit_scale) * <image, text> + logit_bias` (SigLIP, section 3.2).
 

@@ -7,7 +7,8 @@ import torch
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics
 from siglip_train.evals.ranking import best_ranks_in_sets
-from siglip_train.evals.zero_shot import ZeroShotClassification, class_embeddings
+from siglip_train.evals.zero_shot import ZeroShotClassification
+from siglip_train.models.siglip import class_embeddings
 from tests.evals.fakes import FakeEncoder, image_set
 from tests.evals.goldens import load_goldens
 

@@ -1,6 +1,7 @@
 """Class names and prompt templates of zero-shot classification: read, checked, filled in."""
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from siglip_train.errors import UserError
@@ -13,7 +14,7 @@ def canonicalise(text: str) -> str:
     return " ".join(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower().split())
 
 
-def read_class_names(names: str | list[str]) -> list[str]:
+def read_class_names(names: str | Sequence[str]) -> list[str]:
     """Give the class names in label order.
 
     names: a list, a file with one name a line, or "imagenet" for the 1,000 names curated by CLIP's authors.
@@ -27,7 +28,7 @@ def read_class_names(names: str | list[str]) -> list[str]:
     return _checked(_read_lines(names, "class names"), names, "class name")
 
 
-def read_templates(templates: str | list[str]) -> list[str]:
+def read_templates(templates: str | Sequence[str]) -> list[str]:
     """Give the prompt templates, each with one place for the name: `{c}` or `{}`.
 
     templates: a list, a file with one template a line, or "openai" for CLIP's 80 ImageNet templates.
@@ -51,7 +52,7 @@ def fill(template: str, name: str) -> str:
     return template.replace("{c}" if "{c}" in template else "{}", name)
 
 
-def _read_lines(source: str | list[str], what: str) -> list[str]:
+def _read_lines(source: str | Sequence[str], what: str) -> list[str]:
     if not isinstance(source, str):
         return list(source)
     try:
@@ -63,7 +64,7 @@ def _read_lines(source: str | list[str], what: str) -> list[str]:
     return text.rstrip().split("\n") if text.strip() else []
 
 
-def _checked(lines: list[str], source: str | list[str], what: str) -> list[str]:
+def _checked(lines: list[str], source: str | Sequence[str], what: str) -> list[str]:
     where = f"in {source}" if isinstance(source, str) else "in the list"
     lines = [line.strip() for line in lines]
     if not lines:

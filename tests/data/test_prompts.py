@@ -1,7 +1,7 @@
 import pytest
 
+from siglip_train.data.prompts import canonicalise, fill, read_class_names, read_templates
 from siglip_train.errors import UserError
-from siglip_train.evals.prompts import canonicalise, fill, read_class_names, read_templates
 
 
 def test_canonical_text_has_no_case_punctuation_or_underscore():
