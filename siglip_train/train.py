@@ -1,19 +1,11 @@
 """The entry point of training: read the config, build every part in plain sight, call the loop."""
 
-import fcntl
-import json
 import logging
-import os
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import omegaconf
-from rich.console import Console
-from rich.logging import RichHandler
 
 from siglip_train import checkpoint, engine, loop
 from siglip_train.composition import instantiate_all, plain, run_hydra
@@ -22,7 +14,7 @@ from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
-from siglip_train.distributed.collectives import any_rank, barrier, broadcast_object
+from siglip_train.distributed.collectives import any_rank, barrier
 from siglip_train.distributed.setup import World, init_world, leave_world
 from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error
@@ -31,7 +23,6 @@ from siglip_train.evals.table import result_tables
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
-from siglip_train.interop.runs import run_config
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.siglip import Siglip, flops_per_pair, passes
@@ -39,7 +30,8 @@ from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
 from siglip_train.report import write_report
-from siglip_train.runtime import StopSignal, check_kernels_package, environment, seed_everything
+from siglip_train.run_dir import open_run_dir, write_text
+from siglip_train.runtime import StopSignal, check_kernels_package, seed_everything
 
 log = logging.getLogger("siglip_train")
 
@@ -58,7 +50,7 @@ def run(values: dict[str, Any]) -> None:
     config = parse(values)
     stop = StopSignal().install()
     world = init_world(config.device)
-    run_dir = _open_run_dir(config, world, values)
+    run_dir = open_run_dir(config.run_dir, world, values)
     seed_everything(config.seed)
 
     tokenizer, transform = _text_and_image_input(config)
@@ -150,7 +142,7 @@ def run(values: dict[str, Any]) -> None:
     progress = _train(trainer, progress, prepare)
     if world.is_main:
         if progress.step >= config.total_steps:
-            _write(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
+            write_text(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
         log.info(
             "%d of %d samples seen; report: %s",
             progress.samples_seen,
@@ -220,88 +212,6 @@ def _load_weights(
 def _add_adapters(model: TrainingModel, config: Config) -> None:
     if config.adapters is not None:
         add_adapters(model.model, config.adapters)
-
-
-def _open_run_dir(config: Config, world: World, values: dict[str, Any]) -> Path:
-    """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks."""
-    wanted = config.run_dir or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
-    run_dir = Path(broadcast_object(wanted))
-    failure = None
-    if world.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _claim(_start_logging(run_dir), run_dir)
-            _write_config(run_dir, {**values, "run_dir": str(run_dir)})
-            _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
-        except UserError as error:
-            failure = str(error)
-        except OSError as error:
-            failure = f"run_dir: cannot write to {run_dir}: {error}"
-    else:
-        logging.basicConfig(level=logging.WARNING, format=f"[rank {world.rank}] %(message)s")
-    failure = broadcast_object(failure)
-    if failure is not None:
-        raise UserError(failure)
-    return run_dir
-
-
-def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
-    """Keep other runs out of the folder for as long as this process lives: ranks can outlive a killed launcher."""
-    assert to_file.stream is not None, "it opens its file at once"
-    try:
-        fcntl.flock(to_file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"run_dir: another process still trains in {run_dir}; wait for its end, or end it"
-        ) from None
-    except OSError as error:
-        log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
-
-
-def _start_logging(run_dir: Path) -> logging.FileHandler:
-    """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
-    to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_file.setLevel(logging.DEBUG)
-    to_screen: logging.Handler
-    if sys.stderr.isatty():
-        to_screen = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO)
-    else:
-        to_screen = logging.StreamHandler()
-        to_screen.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        to_screen.setLevel(logging.INFO)
-    log.setLevel(logging.DEBUG)
-    log.handlers = [to_file, to_screen]
-    log.propagate = False
-    return to_file
-
-
-def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
-    """Write config.yaml; where the run had one, say which keys have changed since."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        before, after = _flat(run_config(run_dir)), _flat(values)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                log.info(
-                    "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
-                )
-    _write(path, omegaconf.OmegaConf.to_yaml(values))
-
-
-def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {path: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{path}.{key}" if path else key))
-    return flat
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:

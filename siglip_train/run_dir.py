@@ -1,0 +1,109 @@
+"""The folder of a run: agreed on by all ranks, kept to one run at a time, its config and its logs."""
+
+import fcntl
+import json
+import logging
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import omegaconf
+from rich.console import Console
+from rich.logging import RichHandler
+
+from siglip_train.distributed.collectives import broadcast_object
+from siglip_train.distributed.setup import World
+from siglip_train.errors import UserError
+from siglip_train.interop.runs import run_config
+from siglip_train.runtime import environment
+
+log = logging.getLogger("siglip_train")
+
+
+def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Path:
+    """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks.
+
+    wanted: null = a folder named by date and time. values: the composed config. Raises `UserError` on every rank where
+    the folder cannot be written to, or is another run's.
+    """
+    wanted = wanted or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    run_dir = Path(broadcast_object(wanted))
+    failure = None
+    if world.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _claim(_start_logging(run_dir), run_dir)
+            _write_config(run_dir, {**values, "run_dir": str(run_dir)})
+            write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        except UserError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"run_dir: cannot write to {run_dir}: {error}"
+    else:
+        logging.basicConfig(level=logging.WARNING, format=f"[rank {world.rank}] %(message)s")
+    failure = broadcast_object(failure)
+    if failure is not None:
+        raise UserError(failure)
+    return run_dir
+
+
+def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
+    """Keep other runs out of the folder for as long as this process lives: ranks can outlive a killed launcher."""
+    assert to_file.stream is not None, "it opens its file at once"
+    try:
+        fcntl.flock(to_file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"run_dir: another process still trains in {run_dir}; wait for its end, or end it"
+        ) from None
+    except OSError as error:
+        log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
+
+
+def _start_logging(run_dir: Path) -> logging.FileHandler:
+    """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
+    to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_file.setLevel(logging.DEBUG)
+    to_screen: logging.Handler
+    if sys.stderr.isatty():
+        to_screen = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO)
+    else:
+        to_screen = logging.StreamHandler()
+        to_screen.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        to_screen.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
+    log.handlers = [to_file, to_screen]
+    log.propagate = False
+    return to_file
+
+
+def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
+    """Write config.yaml; where the run had one, say which keys have changed since."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        before, after = _flat(run_config(run_dir)), _flat(values)
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                log.info(
+                    "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
+                )
+    write_text(path, omegaconf.OmegaConf.to_yaml(values))
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{path}.{key}" if path else key))
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
