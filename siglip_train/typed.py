@@ -91,6 +91,9 @@ def _convert_union(value: Any, options: tuple, path: str) -> Any:
 
 
 def _convert_scalar(value: Any, hint: type, path: str) -> Any:
+    # people write 4e8 samples, which is a float to YAML and Hydra
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     # bool is a subclass of int, and YAML reads 1e-3 as text but 1.0e-3 as a number
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:

@@ -44,6 +44,11 @@ def test_values_arrive_with_their_types() -> None:
     )
 
 
+def test_a_whole_float_is_an_integer_where_one_is_expected() -> None:
+    inner = build(Outer, {"needed": 1, "inner": {"size": 4e8}}).inner
+    assert (inner.size, type(inner.size)) == (400_000_000, int)
+
+
 def test_a_mapping_set_to_null_is_empty() -> None:
     assert build(Outer, {"needed": 1, "many": None}).many == {}
 
@@ -66,6 +71,7 @@ def test_defaults_and_back() -> None:
         ({"needed": 1, "inner": {"kind": "c"}}, "inner.kind: 'c' is not one of 'a', 'b'"),
         ({"needed": 1, "many": {"x": {"size": "big"}}}, "many.x.size: expected int, got 'big'"),
         ({"needed": 1, "rules": [{}, {"size": 0.5}]}, "rules[1].size: expected int, got 0.5"),
+        ({"needed": 1, "inner": {"size": float("inf")}}, "inner.size: expected int, got inf"),
         ({"needed": 1, "many": 5}, "many: expected a mapping, got 5"),
         ({"needed": 1, "pair": [1]}, "pair: expected a list of 2, got [1]"),
         ({"needed": 1, "maybe": 3}, "maybe: expected str, got 3"),

@@ -7,21 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 
-from siglip_train.composition import defaults_of, plain
-from siglip_train.config import Config
 from siglip_train.data.pipeline import DataConfig
 from siglip_train.errors import UserError
 from siglip_train.runtime import check_kernels_package
 from siglip_train.typed import build
+from tests.composing import composed, names
 from tests.conftest import ROOT
 
 PACKAGES = ("siglip_train", "kernels", "data_tools")
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
-DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml") if path.stem != "none")
-MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+EXPERIMENTS = names("experiment")
+DATA = [name for name in names("data") if name != "none"]
 
 
 def source_files() -> set[str]:
@@ -43,12 +39,6 @@ def test_no_file_is_named_after_nothing() -> None:
     assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
-def composed(*overrides: str) -> dict:
-    ConfigStore.instance().store(name="train_defaults", node=defaults_of(Config))
-    with initialize_config_module("conf", version_base="1.3"):
-        return plain(compose("train", overrides=list(overrides)))
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_its_values_win(name: str) -> None:
     base, config = composed(), composed(f"experiment={name}")
@@ -67,12 +57,6 @@ def test_every_data_config_composes_in_place_of_an_experiments(name: str) -> Non
     assert data["sources"] == alone["sources"] != {}
     assert build(DataConfig, data).sources.keys() == data["sources"].keys()
     assert composed("experiment=quickstart", "data=none")["data"]["sources"] == {}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_composes(name: str) -> None:
-    model = composed(f"model={name}")["model"]
-    assert model["vision"]["width"] % model["vision"]["heads"] == 0
 
 
 def targets(node: object) -> list[str]:
