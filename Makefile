@@ -20,8 +20,11 @@ quickstart: setup  ## generate data, train on them, evaluate, write the report (
 	$(BIN)/siglip-data make-tiny data/tiny
 	$(BIN)/siglip-train experiment=quickstart run_dir=outputs/quickstart
 
-test: setup  ## run the tests (no GPU needed)
-	$(TEST)
+test: setup  ## run the tests but the slow ones (no GPU needed)
+	$(TEST) -m "not slow and not gpu"
+
+test-all: setup  ## run the slow tests too: faults, property runs, all shapes
+	$(TEST) -m "not gpu"
 
 test-gpu: setup  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -39,7 +42,7 @@ lint: setup  ## ruff, import floors, spelling
 types: setup  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## everything that CI runs
+check: lint types test-all  ## everything that CI runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-gpu fmt lint types check
+.PHONY: help setup quickstart test test-all test-gpu fmt lint types check

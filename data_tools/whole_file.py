@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from siglip_train.errors import UserError
+from siglip_train.files import write_text
 
 
 def check_targets(*paths: Path | None) -> None:
@@ -43,10 +44,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` under a temporary name beside `path`, then rename. Raises `UserError`."""
-    partial = temporary(path)
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error

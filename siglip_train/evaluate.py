@@ -1,6 +1,5 @@
 """The entry point of evaluation: any checkpoint or published model, the tasks of a config, a table and a JSON file."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,10 @@ from siglip_train.evals.base import (
 )
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import result_tables
+from siglip_train.files import write_text
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
+from siglip_train.records import to_json
 from siglip_train.report import write_evaluation_report, write_report
 from siglip_train.typed import build
 
@@ -154,9 +155,7 @@ def _write(
         tasks, evaluations, model=checkpoint.resolve().name, pretrained=config.checkpoint
     )
     content = {"checkpoint": config.checkpoint, "metrics": flat_metrics(evaluations), "results": results}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, to_json(content, indent=1) + "\n")
     if config.benchmark_dir is not None:
         write_benchmark_results(Path(config.benchmark_dir), results)
     if (checkpoint / "checkpoints").is_dir():

@@ -1,10 +1,8 @@
 """Where numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request; progress on screen."""
 
 import hashlib
-import json
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from siglip_train.errors import UserError
-from siglip_train.records import parse_record, read_text
+from siglip_train.files import write_text
+from siglip_train.records import parse_record, read_text, to_json
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +49,15 @@ class MetricWriter:
         self._wandb = _wandb(run_dir, config, run_config) if config.wandb != "disabled" else None
 
     def write(self, step: int, samples_seen: int, metrics: dict[str, float]) -> None:
-        """Record metrics of one step; the step is the common x axis, samples seen stand beside it."""
-        record = {"step": step, "samples_seen": samples_seen, "time": time.time(), **metrics}
-        self._file.write(json.dumps(record) + "\n")
+        """Record metrics of one step; the step is the common x axis, samples seen stand beside it.
+
+        A value that is not finite is null, as JSON has no form for it, and stands by name under `not_finite`.
+        """
+        record: dict[str, Any] = {"step": step, "samples_seen": samples_seen, "time": time.time(), **metrics}
+        not_finite = {name: str(value) for name, value in metrics.items() if not math.isfinite(value)}
+        if not_finite:
+            record["not_finite"] = not_finite
+        self._file.write(to_json(record) + "\n")
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -80,9 +85,7 @@ def _drop_after(path: Path, step: int) -> None:
             len(lines) - len(kept),
             step,
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _tensorboard(run_dir: Path) -> Any:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.logging import RichHandler
 from siglip_train.distributed.collectives import broadcast_object
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
+from siglip_train.files import write_text
 from siglip_train.interop.runs import run_config
 from siglip_train.runtime import environment
 
@@ -100,10 +100,3 @@ def _flat(values: Any, path: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flat(value, f"{path}.{key}" if path else key))
     return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
+from siglip_train.files import write_text
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
@@ -30,7 +31,7 @@ from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
 from siglip_train.report import write_report
-from siglip_train.run_dir import open_run_dir, write_text
+from siglip_train.run_dir import open_run_dir
 from siglip_train.runtime import StopSignal, check_kernels_package, seed_everything
 
 log = logging.getLogger("siglip_train")

@@ -4,24 +4,38 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.faults.table import pytest_terminal_summary, record_fault  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that is made once for all pytest workers; the others wait for it."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, made = shared / name, shared / f"{name}.made"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small generated data set, made once for all pytest workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "tiny"
-    with (shared / "tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "data_tools", "make-tiny", str(folder), "--samples", "600"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return folder
+    """A small generated data set."""
+    return once(tmp_path_factory, "tiny", _make_tiny)
+
+
+def _make_tiny(folder: Path) -> None:
+    command = [sys.executable, "-m", "data_tools", "make-tiny", str(folder), "--samples", "600"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -34,6 +35,24 @@ def run_program(
 
     The exit status is the first that is not 0.
     """
+    results = run_program_by_rank(module, arguments, ranks=ranks, timeout=timeout)
+    out, err = "".join(result.stdout for result in results), "".join(result.stderr for result in results)
+    status = next((result.returncode for result in results if result.returncode != 0), 0)
+    return subprocess.CompletedProcess([module, *arguments], status, out, err)
+
+
+def run_program_by_rank(
+    module: str,
+    arguments: list[str],
+    *,
+    ranks: int,
+    timeout: float = 300,
+    prepare: Callable[[int], None] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same with output and exit status of each rank; one that takes longer than `timeout` seconds is killed (-9).
+
+    prepare: called in each process with its rank before `main`, to inject a fault there; it must be importable.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes, files = [], []
@@ -43,9 +62,11 @@ def run_program(
             if ranks > 1:
                 environment |= {name: str(value) for name, value in place.items()}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            files += [Path(folder, f"out{rank}"), Path(folder, f"err{rank}")]
+            files.append((Path(folder, f"out{rank}"), Path(folder, f"err{rank}")))
             processes.append(
-                server().Process(target=_main, args=(module, arguments, environment, *files[-2:]))
+                server().Process(
+                    target=_main, args=(module, arguments, environment, files[-1], prepare, rank)
+                )
             )
             processes[-1].start()
         try:
@@ -55,16 +76,26 @@ def run_program(
             for process in processes:
                 process.kill()
                 process.join()
-        out, err = ("".join(file.read_text() for file in files[start::2]) for start in range(2))
-    statuses = [process.exitcode for process in processes]
-    status = next((status for status in statuses if status != 0), 0)
-    return subprocess.CompletedProcess([module, *arguments], status, out, err)
+        texts = [tuple(file.read_text(errors="replace") for file in pair) for pair in files]
+    return [
+        subprocess.CompletedProcess([module, *arguments], process.exitcode, out, err)
+        for process, (out, err) in zip(processes, texts, strict=True)
+    ]
 
 
-def _main(module: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
-    for stream, path in ((1, out), (2, err)):
+def _main(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    files: tuple[Path, Path],
+    prepare: Callable[[int], None] | None,
+    rank: int,
+) -> None:
+    for stream, path in enumerate(files, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), stream)
     os.environ.update(environment)
     sys.argv = [module, *arguments]
+    if prepare is not None:
+        prepare(rank)
     sys.exit(importlib.import_module(module).main())

@@ -6,7 +6,6 @@ The picture is decoded last, and only of samples that no rule drops.
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,11 +21,11 @@ from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_
 from data_tools.reading import picture_header, plain_detail, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
-from data_tools.whole_file import temporary
 from siglip_train.data.faults import BadSample
 from siglip_train.data.images import decode
 from siglip_train.data.locations import short_name
 from siglip_train.data.shards import damaged_samples, indexed_tar
+from siglip_train.files import appearing
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ class Seen:
     def save(self, path: Path) -> None:
         """Write it; that it is there means that the shard has been looked at."""
         arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "faults"}
-        partial = temporary(path)
-        with partial.open("wb") as file:
+        with appearing(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays, faults=np.array(json.dumps(self.faults)))
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "Seen":

@@ -1,6 +1,5 @@
 """What a filtering run has kept and dropped: as JSON, as a list of what was dropped, as tables on the terminal."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from rich.text import Text
 from data_tools.filtering.decide import BROKEN, Verdict
 from data_tools.filtering.look import Seen
 from data_tools.filtering.write import WriteTask
-from data_tools.whole_file import temporary
 from siglip_train.data.shards import short_name
+from siglip_train.files import appearing
 
 REPORT, DROPPED = "report.json", "dropped.tsv"
 _NAMED = 1000
@@ -72,12 +71,10 @@ def _languages(seen: Sequence[Seen], verdict: Verdict) -> dict[str, Any]:
 
 def save_dropped(path: Path, urls: Sequence[str], seen: Sequence[Seen], verdict: Verdict) -> None:
     """A line for every sample that was dropped: where it is, by which rule first, and a detail."""
-    partial = temporary(path)
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with appearing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("shard\tkey\trule\tdetail\n")
         for line in _dropped(urls, seen, verdict):
             file.write("\t".join(" ".join(cell.split()) for cell in line) + "\n")
-    os.replace(partial, path)
 
 
 def _dropped(

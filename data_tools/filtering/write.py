@@ -1,7 +1,6 @@
 """Copy the samples of a shard that stay: the same members and bytes, in the same order."""
 
 import json
-import os
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from data_tools.facts import read_facts
 from data_tools.packing.shards import add_member
 from data_tools.reading import read_rows
-from data_tools.whole_file import temporary
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
+from siglip_train.files import appearing
 
 WEIGHT_FIELD = "balance_weight"
 
@@ -35,8 +34,7 @@ class WriteTask(NamedTuple):
 def write_shard(task: WriteTask) -> int:
     """Write one shard, complete or not at all; return 1. Raises `UserError`."""
     source, index = indexed_tar(task.url, task.cache)
-    partial = temporary(task.path)
-    with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
+    with appearing(task.path) as partial, tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         samples = read_rows(source, short_name(task.url), index, task.rows.tolist())
         for place, sample in enumerate(samples):
             members = sample.members
@@ -45,7 +43,6 @@ def write_shard(task: WriteTask) -> int:
             key = _exact_key(index, int(task.rows[place]))
             for extension, content in members.items():
                 add_member(archive, f"{key}.{extension}", content)
-    os.replace(partial, task.path)
     return 1
 
 

@@ -24,6 +24,7 @@ from siglip_train.data.shards import RawSample, ShardReader, ShardSet
 from siglip_train.data.tar import identity
 from siglip_train.distributed.collectives import broadcast_object, is_distributed
 from siglip_train.errors import UserError
+from siglip_train.files import appearing
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,10 +69,8 @@ def _rows(file: Path) -> NDArray[np.float16]:
 
 def keep(rows: NDArray[np.float16], file: Path) -> None:
     """Write the rows of a shard; they appear complete or not at all. Raises `OSError`."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
+    with appearing(file) as partial, partial.open("wb") as stream:
         np.save(stream, rows, allow_pickle=False)
-    os.replace(temporary, file)
 
 
 class Missing(NamedTuple):

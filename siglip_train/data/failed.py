@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from siglip_train.data.faults import SampleError
 from siglip_train.data.patience import Patience
+from siglip_train.files import write_text
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
@@ -84,8 +84,6 @@ class FailedShards:
         now = time.time()
         failure = Failure(shard, reason, times, now, now + delay * self._patience.timeout_seconds)
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f"{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(failure)))
-        os.replace(temporary, self._folder / f"{name}.json")
+        write_text(self._folder / f"{name}.json", json.dumps(asdict(failure)))
         self._looked = float("-inf")
         return failure

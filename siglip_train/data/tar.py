@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from siglip_train.data.faults import SampleError
 from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members
+from siglip_train.files import appearing
 
 # the folder of the cache where copies of shards lie
 COPIES = "copies"
@@ -126,9 +126,8 @@ def _read_kept(file: Path) -> TarIndex | None:
 
 def _keep(index: TarIndex, kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".npz", delete=False) as temporary:
-        np.savez(temporary, **{field.name: getattr(index, field.name) for field in fields(index)})
-    os.replace(temporary.name, kept)
+    with appearing(kept) as partial, partial.open("wb") as file:
+        np.savez(file, **{field.name: getattr(index, field.name) for field in fields(index)})
 
 
 class _Builder:

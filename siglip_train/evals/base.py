@@ -3,9 +3,7 @@
 Evaluators hold no rank logic: they ask the encoder, and every rank gets every embedding.
 """
 
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +27,9 @@ from siglip_train.data.images import ImageTransform
 from siglip_train.distributed.collectives import gather_objects, gather_rows
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
+from siglip_train.files import write_text
 from siglip_train.models.siglip import Siglip
+from siglip_train.records import to_json
 
 
 class Evaluation(NamedTuple):
@@ -242,6 +242,4 @@ def write_evaluations(folder: Path, evaluations: dict[str, Evaluation], *, step:
     folder.mkdir(parents=True, exist_ok=True)
     for task, evaluation in evaluations.items():
         content = {"task": task, "step": step, **evaluation._asdict()}
-        temporary = folder / f".{task}.json.{os.getpid()}"
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, folder / f"{task}.json")
+        write_text(folder / f"{task}.json", to_json(content))

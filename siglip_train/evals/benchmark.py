@@ -1,12 +1,12 @@
 """Results in the names and form of CLIP_benchmark, so that its tables can hold them beside those of other models."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from siglip_train.evals.base import Evaluation, Evaluator
+from siglip_train.files import write_text
+from siglip_train.records import to_json
 
 
 def benchmark_results(
@@ -49,7 +49,4 @@ def write_benchmark_results(folder: Path, results: list[dict[str, Any]]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         parts = (result[part].replace("/", "_") for part in ("dataset", "model", "language", "task"))
-        target = folder / f"{'_'.join(parts)}.json"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(folder / f"{'_'.join(parts)}.json", to_json(result) + "\n")

@@ -179,8 +179,13 @@ def _last_evaluation(path: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for record in read_records(path):
         if record.get("step", 0) <= step:
-            found.update({key: f"{value:.4g}" for key, value in record.items() if _is_headline(key)})
+            found.update({key: _shown(value) for key, value in record.items() if _is_headline(key)})
     return found
+
+
+def _shown(value: float | None) -> str:
+    """A metric; null stands for one that was not finite."""
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _is_headline(key: str) -> bool:

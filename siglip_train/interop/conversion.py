@@ -18,6 +18,7 @@ from torch import Tensor
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
+from siglip_train.files import put_folder
 from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
 from siglip_train.interop.card import training_facts, write_card
 from siglip_train.interop.fast_tokenizer import FAST_TOKENIZER_FILES, write_fast_tokenizer
@@ -191,7 +192,7 @@ def _aside(destination: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        os.replace(partial, destination)
+        put_folder(partial, destination)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {destination}: {error}") from error
     finally:

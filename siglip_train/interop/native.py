@@ -16,6 +16,7 @@ from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
+from siglip_train.files import put_folder
 from siglip_train.interop.files import read_json, read_tensors, section, shortened, write_tensors
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -134,10 +135,10 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
         replaced = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
-        os.replace(partial, folder)
+        put_folder(partial, folder)
         shutil.rmtree(replaced)
     else:
-        os.replace(partial, folder)
+        put_folder(partial, folder)
 
 
 def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:

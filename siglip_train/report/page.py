@@ -1,12 +1,12 @@
 """The page: reads the files of a run, puts the fragments in order, writes `report.html`."""
 
-import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError
+from siglip_train.files import write_text
 from siglip_train.records import parse_record, read_records, read_text
 from siglip_train.report.charts import short
 from siglip_train.report.curves import Row, duration, latest, training_charts, validation_charts
@@ -33,9 +33,7 @@ def write_evaluation_report(target: Path, name: str, evaluations: Mapping[str, d
 
 
 def _write(target: Path, page: str) -> Path:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(target, page)
     return target
 
 

@@ -1,0 +1,64 @@
+"""Files and folders that appear complete or not at all, and are there after a power failure too."""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+# what a filesystem answers that cannot do it for a folder, or at all: nothing is wrong with the file
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write a file under; at the end of the block it takes the place of `path`.
+
+    Where the block fails, what it has written is removed, and an earlier file at `path` stays. Raises `OSError`.
+    """
+    # of the main thread it is the number of the process; no other thread on the machine has the same
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to a file that is complete or as it was before. Raises `OSError`."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk and no longer in memory alone.
+
+    A rename without it can outlive a power failure that the content of the file did not.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """`flush` every file and folder in `folder`, and `folder` itself."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
+def put_folder(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name; it is on the disk first. There must be nothing at `folder`."""
+    flush_folder(partial)
+    os.replace(partial, folder)
+    flush(folder.parent)
