@@ -39,10 +39,13 @@ lint: setup  ## ruff, import floors, spelling
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell siglip_train kernels data_tools tests benchmarks conf README.md CONTRIBUTING.md
 
+map: setup  ## print every module, its lines and what it is for
+	$(BIN)/python -m tests.house.module_map
+
 types: setup  ## mypy
 	$(BIN)/mypy
 
 check: lint types test-all  ## everything that CI runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-gpu fmt lint types check
+.PHONY: help setup quickstart test test-all test-gpu fmt lint map types check
