@@ -5,7 +5,7 @@ from typing import Any
 from siglip_train.batch import Images
 
 __all__ = ["Images", "load_model"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

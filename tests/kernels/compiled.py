@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -14,6 +15,10 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # what a program may take of a multiprocessor's shared memory, in KiB
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+# Triton releases under which the bounds on registers, spills and instructions were measured. Each allots registers in
+# its own way, so they say nothing of another: to measure one, put it here and run test_compile_gate.py
+MEASURED = ("3.6", "3.8", "3.9")
+TRITON = ".".join(triton.__version__.split(".")[:2])
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
@@ -31,6 +36,12 @@ class Compiled(NamedTuple):
     @property
     def total(self) -> int:
         return self.instructions.total()
+
+
+def only_where_measured() -> None:
+    """Skip the rest of the test, bounds that hold for one compiler, under a Triton that is not in `MEASURED`."""
+    if TRITON not in MEASURED:
+        pytest.skip(f"not measured with Triton {TRITON}; what holds under any was checked")
 
 
 def compile_kernel(
