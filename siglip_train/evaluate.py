@@ -28,6 +28,7 @@ from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
 from siglip_train.records import to_json
 from siglip_train.report import write_evaluation_report, write_report
+from siglip_train.trust import check_read_back
 from siglip_train.typed import build
 
 
@@ -39,6 +40,8 @@ class EvaluateConfig:
     usually from `evaluation=NAME`; left empty, a run's own tasks. batch_size, workers: of each rank.
     output: where the JSON goes, with a report in HTML beside it (a run has its own); None = `evaluation.json` in the
     checkpoint's folder. benchmark_dir: a folder for a file each task and language, in CLIP_benchmark's form.
+    trusted_packages: packages that a run's own tasks may name besides this project's evaluators; importing one runs it.
+    allow_pipe: a run's own tasks may run commands (`pipe:`); those of the command line always may.
     """
 
     checkpoint: str
@@ -50,6 +53,8 @@ class EvaluateConfig:
     workers: int = 2
     output: str | None = None
     benchmark_dir: str | None = None
+    trusted_packages: list[str] = field(default_factory=list)
+    allow_pipe: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -71,7 +76,7 @@ def main() -> None:
 def run(values: dict[str, Any]) -> None:
     """Evaluate as the composed config `values` says. All ranks."""
     config = build(EvaluateConfig, values)
-    nodes = config.tasks or _tasks_of_run(Path(config.checkpoint))
+    nodes = config.tasks or _tasks_of_run(config)
     tasks = instantiate_all(nodes, "tasks")
     output = _writable_output(config)
     check_all(tasks, "tasks")
@@ -98,14 +103,22 @@ def run(values: dict[str, Any]) -> None:
     leave_world()
 
 
-def _tasks_of_run(checkpoint: Path) -> dict[str, Any]:
-    """Read the tasks that a run evaluated itself with, for a command that names none."""
+def _tasks_of_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Read the tasks that a run evaluated itself with, for a command that names none; the run may be a stranger's."""
+    checkpoint = Path(config.checkpoint)
     evaluation = run_config(checkpoint).get("evaluation") if (checkpoint / "config.yaml").is_file() else None
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     if not tasks or not isinstance(tasks, dict):
         raise UserError(
             f"nothing to evaluate: give evaluation=NAME (a file of conf/evaluation); {checkpoint} brings no tasks"
         )
+    check_read_back(
+        tasks,
+        "evaluation.tasks",
+        where=str(checkpoint / "config.yaml"),
+        trusted_packages=config.trusted_packages,
+        allow_pipe=config.allow_pipe,
+    )
     return tasks
 
 

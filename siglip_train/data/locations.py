@@ -12,6 +12,8 @@ import fsspec
 from siglip_train.errors import UserError, said
 
 _TAR_ENDINGS = ("*.tar", "*.tar.gz", "*.tgz")
+# they ask for bytes and nothing else; others of fsspec's open files by templates, or unpickle what a server sends
+_PLAIN_PROTOCOLS = {"file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"}
 
 
 def default_cache() -> Path:
@@ -89,6 +91,15 @@ def is_http(shard: str) -> bool:
     return shard.startswith(("http://", "https://"))
 
 
+def runs_a_program(pattern: str) -> bool:
+    """Could what stands for `shards` do more than ask for bytes: by a command, or a protocol that is not plain?"""
+    for part in _patterns(pattern):
+        protocol, mark, _ = part.partition("://")
+        if is_pipe(part) or (mark and protocol.lower() not in _PLAIN_PROTOCOLS):
+            return True
+    return False
+
+
 def short_name(shard: str) -> str:
     """The file name of a shard, as it stands in messages."""
     return shard.rstrip("/").rsplit("/", 1)[-1] or shard
@@ -112,8 +123,8 @@ def _expand_remote(url: str) -> list[str]:
     is_folder = url.endswith("/")
     if not is_folder and not glob.has_magic(url):
         return [url]
+    filesystem, path = filesystem_of(url)
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
         patterns = [f"{path.rstrip('/')}/{ending}" for ending in _TAR_ENDINGS] if is_folder else [path]
         matches = sorted({match for pattern in patterns for match in filesystem.glob(pattern)})
     except Exception as error:  # whatever the filesystem behind the URL raises
@@ -136,7 +147,8 @@ def _expand_local(pattern: str) -> list[str]:
         matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.exists(path)
         if not matches:
             raise UserError(f"no shard matches {path}" + (f" (from {pattern})" if path != pattern else ""))
-        found += matches
+        # a file may be called what would be a command
+        found += [f"./{match}" if is_pipe(match) else match for match in matches]
     return found
 
 
@@ -149,6 +161,9 @@ def _braces(pattern: str) -> list[str]:
 
 def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """fsspec's filesystem of a URL and the path in it. Raises `UserError`."""
+    if "::" in url:
+        # written out it separates shards; what braces or a listing bring would be a chain of filesystems
+        raise UserError(f"cannot read {url}: a name of a shard holds no ::")
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

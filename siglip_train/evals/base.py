@@ -4,6 +4,7 @@ Evaluators hold no rank logic: they ask the encoder, and every rank gets every e
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ from siglip_train.errors import UserError
 from siglip_train.files import write_text
 from siglip_train.models.siglip import Siglip
 from siglip_train.records import to_json
+
+# a slash would lead out of the folder, a dot at the beginning hides the file
+_PLAIN_NAME = re.compile(r"\w[\w.+ -]*")
 
 
 class Evaluation(NamedTuple):
@@ -217,6 +221,8 @@ def check_all(tasks: Mapping[str, Evaluator], path: str) -> None:
     Raises `UserError` naming the task as `path.NAME`.
     """
     for name, task in tasks.items():
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UserError(f"{path}: {name!r} cannot name a task, whose results go to a file of that name")
         try:
             task.check()
         except UserError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from siglip_train.errors import UserError
@@ -29,12 +30,21 @@ def run_folder(source: Path) -> Path | None:
     return next((p for p in (source, *source.parents[:3]) if (p / "config.yaml").is_file()), None)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases, which no run writes: a few lines of them unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds aliases (*name), which no run writes")
+        return super().compose_node(parent, index)
+
+
 def run_config(run: Path) -> dict[str, Any]:
-    """The composed config of a run. Raises `UserError` where the file is damaged."""
+    """The composed config of a run, which may be a stranger's. Raises `UserError` where the file is damaged."""
     path = run / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no config")
@@ -51,17 +61,19 @@ def read_heads(path: Path) -> dict[str, Classification]:
     run = run_folder(file.parent)
     if run is None or not file.is_file():
         return {}
-    nodes = run_config(run).get("objectives") or {}
+    nodes = run_config(run).get("objectives")
     tensors = read_tensors(file)
     heads = {}
-    for name, node in nodes.items():
-        if not node or node.get("_target_") != _TARGET:
+    for name, node in nodes.items() if isinstance(nodes, dict) else ():
+        if not isinstance(node, dict) or node.get("_target_") != _TARGET:
             continue
         prefix = f"objectives.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         try:
-            head = Classification(**{key: value for key, value in node.items() if key != "_target_"})
-            head.load_state_dict(own)
+            # without memory of its own: sizes that the weights do not have would take it before they are compared
+            with torch.device("meta"):
+                head = Classification(**{key: value for key, value in node.items() if key != "_target_"})
+            head.load_state_dict(own, assign=True)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(

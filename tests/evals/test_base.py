@@ -238,3 +238,9 @@ def test_tasks_find_their_shards_before_anything_is_embedded(tmp_path):
             check_all({"x": task(shards="nowhere.tar")}, "tasks")
     with pytest.raises(UserError, match=r"nowhere\.tar"):
         Probes(train=f"{tmp_path}/0.tar", test="nowhere.tar").check()
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "", "a\nb"])
+def test_a_task_whose_name_leads_out_of_the_folder_of_results_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a task"):
+        check_all({name: ValidationLoss(shards="a.tar")}, "tasks")

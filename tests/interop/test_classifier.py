@@ -37,7 +37,7 @@ def build_run(run: Path, *heads: str, features: str = "tokens", **vision: object
     write_export(checkpoint / "weights", model.state_dict(), Description(model.config))
     (run / "checkpoints/LAST").write_text("step-00000007\n")
     node = {"_target_": TARGET, "classes": 3, "width": 24, "features": features, "weight": 1.0}
-    objectives = {"left_out": None, **dict.fromkeys(heads, node)}
+    objectives = {"left_out": None, **{head: dict(node) for head in heads}}
     (run / "config.yaml").write_text(yaml.safe_dump({"objectives": objectives, "global_batch_size": 64}))
     shapes = {"weight": (3, 24), "bias": (3,)}
     save_file(
