@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from siglip_train.data.workers import end_with_parent
+from siglip_train.data.workers import end_with_parent, forget_safe_path, safe_path_for_children
 from siglip_train.errors import UserError
 
 Task = TypeVar("Task")
@@ -28,7 +28,9 @@ def run_all(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         try:
-            yield from pool.map(work, tasks)
+            with safe_path_for_children():
+                results = pool.map(work, tasks)
+            yield from results
         except BrokenProcessPool as error:
             raise UserError(
                 f"one of {processes} processes was killed, most often for want of memory: use fewer --workers"
@@ -38,6 +40,7 @@ def run_all(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int)
 
 
 def _begin() -> None:
+    forget_safe_path()
     # Ctrl-C reaches every process of the terminal; this one's task is to end as its parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # a parent that is killed cannot tell, and siblings hold the pipe open from which tasks come

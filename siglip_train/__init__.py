@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from siglip_train.batch import Images
+# before anything else is imported: what a file of the working folder has replaced cannot be taken back
+from siglip_train.import_path import working_folder_last
+
+working_folder_last()
+
+from siglip_train.batch import Images  # noqa: E402
 
 __all__ = ["Images", "load_model"]
 __version__ = "0.2.0"

@@ -1,8 +1,6 @@
 """Where numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request; progress on screen."""
 
-import hashlib
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from siglip_train.errors import UserError
-from siglip_train.files import write_text
-from siglip_train.records import parse_record, read_text, to_json
+from siglip_train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases
 
 log = logging.getLogger(__name__)
 
@@ -37,85 +33,36 @@ class LogConfig:
 
 
 class MetricWriter:
-    """Appends one JSON object a call to `metrics.jsonl`, and forwards it. Rank 0 only."""
+    """Appends one JSON object a call to `metrics.jsonl`, and forwards it. Rank 0 only.
+
+    Raises `UserError` where a package is missing; whatever fails later is logged, and does not end the run.
+    """
 
     def __init__(
         self, run_dir: Path, config: LogConfig, *, resumed_step: int, run_config: dict[str, Any]
     ) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        _drop_after(self._path, resumed_step)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = _tensorboard(run_dir) if config.tensorboard else None
-        self._wandb = _wandb(run_dir, config, run_config) if config.wandb != "disabled" else None
+        self._sinks = [
+            # an attempt costs nothing
+            Sink("metrics.jsonl", JsonLines(run_dir / "metrics.jsonl", resumed_step), first_pause=0)
+        ]
+        if config.tensorboard:
+            self._sinks.append(Sink("TensorBoard", TensorBoard(run_dir / "tensorboard")))
+        if config.wandb != "disabled":
+            place = WeightsAndBiases(
+                run_dir, project=config.wandb_project, mode=config.wandb, run_config=run_config
+            )
+            self._sinks.append(Sink("Weights & Biases", place))
 
     def write(self, step: int, samples_seen: int, metrics: dict[str, float]) -> None:
-        """Record metrics of one step; the step is the common x axis, samples seen stand beside it.
-
-        A value that is not finite is null, as JSON has no form for it, and stands by name under `not_finite`.
-        """
-        record: dict[str, Any] = {"step": step, "samples_seen": samples_seen, "time": time.time(), **metrics}
-        not_finite = {name: str(value) for name, value in metrics.items() if not math.isfinite(value)}
-        if not_finite:
-            record["not_finite"] = not_finite
-        self._file.write(to_json(record) + "\n")
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({"samples_seen": samples_seen, **metrics}, step=step)
+        """Record metrics of one step; the step is the common x axis, samples seen stand beside it."""
+        record = Record(step, samples_seen, time.time(), metrics)
+        for sink in self._sinks:
+            sink.write(record)
 
     def close(self) -> None:
         """Flush and finish every target."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Remove records past the step a run resumes from: they will be written again."""
-    lines = read_text(path).splitlines()
-    # without the line that was being written when the run was killed
-    records = [(line, record) for line in lines if (record := parse_record(line)) is not None]
-    kept = [line for line, record in records if record.get("step", math.inf) <= step]
-    if len(kept) < len(lines):
-        log.info(
-            "metrics.jsonl: %d records past step %d are dropped and written anew",
-            len(lines) - len(kept),
-            step,
-        )
-        write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # optional extra
-    except ImportError:
-        raise UserError(
-            "log.tensorboard=true needs the package tensorboard: pip install 'siglip-train[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(run_dir / "tensorboard"))
-
-
-def _wandb(run_dir: Path, config: LogConfig, run_config: dict[str, Any]) -> Any:
-    try:
-        import wandb  # optional extra
-    except ImportError:
-        raise UserError(
-            f"log.wandb={config.wandb} needs the package wandb: pip install 'siglip-train[wandb]'"
-        ) from None
-    # the id follows from the place, so that a resumed run goes on in its own curves
-    place = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=4).hexdigest()
-    return wandb.init(
-        project=config.wandb_project,
-        name=run_dir.name,
-        dir=str(run_dir),
-        mode=config.wandb,
-        config=run_config,
-        resume="allow",
-        id=f"{run_dir.name}-{place}",
-    )
+        for sink in self._sinks:
+            sink.close()
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Pa
     """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks.
 
     wanted: null = a folder named by date and time. values: the composed config. Raises `UserError` on every rank where
-    the folder cannot be written to, or is another run's.
+    the folder cannot be written to, is another run's, or where a restart of the launcher would begin another folder.
     """
+    if wanted is None:
+        _refuse_a_folder_for_each_attempt(os.environ)
     wanted = wanted or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     run_dir = Path(broadcast_object(wanted))
     failure = None
@@ -47,6 +51,19 @@ def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Pa
     if failure is not None:
         raise UserError(failure)
     return run_dir
+
+
+def _refuse_a_folder_for_each_attempt(variables: Mapping[str, str]) -> None:
+    what = None
+    if int(variables.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+        what = "torchrun --max-restarts starts the run again after a failure"
+    elif int(variables.get("SLURM_RESTART_COUNT") or 0) > 0:
+        what = "Slurm has put this job back into the queue"
+    if what is not None:
+        raise UserError(
+            f"run_dir: {what}, and without run_dir each attempt would begin anew in a folder named by the time; give "
+            "run_dir=PATH, and a restart goes on from its newest checkpoint"
+        )
 
 
 def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:

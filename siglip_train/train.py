@@ -17,7 +17,7 @@ from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
 from siglip_train.distributed.setup import World, init_world, leave_world
 from siglip_train.embedding_cache import embed_pictures, folder_of
-from siglip_train.errors import UserError, exit_on_user_error
+from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
 from siglip_train.files import write_text
@@ -142,16 +142,20 @@ def run(values: dict[str, Any]) -> None:
     prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
     progress = _train(trainer, progress, prepare)
     if world.is_main:
-        if progress.step >= config.total_steps:
-            write_text(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
-        log.info(
-            "%d of %d samples seen; report: %s",
-            progress.samples_seen,
-            config.total_samples,
-            write_report(run_dir),
-        )
+        _finish(run_dir, progress, config)
     barrier()
     leave_world()
+
+
+def _finish(run_dir: Path, progress: checkpoint.Progress, config: Config) -> None:
+    """Write DONE, once all samples are seen, and the report; the run is in its checkpoint, with or without them."""
+    try:
+        if progress.step >= config.total_steps:
+            write_text(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
+        report: str | Path = write_report(run_dir)
+    except OSError as error:
+        report = f"none, {said(error)}"
+    log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.total_samples, report)
 
 
 def _train(
@@ -253,7 +257,10 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
     """Run the tasks on all ranks; their details go to `evaluations/<task>.json` for the report."""
     evaluations = run_all(tasks, encoder)
     if encoder.world.is_main and evaluations:
-        write_evaluations(run_dir / "evaluations", evaluations, step=step)
+        try:
+            write_evaluations(run_dir / "evaluations", evaluations, step=step)
+        except OSError as error:
+            log.warning("the report will lack the details of this evaluation: %s", said(error))
         log.info("evaluation at step %d\n%s", step, result_tables(evaluations))
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 

@@ -2,7 +2,8 @@
 
 import signal
 
-from siglip_train.data.workers import JOB_SIGNALS
+from siglip_train.data.workers import JOB_SIGNALS, forget_safe_path
 
+forget_safe_path()
 for number in JOB_SIGNALS:
     signal.signal(number, signal.SIG_IGN)

@@ -1,17 +1,23 @@
 """What both loaders hand to torch's DataLoader: where workers come from, how they meet signals, when they end."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+JOB_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SAFE_PATH = "PYTHONSAFEPATH"
+# any text switches it on; this one tells that it was not the user who did
+_OURS = "while workers start"
 
 
 def unchanged(item: _T) -> _T:
@@ -40,7 +46,31 @@ def _server() -> BaseContext:
     # what is imported here would else be imported again by every worker, for its main module and its dataset
     ours = [name for name in sys.modules if name.startswith("siglip_train.")]
     context.set_forkserver_preload(["siglip_train.data.worker_server", *ours])
+    with safe_path_for_children():
+        forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def safe_path_for_children() -> Iterator[None]:
+    """Let Python processes that start meanwhile leave out the working folder, where `-c` would look for modules first.
+
+    A file html.py there would replace Python's own. A child begins with `forget_safe_path`.
+    """
+    if os.environ.get(_SAFE_PATH):
+        yield
+        return
+    os.environ[_SAFE_PATH] = _OURS
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_PATH]
+
+
+def forget_safe_path() -> None:
+    """Undo it in such a child: what that one starts in its turn, as a `pipe:` command, is the user's."""
+    if os.environ.get(_SAFE_PATH) == _OURS:
+        del os.environ[_SAFE_PATH]
 
 
 def outlive_signals(_: int) -> None:
