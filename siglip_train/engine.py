@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from siglip_train.data.locations import cache_folder
 from siglip_train.distributed.setup import World
 from siglip_train.models.layers import Encoder
 
@@ -78,6 +79,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
     """Switch on activation checkpointing and compile the blocks, from outside the model."""
+    if config.compile_blocks:
+        # torch's own choice is a folder in the shared temporary one whose name all can guess, and it runs what is there
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
     for module in model.modules():
         if isinstance(module, Encoder):
             module.activation_checkpointing = config.activation_checkpointing

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.packing.records import IMAGE, Part, Record
-from siglip_train.data.locations import default_cache, expand
+from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 
@@ -16,7 +16,7 @@ def tar_records(shards: str) -> list[Record]:
 
     A key that came before gets the name of its shard in front. Raises `UserError`.
     """
-    cache = default_cache()
+    cache = cache_folder(None)
     records: list[Record] = []
     seen: set[str] = set()
     for url in expand(shards):

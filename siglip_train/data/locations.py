@@ -3,6 +3,7 @@
 import getpass
 import glob
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -27,16 +28,41 @@ def default_cache() -> Path:
 
 
 def cache_folder(named: str | Path | None) -> Path:
-    """The folder of the cache that a user names, None = the usual one, made where it is missing. Raises `UserError`."""
+    """The folder of the cache that a user names, made where it is missing; None = the usual one, this user's alone.
+
+    Raises `UserError`.
+    """
     folder = Path(named).expanduser() if named else default_cache()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # what a user names may be meant for a team
+        folder.mkdir(parents=True, exist_ok=True, mode=0o777 if named else 0o700)
+        owner = "" if named else _other_owner(folder)
     except OSError as error:
         # found later, it would look like a fault of every shard
         raise UserError(
             f"{folder} cannot be the cache's folder: {error.strerror}; name another one (data.cache_dir, --cache-dir)"
         ) from error
+    if owner:
+        raise UserError(
+            f"{folder} cannot be the cache's folder: {owner}, who could put other samples in place of yours; "
+            "remove it, or name another one (data.cache_dir, --cache-dir)"
+        )
     return folder
+
+
+def _other_owner(folder: Path) -> str:
+    """Who beside this user has a say in a folder of a name that all can guess, "" = nobody; then none can read it."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is a link that somebody made"
+    if found.st_uid != os.geteuid():
+        return f"it belongs to another user (id {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others may write to it"
+    if stat.S_IMODE(found.st_mode) != stat.S_IRWXU:
+        # of an earlier version
+        folder.chmod(stat.S_IRWXU)
+    return ""
 
 
 def expand(shards: str | list[str]) -> list[str]:

@@ -1,12 +1,14 @@
 """Patterns and URLs."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from siglip_train.data.locations import beside, check_local, default_cache, expand
+from siglip_train.data.locations import beside, cache_folder, check_local, default_cache, expand
 from siglip_train.errors import UserError
 from tests.data.shard_files import write_shards
 
@@ -89,6 +91,42 @@ def test_an_empty_folder_is_named(tmp_path: Path):
 
 def test_the_default_cache_is_the_users_own():
     assert default_cache().name.startswith("siglip-train-")
+
+
+@pytest.fixture
+def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The usual folder of the cache, in a temporary folder of the test's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return default_cache()
+
+
+@pytest.mark.parametrize("mode", [None, 0o755, 0o700])
+def test_the_usual_cache_is_for_its_user_alone(usual: Path, mode: int | None) -> None:
+    if mode is not None:
+        usual.mkdir()
+        usual.chmod(mode)
+    assert cache_folder(None) == usual
+    assert usual.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_usual_cache_that_others_may_have_filled_is_refused(
+    usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    usual.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="it is a link"):
+        cache_folder(None)
+    usual.unlink()
+    usual.mkdir()
+    usual.chmod(0o777)
+    with pytest.raises(UserError, match="others may write to it"):
+        cache_folder(None)
+    usual.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(UserError, match=r"belongs to another user \(id \d+\).*data\.cache_dir"):
+        cache_folder(None)
+    # what a user names may be shared
+    assert cache_folder(str(usual)) == usual
 
 
 def test_files_beside_a_shard():

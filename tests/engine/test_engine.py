@@ -1,11 +1,14 @@
 """DeepSpeed at every ZeRO stage and rank count against plain AdamW on the whole batch in one process."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from siglip_train import engine as engines
 from siglip_train.batch import Batch, Images
+from siglip_train.data.locations import cache_folder
 from siglip_train.distributed.setup import World
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -183,11 +186,15 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(monkeypatch: py
     assert len(calls) == 2 * (CONFIG.vision.depth + CONFIG.text.depth), "every block runs forward twice"
 
 
-def test_blocks_are_compiled_one_by_one_where_asked() -> None:
+def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    # here so that it is put back
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     model = training_model()
     engines.apply_speed_options(model, engines.EngineConfig(compile_blocks=True))
     blocks = [*model.model.vision.encoder.blocks, *model.model.text.encoder.blocks]
     assert all(block._compiled_call_impl is not None for block in blocks)
     assert model.model.vision._compiled_call_impl is None
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache_folder(None) / "inductor")
     engines.apply_speed_options(plain := training_model(), engines.EngineConfig())
     assert plain.model.vision.encoder.blocks[0]._compiled_call_impl is None
