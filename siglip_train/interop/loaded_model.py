@@ -26,8 +26,8 @@ from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, class_embeddings
 
 T = TypeVar("T")
-Picture = Image.Image | str | os.PathLike[str]
-Pictures = Picture | Iterable[Picture]
+ImageLike = Image.Image | str | os.PathLike[str]
+ImagesLike = ImageLike | Iterable[ImageLike]
 
 # batches of decoded images that wait for the model: enough that it never waits for one slow file
 _BATCHES_AHEAD = 2
@@ -54,7 +54,7 @@ class LoadedModel:
     source: Path
     precision: Literal["bf16", "fp32"] = "fp32"
 
-    def preprocess(self, images: Pictures) -> Images:
+    def preprocess(self, images: ImagesLike) -> Images:
         """One image or n of them, as `model.encode_image` takes them: patches uint8 `[n, L, P]`.
 
         Raises `UserError` that names a file which is not there or is no image.
@@ -74,7 +74,7 @@ class LoadedModel:
             )
         return tokens
 
-    def embed_images(self, images: Pictures, *, batch_size: int = 64, progress: bool = True) -> Tensor:
+    def embed_images(self, images: ImagesLike, *, batch_size: int = 64, progress: bool = True) -> Tensor:
         """Embed images: `[n, E]` of unit norm. Files are read and decoded by threads while the model works.
 
         Raises `UserError` as `preprocess` does.
@@ -101,7 +101,7 @@ class LoadedModel:
 
     def zero_shot(
         self,
-        images: Pictures,
+        images: ImagesLike,
         labels: str | Sequence[str],
         *,
         templates: str | Sequence[str] = ("{}",),
@@ -127,11 +127,11 @@ class LoadedModel:
         scale, bias = self.model.logit_scale.detach().cpu().exp(), self.model.logit_bias.detach().cpu()
         return torch.sigmoid(scale * cosines + bias)
 
-    def _patches(self, image: Picture) -> NDArray:
+    def _patches(self, image: ImageLike) -> NDArray:
         """uint8 `[L, P]`."""
         return self.transform(_opened(image))
 
-    def _decoded(self, images: list[Picture], ahead: int) -> Iterator[NDArray]:
+    def _decoded(self, images: list[ImageLike], ahead: int) -> Iterator[NDArray]:
         """The patches of every image in order, at most `ahead` of them made before they are asked for."""
         threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         waiting: deque[Future[NDArray]] = deque()
@@ -163,11 +163,11 @@ class LoadedModel:
         return torch.empty(0, self.model.config.vision.width)
 
 
-def _listed(images: Pictures) -> list[Picture]:
+def _listed(images: ImagesLike) -> list[ImageLike]:
     return [images] if isinstance(images, (Image.Image, str, os.PathLike)) else list(images)
 
 
-def _opened(image: Picture) -> Image.Image:
+def _opened(image: ImageLike) -> Image.Image:
     """In RGB. Raises `UserError`."""
     if isinstance(image, Image.Image):
         try:
