@@ -52,15 +52,23 @@ def read_big_vision(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
     left over.
     """
     arrays = _unstacked(_read(path), path)
-    config = _config(arrays, path)
+    description = _describe(arrays, path)
     tensors = {name: _as_ours(name, array) for name, array in arrays.items()}
     if _INNER_POSITIONS in tensors:
         tensors["txt/pos_embedding"] = tensors["txt/pos_embedding"] + tensors.pop(_INNER_POSITIONS)
-    is_siglip_2 = config.vision.position_grid is not None or config.text.vocab_size == _SIGLIP_2_VOCABULARY
-    description = Description(
-        config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"), origin="big_vision"
-    )
+    config = description.config
     return ModelFiles(description, translate(tensors, config, "big_vision", where=path, skip=skip))
+
+
+def describe_big_vision(path: Path) -> Description:
+    """Everything but the weights, from the heads of the arrays alone."""
+    return _describe(_unstacked(_read_empty(path), path), path)
+
+
+def _describe(arrays: Mapping[str, Tensor], path: Path) -> Description:
+    config = _config(arrays, path)
+    is_siglip_2 = config.vision.position_grid is not None or config.text.vocab_size == _SIGLIP_2_VOCABULARY
+    return Description(config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"), origin="big_vision")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -70,6 +78,26 @@ def _read(path: Path) -> dict[str, Tensor]:
             return {name.removeprefix(_PARAMETERS): _tensor(archive[name]) for name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}; copy the file again") from error
+
+
+def _read_empty(path: Path) -> dict[str, Tensor]:
+    """The arrays without their contents: tensors on the meta device."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name for name in names if name.startswith(_PARAMETERS)] or names
+            return {name.removeprefix(_PARAMETERS): _empty(archive, name) for name in names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read the weights in {path}: {error}; copy the file again") from error
+
+
+def _empty(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_head = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        return torch.empty(read_head(file)[0], device="meta")
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,14 +59,21 @@ class _Index:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; where it was split, all files that `<path>.index.json` names."""
+    return {name: tensor for file in _weight_files(path) for name, tensor in _read_one(file).items()}
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that `read_tensors` would read, from the heads of the files alone."""
+    return {name: shape for file in _weight_files(path) for name, shape in _shapes_of_one(file).items()}
+
+
+def _weight_files(path: Path) -> list[Path]:
     index = path.with_name(path.name + ".index.json")
     if path.is_file():
-        return _read_one(path)
+        return [path]
     if index.is_file():
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(set(section(_Index, read_json(index), index).weight_map.values())):
-            tensors.update(_read_one(path.with_name(name)))
-        return tensors
+        names = sorted(set(section(_Index, read_json(index), index).weight_map.values()))
+        return [path.with_name(name) for name in names]
     pickles = [file for pattern in _PICKLES for file in path.parent.glob(pattern)]
     if pickles:
         refuse_pickle(pickles[0])
@@ -106,6 +113,16 @@ def _read_one(path: Path) -> dict[str, Tensor]:
         refuse_pickle(path)
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights in {path}: {error}; copy the file again") from error
+
+
+def _shapes_of_one(path: Path) -> dict[str, tuple[int, ...]]:
+    if path.is_file():
+        refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}; copy the file again") from error
 

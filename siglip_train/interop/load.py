@@ -1,21 +1,26 @@
 """Open a model whatever its format: `load_model` to use it, `load_weights` to start a training from it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.interop.big_vision import is_big_vision, read_big_vision
-from siglip_train.interop.files import read_json, refuse_pickle
+from siglip_train.interop.big_vision import describe_big_vision, is_big_vision, read_big_vision
+from siglip_train.interop.files import refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights
-from siglip_train.interop.huggingface import MODEL_TYPES, read_huggingface
+from siglip_train.interop.huggingface import (
+    CLASSIFIER,
+    check_model_type,
+    describe_huggingface,
+    read_huggingface,
+)
 from siglip_train.interop.loaded_model import LoadedModel
-from siglip_train.interop.native import Description, ModelFiles, is_native, read_export
-from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, read_open_clip
+from siglip_train.interop.native import Description, ModelFiles, describe_export, is_native, read_export
+from siglip_train.interop.open_clip import CONFIG_FILE, WEIGHTS_FILE, describe_open_clip, read_open_clip
 from siglip_train.interop.runs import newest_checkpoint
 from siglip_train.interop.same_inputs import check_inputs
 from siglip_train.models.siglip import Siglip
@@ -78,10 +83,27 @@ def read_model(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
 
     skip: beginnings of our names, which may be missing, and of the file's own, which may be left over.
     """
+    model_format, place = _format_of(path)
+    return model_format.read(place, skip)
+
+
+def read_description(path: Path) -> Description:
+    """Everything but the weights of a model in any format that `load_model` knows, without reading them."""
+    model_format, place = _format_of(path)
+    return model_format.describe(place)
+
+
+class _Format(NamedTuple):
+    describe: Callable[[Path], Description]
+    read: Callable[[Path, Sequence[str]], ModelFiles]
+
+
+def _format_of(path: Path) -> tuple[_Format, Path]:
+    """Whose files these are, and the file or folder to read. Raises `UserError` where they are nobody's."""
     if not path.exists():
         raise UserError(f"there is no model at {path}: the path does not exist")
     if is_big_vision(path):
-        return read_big_vision(path, skip)
+        return _Format(describe_big_vision, read_big_vision), path
     if path.is_file():
         refuse_pickle(path)
     beside = _CONFIGS.get(path.name) if path.is_file() else None
@@ -89,14 +111,12 @@ def read_model(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
         raise UserError(f"{path} holds weights alone: {beside}, which says their sizes, is not beside it")
     folder = path.parent if beside else _weights_folder(path)
     if beside != "config.json" and ((folder / CONFIG_FILE).is_file() or folder.suffix == ".json"):
-        return read_open_clip(folder, skip)
+        return _Format(describe_open_clip, read_open_clip), folder
     if is_native(folder):
-        return read_export(folder, skip)
+        return _Format(describe_export, read_export), folder
     if (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type in MODEL_TYPES:
-            return read_huggingface(folder, skip)
-        raise UserError(f"{folder}: model_type {model_type} is not supported, only {', '.join(MODEL_TYPES)}")
+        check_model_type(folder)
+        return _Format(describe_huggingface, read_huggingface), folder
     raise UserError(
         f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
         f"(config.json), an open_clip folder ({CONFIG_FILE}) nor an .npz of big_vision"
@@ -129,8 +149,10 @@ def load_weights(
     """
     path = Path(path).expanduser()
     files = read_model(path, skip)
+    # of the folders with an image tower some have a classifier, and the same command may be for all
+    names = (*model.state_dict(), *files.state, CLASSIFIER)
     for beginning in skip:
-        if not any(name.startswith(beginning) for name in (*model.state_dict(), *files.state)):
+        if not any(name.startswith(beginning) for name in names):
             raise UserError(
                 f"init_skip: no parameter of the model begins with {beginning!r}, nor one of {path}"
             )

@@ -43,7 +43,8 @@ class Description:
     """Everything but the weights that a model needs to be used.
 
     tokenizer: a tokenizer file or a folder with one, None = unknown. resize: the filter that squashes images.
-    origin: the library whose files these are.
+    origin: the library whose files these are. absent: beginnings of the names of parameters that they lack, `text.` and
+    `logit_` of an image tower alone; the sizes of what is absent mean nothing.
     """
 
     config: SiglipConfig
@@ -51,6 +52,7 @@ class Description:
     rules: TextRules = field(default_factory=TextRules)
     resize: Resize = "bilinear"
     origin: Origin = "native"
+    absent: tuple[str, ...] = ()
 
 
 class ModelFiles(NamedTuple):
@@ -147,6 +149,14 @@ def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
     skip: beginnings of names that may be missing or left over. Raises `UserError` for another version, wrong keys or
     values, and unfitting tensors.
     """
+    description = describe_export(folder)
+    state = read_tensors(folder / "model.safetensors")
+    check_fit(state, description.config, where=folder, skip=skip)
+    return ModelFiles(description, state)
+
+
+def describe_export(folder: Path) -> Description:
+    """Everything but the weights of an export folder."""
     content = read_json(folder / "config.json")
     if content.get("version") != VERSION:
         raise UserError(
@@ -158,15 +168,12 @@ def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
     towers = section(_Towers, export.model, where, "model")
     file = section(_Tokenizer, export.tokenizer, where, "tokenizer").file
     rules = {name: value for name, value in export.tokenizer.items() if name != "file"}
-    description = Description(
+    return Description(
         SiglipConfig(towers.vision, towers.text),
         tokenizer=None if file is None else folder / file,
         rules=build(TextRules, rules, f"{where}: tokenizer"),
         resize=export.image.resize,
     )
-    state = read_tensors(folder / "model.safetensors")
-    check_fit(state, description.config, where=folder, skip=skip)
-    return ModelFiles(description, state)
 
 
 def check_fit(

@@ -107,6 +107,14 @@ def read_open_clip(path: Path, skip: Sequence[str] = (), *, vision: VisionConfig
     `vit_<size>_patch<p>_siglip_<px>`.
     Raises `UserError` for a model that differs from SigLIP, or tensors that do not fit the config.
     """
+    description = describe_open_clip(path, vision=vision)
+    weights = (path if path.is_dir() else path.parent) / WEIGHTS_FILE
+    state = translate(read_tensors(weights), description.config, "open_clip", where=weights, skip=skip)
+    return ModelFiles(description, state)
+
+
+def describe_open_clip(path: Path, *, vision: VisionConfig | None = None) -> Description:
+    """Everything but the weights of such a folder or model JSON; `vision` as `read_open_clip` takes it."""
     config_path = path / CONFIG_FILE if path.is_dir() else path
     folder = config_path.parent
     content = read_json(config_path)
@@ -123,16 +131,13 @@ def read_open_clip(path: Path, skip: Sequence[str] = (), *, vision: VisionConfig
         raise UserError(
             f"{config_path}: embed_dim is not the width {config.vision.width} of the vision tower"
         )
-    description = Description(
+    return Description(
         config,
         tokenizer=tokenizer_in(folder),
         rules=stored_rules(folder) or _rules(text),
         resize=_resize(content.get("preprocess_cfg", {}), config_path),
         origin="open_clip",
     )
-    weights = folder / WEIGHTS_FILE
-    state = translate(read_tensors(weights), config, "open_clip", where=weights, skip=skip)
-    return ModelFiles(description, state)
 
 
 def _vision_config(values: Vision, where: Path) -> VisionConfig:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from siglip_train.batch import Images
 from siglip_train.errors import UserError
-from siglip_train.interop.huggingface import read_huggingface
+from siglip_train.interop.huggingface import describe_huggingface, read_huggingface
+from siglip_train.interop.load import load_model
 from siglip_train.interop.names import translate
 from siglip_train.models.siglip import Siglip
 from siglip_train.models.vision import patchify
@@ -244,7 +245,10 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable, messa
 WRONG_CONFIGS = [
     (lambda c: c["vision_config"].update(hidden_act="relu"), "hidden_act relu"),
     (lambda c: c["text_config"].update(layer_norm_eps=1e-5), "layer_norm_eps 1e-05"),
-    (lambda c: c["vision_config"].update(vision_use_head=False), "vision_use_head"),
+    (
+        lambda c: c["vision_config"].update(vision_use_head=False),
+        r"no parameters that begin with vision\.pool\.",
+    ),
     (lambda c: c["text_config"].update(projection_size=7), "projection_size 7"),
     (lambda c: c.update(vision_config=None), "vision_config: expected a group of keys, got None"),
     (
@@ -294,7 +298,7 @@ def test_a_stem_of_the_other_class_is_refused(
         read_huggingface(folder)
 
 
-@pytest.mark.parametrize("name", ["SiglipTextModel", "Siglip2Model", "SiglipVisionModel"])
+@pytest.mark.parametrize("name", ["SiglipTextModel", "Siglip2Model", "SiglipForMaskedLM"])
 def test_a_class_that_is_not_the_image_text_model_is_refused(folder: Path, name: str) -> None:
     edit_config(folder, lambda c: c.update(architectures=[name]))
     with pytest.raises(
@@ -321,13 +325,21 @@ def test_damaged_files_are_told(folder: Path) -> None:
         ("Siglip2Tokenizer", 50, (False, "pad")),
         (None, 50, (True, "eos")),
         (None, 256000, (False, "pad")),
+        ("TokenizersBackend", 256000, (False, "pad")),
+        ("TokenizersBackend", 50, (True, "eos")),
+        ("TokenizersBackend <pad> <eos>", 50, (False, "pad")),
+        ("PreTrainedTokenizerFast </s> </s>", 50, (True, "eos")),
     ],
 )
 def test_text_rules_follow_the_tokenizer(
     folder: Path, tokenizer_class: str | None, vocabulary: int, expected: tuple
 ) -> None:
+    """The generic classes of transformers 5 say nothing; the tokens that stand beside them do."""
     if tokenizer_class:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+        name, *tokens = tokenizer_class.split()
+        declared = dict(zip(("pad_token", "eos_token"), tokens, strict=False))
+        content = {"tokenizer_class": name, **declared}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content))
     edit_config(folder, lambda c: c["text_config"].update(vocab_size=vocabulary))
     name = "text_model.embeddings.token_embedding.weight"
     edit_weights(folder, lambda t: t.update({name: torch.zeros(vocabulary, 32)}))
@@ -346,4 +358,86 @@ def test_preprocessor_config_decides_the_filter(folder: Path) -> None:
         read_huggingface(folder)
     preprocessor.write_text(json.dumps({"resample": 1}))
     with pytest.raises(UserError, match="resample 1"):
+        read_huggingface(folder)
+
+
+def test_processor_config_comes_before_preprocessor_config(folder: Path) -> None:
+    """transformers 5 nests one in the other, and reads what is nested first."""
+    (folder / "preprocessor_config.json").write_text(json.dumps({"resample": 3}))
+    processor = folder / "processor_config.json"
+    processor.write_text(json.dumps({"processor_class": "SiglipProcessor"}))
+    assert read_huggingface(folder).description.resize == "bicubic"
+    processor.write_text(json.dumps({"image_processor": {"resample": 2, "image_std": [0.5] * 3}}))
+    assert read_huggingface(folder).description.resize == "bilinear"
+    for nested, message in (
+        ({"image_std": [0.27, 0.26, 0.28]}, r"processor_config.json: image_std \[0.27"),
+        ({"do_normalize": False}, "do_normalize false is not supported"),
+    ):
+        processor.write_text(json.dumps({"image_processor": nested}))
+        with pytest.raises(UserError, match=message):
+            read_huggingface(folder)
+
+
+def written(folder: Path, name: str, **vision: object) -> Path:
+    """A folder of one of transformers' classes, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(
+        vision_config={**sizes, "image_size": 16, "patch_size": 4, **vision},
+        text_config={**sizes, "vocab_size": 30, "max_position_embeddings": 6, "projection_size": 24},
+    )
+    part = config.vision_config if name == "SiglipVisionModel" else config
+    getattr(transformers, name)(part).save_pretrained(folder)
+    return folder
+
+
+SKIP = ["text.", "logit_"]
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_an_image_tower_alone_is_read_as_that(tmp_path: Path, has_prefix: bool) -> None:
+    """With and without `vision_model.` before its names: versions of transformers differ."""
+    folder = written(tmp_path, "SiglipVisionModel")
+    tensors = {name.removeprefix("vision_model."): value
+               for name, value in load_file(folder / "model.safetensors").items()}  # fmt: skip
+    start = "vision_model." if has_prefix else ""
+    save_file({start + name: value for name, value in tensors.items()}, folder / "model.safetensors")
+    files = read_huggingface(folder, SKIP)
+    assert files.description.absent == ("text.", "logit_")
+    stem = tensors["embeddings.patch_embedding.weight"].permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(files.state["vision.patch_embedding.weight"], stem)
+    assert {name.split(".")[0] for name in files.state} == {"vision"}
+    with pytest.raises(
+        UserError, match=r"no parameters that begin with text\., logit_; a training can start"
+    ):
+        read_huggingface(folder)
+
+
+def test_a_classifier_gives_its_image_tower(tmp_path: Path) -> None:
+    files = read_huggingface(written(tmp_path, "SiglipForImageClassification"), [*SKIP, "vision.pool."])
+    assert files.description.absent[:2] == ("text.", "logit_")
+    assert files.state.keys() >= {"vision.position_table", "vision.encoder.blocks.1.mlp.fc2.bias"}
+    assert not any("classifier" in name for name in files.state)
+
+
+def test_a_tower_without_its_pooling_head_lacks_that_too(tmp_path: Path) -> None:
+    """As PaliGemma has it."""
+    folder = written(tmp_path, "SiglipVisionModel", vision_use_head=False)
+    assert describe_huggingface(folder).absent == ("text.", "logit_", "vision.pool.")
+    assert "vision.position_table" in read_huggingface(folder, [*SKIP, "vision.pool."]).state
+
+
+def test_a_language_model_around_the_tower_is_told_from_a_model(tmp_path: Path, folder: Path) -> None:
+    for config in (
+        {"model_type": "paligemma", "vision_config": {"model_type": "siglip_vision_model"}},
+        {"model_type": "llava_qwen", "mm_vision_tower": "google/siglip-so400m-patch14-384"},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            UserError, match=rf"a whole {config['model_type']} with a language model, .*save that"
+        ):
+            load_model(tmp_path)
+    edit_weights(folder, lambda t: [t.update({f"vision_tower.{name}": t.pop(name)}) for name in list(t)])
+    with pytest.raises(UserError, match=r"called vision_tower\.vision_model\.…, as in a dump of a larger"):
         read_huggingface(folder)

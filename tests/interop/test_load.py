@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import siglip_train
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.interop.load import load_model, load_weights
+from siglip_train.interop.load import load_model, load_weights, read_description, read_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table
 from siglip_train.models.siglip import Siglip
@@ -114,6 +114,14 @@ def test_a_file_of_weights_stands_for_its_folder(run_dir: Path, tmp_path: Path) 
         shutil.copy(weights, tmp_path / name)
         with pytest.raises(UserError, match=rf"{name} holds weights alone: {config}, .* is not beside it"):
             load_model(tmp_path / name)
+
+
+def test_a_model_is_described_without_its_weights_as_with_them(run_dir: Path, tmp_path: Path) -> None:
+    paths = [run_dir, golden_folder("hf_siglip_b8_i32"), golden_folder("hf_siglip2_nf_p8_g4")]
+    model = small_model()
+    np.savez(tmp_path / "model.npz", **flax_arrays(model))
+    for path in (*paths, tmp_path / "model.npz"):
+        assert read_description(path) == read_model(path).description, path
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
