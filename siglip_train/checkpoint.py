@@ -29,7 +29,11 @@ MODEL_PREFIX = "model."
 
 @dataclass
 class CheckpointConfig:
-    """When to save and how many to keep; a checkpoint is always written at the end and on a stop signal."""
+    """When to save and how many to keep; a checkpoint is always written at the end and on a stop signal.
+
+    every_steps: optimizer steps from one to the next, 0 = not by steps. every_minutes: the same by the clock, 0 = not.
+    keep: the newest so many stay.
+    """
 
     every_steps: int = 1000
     every_minutes: float = 0.0

@@ -18,7 +18,12 @@ from siglip_train.typed import build
 
 @dataclass
 class EvaluationConfig:
-    """Evaluations inside a run: `tasks` are `_target_` nodes by name, null = none; every_steps=0: at the end only."""
+    """Evaluations inside a run.
+
+    every_steps: optimizer steps from one to the next, 0 = at the end only. batch_size: rows that a rank embeds at once.
+    tasks: what to measure, by names of your own; each has a `_target_`, which class it is, and that one's keys.
+    `+evaluation@evaluation.tasks=NAME` brings those of a file, null leaves one out (or all).
+    """
 
     every_steps: int = 0
     batch_size: int = 64
@@ -33,6 +38,15 @@ class EvaluationConfig:
 @dataclass
 class Config:
     """Everything `siglip-train` takes.
+
+    tokenizer: a sentencepiece `.model`, a `.json` of the tokenizers library, or a folder with one. total_samples: pairs
+    at which the run ends, and its schedule; those of a last partial step are made whole. run_dir: where everything of
+    the run is written, null = `outputs/DATE/TIME`. seed: of weights, order of data, augmentation and dropout. device:
+    auto = a GPU where there is one. precision: of products in the model, weights stay in fp32; auto = bf16 on a GPU,
+    fp32 on a CPU. stop_after_steps: end earlier, with a checkpoint, the schedule as if it went on. resume: auto = from
+    the newest checkpoint in `run_dir`, if any; a run or a checkpoint = from there; null = never. objectives: the terms
+    of the loss, by names of your own; each has a `_target_`, which class it is, and that one's keys. `sigmoid` is there
+    unless it is set to null.
 
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.

@@ -25,6 +25,8 @@ class EngineConfig:
     """How the model is sharded and sped up.
 
     zero_stage: 0 = plain data parallelism, 1 = optimizer state, 2 = + gradients, 3 = + parameters sharded over ranks.
+    activation_checkpointing: compute each block once more in the backward pass, to keep its input alone: less memory, a
+    third more work. compile_blocks: torch.compile on each transformer block.
     reduce_dtype: what gradients (and ZeRO-3 parameters) travel in under bf16; fp32 is exact, bf16 halves the traffic.
     """
 

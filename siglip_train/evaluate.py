@@ -1,6 +1,7 @@
 """The entry point of evaluation: any checkpoint or published model, the tasks of a config, a table and a JSON file."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch
 from rich.console import Console
 
 from siglip_train.composition import instantiate_all, plain, run_hydra
+from siglip_train.data.workers import Workers, worker_count
 from siglip_train.distributed.collectives import barrier
 from siglip_train.distributed.setup import init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
@@ -26,6 +28,7 @@ from siglip_train.evals.table import result_tables
 from siglip_train.files import write_text
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
+from siglip_train.keys import print_keys
 from siglip_train.records import to_json
 from siglip_train.report import write_evaluation_report, write_report
 from siglip_train.trust import check_read_back
@@ -36,9 +39,12 @@ from siglip_train.typed import build
 class EvaluateConfig:
     """Everything `siglip-eval` takes.
 
-    checkpoint: a run, a checkpoint, an export, or a model of another library. tasks: `_target_` nodes by name,
-    usually from `evaluation=NAME`; left empty, a run's own tasks. batch_size, workers: of each rank.
-    output: where the JSON goes, with a report in HTML beside it (a run has its own); None = `evaluation.json` in the
+    checkpoint: a run, a checkpoint, an export, or a model of another library. tasks: what to measure, by names of your
+    own; each has a `_target_`, which class it is, and that one's keys; usually from `evaluation=NAME`, and left empty,
+    a run's own. tokenizer: in place of the model's, or for one that brings none. device: auto = a GPU where there is
+    one. precision: auto = bf16 on a GPU, fp32 on a CPU. batch_size: rows that a rank embeds at once. workers: processes
+    of a rank that read and decode; auto = the cores that a rank has, at most 12.
+    output: where the JSON goes, with a report in HTML beside it (a run has its own); null = `evaluation.json` in the
     checkpoint's folder. benchmark_dir: a folder for a file each task and language, in CLIP_benchmark's form.
     trusted_packages: packages that a run's own tasks may name besides this project's evaluators; importing one runs it.
     allow_pipe: a run's own tasks may run commands (`pipe:`); those of the command line always may.
@@ -50,7 +56,7 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     batch_size: int = 64
-    workers: int = 2
+    workers: Workers = "auto"
     output: str | None = None
     benchmark_dir: str | None = None
     trusted_packages: list[str] = field(default_factory=list)
@@ -58,13 +64,15 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.batch_size < 1 or self.workers < 0:
+        if self.batch_size < 1 or worker_count(self.workers) < 0:
             raise ValueError("batch_size must be at least 1 and workers must not be negative")
 
 
 @exit_on_user_error
 def main() -> None:
-    """`siglip-eval checkpoint=PATH [evaluation=NAME] [key=value …]`."""
+    """`siglip-eval checkpoint=PATH [evaluation=NAME] [key=value …]`, or `siglip-eval --keys [PREFIX]`."""
+    if print_keys(EvaluateConfig, sys.argv[1:]):
+        return
     run_hydra(
         lambda raw: run(plain(raw)),
         config_name="evaluate",
@@ -90,7 +98,7 @@ def run(values: dict[str, Any]) -> None:
         world=world,
         precision=_precision(config.precision, world.device),
         batch_size=config.batch_size,
-        workers=config.workers,
+        workers=worker_count(config.workers),
         heads={name: head.to(world.device) for name, head in read_heads(Path(config.checkpoint)).items()},
     )
     evaluations = run_all(tasks, encoder)

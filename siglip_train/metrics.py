@@ -19,7 +19,11 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40
 
 @dataclass
 class LogConfig:
-    """How often, and where besides metrics.jsonl."""
+    """How often, and where besides metrics.jsonl.
+
+    every_steps: optimizer steps from one line to the next. tensorboard: also for TensorBoard, in `run_dir/tensorboard`.
+    wandb: also to Weights & Biases; offline = into a folder, to upload later. wandb_project: its project there.
+    """
 
     every_steps: int = 10
     tensorboard: bool = False

@@ -16,6 +16,7 @@ from siglip_train.errors import UserError
 class ParameterRule:
     """What happens to the parameters whose name `pattern` finds (re.search); the first rule that matches decides.
 
+    pattern: regular expression. decay: whether weight decay applies. lr_multiplier: factor of the learning rate.
     frozen: no gradient and no optimizer state; nothing is computed backward below the lowest parameter that trains.
     """
 
@@ -45,9 +46,12 @@ DEFAULT_RULES = (
 class OptimConfig:
     """AdamW and its schedule.
 
-    weight_decay has torch AdamW's meaning: the decay of a step is lr * weight_decay * weight. The papers' 1e-4 at
-    lr 1e-3 is big_vision's decoupled form and equals 0.1 here.
-    rules come before the built-in ones, which decay linear weights only; a parameter that none covers is an error.
+    lr: learning rate after the warm-up. weight_decay: of linear weights, as torch's AdamW means it: a step takes
+    lr * weight_decay * weight away. The papers' 1e-4 at lr 1e-3 is big_vision's decoupled form and equals 0.1 here.
+    betas: of the running means of gradients and of their squares. eps: added to the root of the latter.
+    warmup_samples: pairs over which the learning rate rises from 0. schedule: how it then falls to 0 at the end;
+    constant = not at all. clip_norm: longest gradient, over all parameters; longer ones are shortened to it.
+    rules: come before the built-in ones, which decay linear weights only; a parameter that none covers is an error.
     layer_decay: of the learning rate, for each layer down from the top of either tower: the head and the last norm keep
     it, the last block has it once, the first block `depth` times, embeddings once more. decay_pretrained: whether
     weights that `init_from` gave are decayed; False keeps a pretrained tower what it is (SigLIP, section 4.5).

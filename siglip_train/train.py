@@ -24,6 +24,7 @@ from siglip_train.files import write_text
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, write_export
+from siglip_train.keys import print_keys
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.siglip import Siglip, flops_per_pair, passes
@@ -41,7 +42,9 @@ OPEN_GROUPS = ("adapters.", "data.sources.", "evaluation.tasks.", "objectives.")
 
 @exit_on_user_error
 def main() -> None:
-    """`siglip-train [experiment=NAME] [key=value …]`."""
+    """`siglip-train [experiment=NAME] [key=value …]`, or `siglip-train --keys [PREFIX]`."""
+    if print_keys(Config, sys.argv[1:]):
+        return
     check_kernels_package()
     run_hydra(lambda raw: run(plain(raw)), config_name="train", config_class=Config, open_groups=OPEN_GROUPS)
 
@@ -99,7 +102,7 @@ def run(values: dict[str, Any]) -> None:
         world=world,
         precision=precision,
         batch_size=config.evaluation.batch_size,
-        workers=config.data.workers,
+        workers=config.data.worker_count,
         scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
         on_batch=_leave_if_stopped(stop),
         heads=dict(model.objectives.items()),

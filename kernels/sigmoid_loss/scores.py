@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import scores_of
-from kernels.sigmoid_loss.pairs import PairIds, Scores, check_types, make_pair_ids, make_pairs
+from kernels.sigmoid_loss.block import Scores, sigmoid_loss_block_scores
+from kernels.sigmoid_loss.op import check_types
+from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
 
 
 def sigmoid_loss_scores(
@@ -31,7 +32,7 @@ def sigmoid_loss_scores(
     if ids is not None:
         ids = make_pair_ids(*ids, inputs[:2])
     with torch.autocast(image_embeddings.device.type, enabled=False):
-        return scores_of(*make_pairs(*inputs, ids), positives=positives)
+        return sigmoid_loss_block_scores(*inputs, positives=positives, ids=ids)
 
 
 def _check_shapes(images: Tensor, texts: Tensor) -> None:

@@ -31,8 +31,9 @@ from siglip_train.data.shards import ShardReader, ShardSet, Wanted
 from siglip_train.data.survey import Progress, check_room, survey
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.data.watchdog import STALL_SECONDS, watched
-from siglip_train.data.workers import unchanged, worker_options
+from siglip_train.data.workers import Workers, unchanged, worker_count, worker_options
 from siglip_train.distributed.collectives import sum_over_ranks
+from siglip_train.distributed.cores import cores_of_rank
 from siglip_train.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +67,11 @@ class DataConfig:
 
     stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
     resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
+    workers: processes of a rank that read and decode, 0 = the training process itself; auto = the cores that a rank
+    has, at most 12. The samples and their order do not depend on it.
     shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
+    resize: filter by which images are brought to the model's size. flip: mirror every second image. min_crop_area:
+    below 1, a random crop of at least this share of the area is taken in place of the whole image.
     reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
     max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
@@ -82,7 +87,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     stages: list[StageConfig] = field(default_factory=list)
-    workers: int = 2
+    workers: Workers = "auto"
     shuffle_window: int = 16384
     order: Order = "shuffled"
     resize: Literal["bilinear", "bicubic"] = "bilinear"
@@ -102,7 +107,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.workers < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
+        if self.worker_count < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
             raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
         if not self.stall_seconds > 0:
             raise ValueError(f"stall_seconds must be above 0, got {self.stall_seconds}")
@@ -115,6 +120,11 @@ class DataConfig:
                 "embedding_dir keeps what the tower makes of whole pictures, so they cannot be cropped or mirrored: set"
                 " data.flip=false data.min_crop_area=1.0, or data.embedding_dir=null"
             )
+
+    @property
+    def worker_count(self) -> int:
+        """Loader processes of this rank."""
+        return worker_count(self.workers)
 
 
 class Loader:
@@ -152,8 +162,12 @@ class Loader:
         return {**sum_over_ranks(self.counts), **self.unusable, **through}
 
     def outlook(self, total_samples: int) -> list[str]:
-        """What a run of so many samples takes of its sources, in lines for the log."""
-        return outlook(self._pieces.sources, self._pieces.mixture, total_samples)
+        """What a run of so many samples takes of its sources, and who reads them, in lines for the log."""
+        lines = outlook(self._pieces.sources, self._pieces.mixture, total_samples)
+        if self.config.workers == "auto":
+            workers, cores = self.config.worker_count, cores_of_rank()
+            lines.append(f"data.workers=auto: {workers} loader processes a rank, which has {cores} cores")
+        return lines
 
     def state(self) -> dict[str, Any]:
         """What `build_loader` needs to go on after the last batch handed out.  # all ranks"""
@@ -278,8 +292,8 @@ class Loader:
 def _in_flight(pieces: Pieces, config: DataConfig) -> int:
     """Samples of the run that workers may have begun beyond those handed out."""
     # one batch is gathered ahead
-    batches = -(-config.workers * config.prefetch // pieces.per_batch) + 1
-    return batches * pieces.share.global_batch_size if config.workers else 0
+    batches = -(-config.worker_count * config.prefetch // pieces.per_batch) + 1
+    return batches * pieces.share.global_batch_size if config.worker_count else 0
 
 
 class _Gathered(NamedTuple):
@@ -326,14 +340,15 @@ def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
 
 def _data_loader(pieces: Pieces, first: int, config: DataConfig) -> DataLoader:
     # those that workers may have begun, and the ones that a batch is being gathered of
-    in_use = config.workers * config.prefetch + pieces.per_batch
+    workers = config.worker_count
+    in_use = workers * config.prefetch + pieces.per_batch
     return DataLoader(
-        pieces.shared(in_use) if config.workers else pieces,
+        pieces.shared(in_use) if workers else pieces,
         batch_size=None,
         collate_fn=unchanged,
         sampler=itertools.count(first),  # type: ignore[arg-type]
-        prefetch_factor=config.prefetch if config.workers else None,
-        **worker_options(config.workers),
+        prefetch_factor=config.prefetch if workers else None,
+        **worker_options(workers),
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 class Selection:
     """Samples whose key `keys` finds (re.search), and of those the train or the held-out part.
 
-    held_out: share of the groups that is held out, by a hash of the group, so that it does not depend on the seed or
-    on what else the shards hold. by: regular expression whose first group names what must not be torn apart (all
-    captions of one picture, say); default: every key for itself. part: which of the two is meant here.
+    keys: regular expression that finds something in a key. held_out: share of the groups that is held out, by a hash of
+    the group, so that it does not depend on the seed or on what else the shards hold. by: regular expression whose
+    first group names what must not be torn apart (all captions of one picture, say); default: every key for itself.
+    part: which of the two is meant here.
     """
 
     keys: str = ""

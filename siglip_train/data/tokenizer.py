@@ -28,6 +28,9 @@ class TextRules:
 
     SigLIP 2: lower-case, pad with the pad token. SigLIP 1 (`strip_punctuation=True, pad="eos"`) also strips
     ASCII punctuation, collapses spaces, and pads with EOS.
+
+    lowercase: write all in lower case. strip_punctuation: take ASCII punctuation out, and make one space of several.
+    pad: what fills a text up to the context length: the pad token, or EOS again.
     """
 
     lowercase: bool = True

@@ -11,8 +11,13 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from siglip_train.distributed.cores import cores_of_rank
+
+Workers = int | Literal["auto"]
+# more decode faster than a GPU trains, and each takes memory
+MOST_WORKERS = 12
 _T = TypeVar("_T")
 JOB_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -23,6 +28,11 @@ _OURS = "while workers start"
 def unchanged(item: _T) -> _T:
     """Collate nothing: an item is a batch already."""
     return item
+
+
+def worker_count(wanted: Workers) -> int:
+    """How many processes a rank's loader has: as wanted; `auto`: one for each core of the rank, at most 12."""
+    return min(cores_of_rank(), MOST_WORKERS) if wanted == "auto" else wanted
 
 
 def worker_options(workers: int) -> dict[str, Any]:

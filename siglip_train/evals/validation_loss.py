@@ -19,7 +19,9 @@ class ValidationLoss:
 
     The loss grows with the number of negatives, hence the fixed block: the value depends neither on the
     training batch nor on the number of ranks. Blocks follow the data order; the remainder is left out.
-    Of several captions the first (of `language`, if given) is taken.
+
+    reference_batch: pairs in a block. language: of several captions the first of this language is taken; null = the
+    first.
     """
 
     shards: str | list[str]

@@ -15,7 +15,9 @@ from siglip_train.models.layers import Encoder, Gelu, check_sizes, init_lecun
 class TextConfig:
     """Sizes of the text tower.
 
-    context_length: every text is padded or cut to exactly so many tokens.
+    context_length: every text is padded or cut to exactly so many tokens. vocab_size: tokens that have an embedding, at
+    least the tokenizer's. width: of a token. depth: transformer blocks. mlp_dim: width inside an MLP. heads: of
+    attention, a divisor of `width`. gelu: as in the vision tower.
     projection: False = the pooled vector is the embedding, so `width` must equal that of the vision tower.
     """
 

@@ -21,6 +21,8 @@ class VisionConfig:
     """Sizes of the vision tower.
 
     image_size: side of the square input in pixels; what exceeds a multiple of `patch_size` is dropped.
+    patch_size: side of a patch in pixels. width: of a token, and of the embedding. depth: transformer blocks.
+    mlp_dim: width inside an MLP. heads: of attention, a divisor of `width`.
     pool: "map" = attention with a learned probe, "cls" = a learned token in front, "average" = token mean.
     gelu: "tanh" in big_vision and HF; "erf" in several open_clip models.
     position_grid: side of the learned position table; None = `image_size // patch_size`.

@@ -1,1 +1,0 @@
-"""The Triton kernels and the host code that launches them. Importing the package imports no Triton."""
