@@ -2,10 +2,12 @@
 
 `checkpoints/step-NNNNNNNN/` holds `weights/` (an export folder that `load_model` opens), `heads.safetensors` (what
 objectives own, and layers with adapters, which are merged in `weights/` and go on from here), `moments.safetensors`
-(AdamW's, by parameter name) and `state.json`; `checkpoints/LAST` names the newest.
+(AdamW's, by parameter name), `state.json`, and `manifest.json` with size and SHA-256 of these files;
+`checkpoints/LAST` names the newest. Which one a run resumes from is decided in `resume.py`.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,16 +17,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from siglip_train import engine as engines
 from siglip_train.distributed.collectives import broadcast_object
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
+from siglip_train.files import put_folder, write_text
+from siglip_train.integrity import MANIFEST, damage, sealing
+from siglip_train.interop.files import write_tensors
+from siglip_train.interop.runs import LAST, checkpoint_name, checkpoints_in, step_of
 from siglip_train.models.adapters import is_unmerged, merged_name
 
+log = logging.getLogger(__name__)
+
 MODEL_PREFIX = "model."
+# in state.json: a manifest was written too, so that one without it is known to be damaged
+_SEALED = "sealed"
 
 
 @dataclass
@@ -32,18 +42,20 @@ class CheckpointConfig:
     """When to save and how many to keep; a checkpoint is always written at the end and on a stop signal.
 
     every_steps: optimizer steps from one to the next, 0 = not by steps. every_minutes: the same by the clock, 0 = not.
-    keep: the newest so many stay.
+    keep: the newest so many stay. keep_every_steps: those at multiples of it stay too, 0 = none do.
     """
 
     every_steps: int = 1000
     every_minutes: float = 0.0
     keep: int = 2
+    keep_every_steps: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.every_steps < 0 or self.every_minutes < 0 or self.keep < 1:
+        if min(self.every_steps, self.every_minutes, self.keep_every_steps) < 0 or self.keep < 1:
             raise ValueError(
-                "every_steps and every_minutes must not be negative (0 = off), keep must be at least 1"
+                "every_steps, every_minutes and keep_every_steps must not be negative (0 = off), "
+                "keep must be at least 1"
             )
 
 
@@ -75,6 +87,7 @@ class Checkpoints:
         self._config = config
         self._write_weights = write_weights
         self._last_time = time.monotonic()
+        self._not_removed: set[Path] = set()
         self.last_step: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -87,7 +100,7 @@ class Checkpoints:
         return broadcast_object(time.monotonic() - self._last_time > 60 * config.every_minutes)
 
     def save(self, engine: Any, progress: Progress) -> None:
-        """Write the checkpoint aside, then rename it; delete the oldest beyond `keep`. All ranks.
+        """Write the checkpoint aside, then rename it; delete what is older than the newest `keep`. All ranks.
 
         Raises `UserError` on every rank when rank 0 cannot write (a full disk).
         """
@@ -99,7 +112,7 @@ class Checkpoints:
         if engine.global_rank == 0:
             try:
                 self._write(weights, moments, progress)
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, UserError) as error:
                 failure = f"cannot write a checkpoint to {self._folder}: {error}; earlier ones are untouched"
         failure = broadcast_object(failure)
         if failure is not None:
@@ -108,41 +121,68 @@ class Checkpoints:
         self._last_time = time.monotonic()
 
     def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress) -> None:
-        final = self._folder / f"step-{progress.step:08d}"
+        final = self._folder / checkpoint_name(progress.step)
         partial = self._folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        try:
+            self._fill(partial, weights, moments, progress)
+            self._put(partial, final)
+        finally:
+            # of a full disk, what was written of this one
+            shutil.rmtree(partial, ignore_errors=True)
+        write_text(self._folder / LAST, final.name + "\n")
+        for old in self._aged(final):
+            self._remove(old)
+
+    def _fill(
+        self, folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], progress: Progress
+    ) -> None:
         model = {k.removeprefix(MODEL_PREFIX): v for k, v in weights.items() if k.startswith(MODEL_PREFIX)}
         heads = {k: v for k, v in weights.items() if not k.startswith(MODEL_PREFIX) or is_unmerged(k)}
-        self._write_weights(partial / "weights", model)
-        save_file(heads, partial / "heads.safetensors")
-        save_file(moments, partial / "moments.safetensors")
-        (partial / "state.json").write_text(json.dumps(progress._asdict(), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        pointer = self._folder / ".LAST.partial"
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, self._folder / "LAST")
-        for old in sorted(self._folder.glob("step-*"))[: -self._config.keep]:
-            shutil.rmtree(old)
+        with sealing(folder) as seal:
+            # the largest first: it is digested while the others are written
+            write_tensors(moments, folder / "moments.safetensors")
+            seal.add(folder / "moments.safetensors")
+            self._write_weights(folder / "weights", model)
+            seal.add(folder / "weights")
+            write_tensors(heads, folder / "heads.safetensors")
+            seal.add(folder / "heads.safetensors")
+            state = {**progress._asdict(), _SEALED: True}
+            (folder / "state.json").write_text(json.dumps(state, indent=1))
+            seal.add(folder / "state.json")
 
+    def _put(self, partial: Path, final: Path) -> None:
+        """Give the checkpoint its name. One that has it was damaged, or a run went back behind it."""
+        replaced = self._folder / f".{final.name}.replaced"
+        if final.exists():
+            self._remove(replaced)
+            os.replace(final, replaced)
+        put_folder(partial, final)
+        self._remove(replaced)
 
-def find(path: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from: `auto` = the newest of run_dir if any, a path = that run's newest or that one."""
-    if path is None:
-        return None
-    root = run_dir if path == "auto" else Path(path)
-    if (root / "state.json").exists():
-        return root
-    pointer = root / "checkpoints" / "LAST"
-    if pointer.exists():
-        found = pointer.parent / pointer.read_text().strip()
-        if not (found / "state.json").exists():
-            raise UserError(f"{pointer} names {found.name}, which is not there or not complete")
-        return found
-    if path == "auto":
-        return None
-    raise UserError(f"resume: {path} is neither a checkpoint nor a run with one")
+    def _aged(self, newest: Path) -> list[Path]:
+        """What goes, now that `newest` is complete and LAST names it: of the others all but the latest saved."""
+        config = self._config
+        # later steps are of a time before the run went back, so they were saved earlier
+        others = sorted(
+            (path for path in checkpoints_in(self._folder) if path != newest),
+            key=lambda path: (step_of(path) < step_of(newest), step_of(path)),
+        )
+        aged = others[: max(0, len(others) - (config.keep - 1))]
+        every = config.keep_every_steps
+        return [path for path in aged if not every or step_of(path) % every]
+
+    def _remove(self, path: Path) -> None:
+        """Remove a folder if that can be done: the run does not depend on it."""
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if path not in self._not_removed:
+                log.warning("cannot remove %s: %s; the run goes on, please remove it", path, said(error))
+            self._not_removed.add(path)
 
 
 class Saved(NamedTuple):
@@ -154,10 +194,9 @@ class Saved(NamedTuple):
 
 
 def read(folder: Path) -> Saved:
-    """Read a checkpoint. Raises `UserError` when a file is missing or damaged."""
+    """Read a checkpoint. Raises `UserError` when a file is missing or cannot be read."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        progress = Progress(**{**state, "pretrained": tuple(state.get("pretrained", ()))})
+        progress, _ = _read_state(folder)
         model = load_file(folder / "weights" / "model.safetensors")
         weights = {MODEL_PREFIX + name: tensor for name, tensor in model.items()}
         heads = load_file(folder / "heads.safetensors")
@@ -168,6 +207,37 @@ def read(folder: Path) -> Saved:
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
     return Saved(weights, moments, progress)
+
+
+def _read_state(folder: Path) -> tuple[Progress, bool]:
+    """The progress, and whether a manifest belongs to this checkpoint."""
+    state = json.loads((folder / "state.json").read_text())
+    is_sealed = bool(state.pop(_SEALED, False))
+    return Progress(**{**state, "pretrained": tuple(state.get("pretrained", ()))}), is_sealed
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is as it was written.
+
+    One of an earlier version has no manifest: only whether its files can be opened is seen then.
+    """
+    found = damage(folder)
+    if found is not None:
+        return found
+    try:
+        _, is_sealed = _read_state(folder)
+        for name in ("weights/model.safetensors", "heads.safetensors", "moments.safetensors"):
+            # compares the size of the file with what its header says
+            with safe_open(folder / name, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+        return said(error)
+    return f"{MANIFEST} is missing" if is_sealed and not has_manifest(folder) else None
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the files of a checkpoint can be compared with what was written."""
+    return (folder / MANIFEST).is_file()
 
 
 def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:

@@ -107,8 +107,6 @@ def parse(values: dict[str, Any]) -> Config:
         raise UserError("adapters: they adapt a trained model, so init_from=PATH is needed")
     if not config.optim.decay_pretrained and config.init_from is None:
         raise UserError("optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed")
-    if config.resume not in (None, "auto") and not Path(config.resume).exists():
-        raise UserError(f"resume: there is no {config.resume}; resume=auto continues run_dir where it can")
     return config
 
 

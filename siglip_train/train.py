@@ -32,6 +32,7 @@ from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
 from siglip_train.report import write_report
+from siglip_train.resume import choose_checkpoint
 from siglip_train.run_dir import open_run_dir
 from siglip_train.runtime import StopSignal, check_kernels_package, seed_everything
 
@@ -200,7 +201,7 @@ def _load_weights(
 
     Adapters are put beside the layers on the way: a checkpoint has theirs, what `init_from` names has none.
     """
-    found = checkpoint.find(config.resume, run_dir)
+    found = choose_checkpoint(config.resume, run_dir)
     if found is not None:
         saved = checkpoint.read(found)
         _add_adapters(model, config)

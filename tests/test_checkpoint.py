@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, the newest are kept, and damage is said in one line."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch import nn
 from siglip_train import checkpoint, engine
 from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress
 from siglip_train.errors import UserError
+from siglip_train.interop.runs import checkpoints_in, newest_checkpoint, step_of
 
 
 class TrainingStandIn(nn.Module):
@@ -31,6 +33,10 @@ def saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     return Checkpoints(tmp_path, CheckpointConfig(every_steps=2, keep=2), write_weights)
 
 
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(map(step_of, checkpoints_in(run_dir / "checkpoints")))
+
+
 def write_weights(folder: Path, state: dict) -> None:
     folder.mkdir()
     save_file(state, folder / "model.safetensors")
@@ -47,7 +53,7 @@ def test_the_newest_are_kept_and_last_names_the_newest(saver: Checkpoints, tmp_p
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "LAST", "step-00000004", "step-00000006"
     ]  # fmt: skip
-    found = checkpoint.find("auto", tmp_path)
+    found = newest_checkpoint(tmp_path)
     saved = checkpoint.read(found)
     assert saved.progress == Progress(6, 60, {"seen": 6}, ("model.a", "model.b"))
     module = TrainingStandIn()
@@ -73,29 +79,76 @@ def test_a_write_that_fails_leaves_the_earlier_one(saver: Checkpoints, tmp_path:
     saver._write_weights = full_disk
     with pytest.raises(UserError, match="No space left on device; earlier ones are untouched"):
         saver.save(ENGINE, Progress(4, 40))
-    assert checkpoint.find("auto", tmp_path).name == "step-00000002"
-    assert not (tmp_path / "checkpoints" / "step-00000004").exists()
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"LAST", "step-00000002"}, "nothing of the other takes room"
+    assert newest_checkpoint(tmp_path).name == "step-00000002"
 
 
 @pytest.mark.parametrize("name", ["state.json", "weights/model.safetensors", "moments.safetensors"])
 def test_damage_is_named(saver: Checkpoints, tmp_path: Path, name: str) -> None:
     saver.save(ENGINE, Progress(2, 20))
-    found = checkpoint.find("auto", tmp_path)
+    found = newest_checkpoint(tmp_path)
     (found / name).write_bytes((found / name).read_bytes()[:7])
     with pytest.raises(UserError, match="step-00000002 cannot be read"):
         checkpoint.read(found)
 
 
-def test_last_that_names_nothing_is_an_error(saver: Checkpoints, tmp_path: Path) -> None:
+def test_multiples_of_keep_every_steps_stay(saver: Checkpoints, tmp_path: Path) -> None:
+    saver._config = CheckpointConfig(keep=1, keep_every_steps=4)
+    for step in (2, 4, 6, 8, 10):
+        saver.save(ENGINE, Progress(step, 10 * step))
+    assert saved_steps(tmp_path) == [4, 8, 10]
+
+
+def test_fewer_than_keep_all_stay(saver: Checkpoints, tmp_path: Path) -> None:
+    saver._config = CheckpointConfig(keep=4)
+    for step in (2, 4, 6):
+        saver.save(ENGINE, Progress(step, 10 * step))
+    assert saved_steps(tmp_path) == [2, 4, 6]
+
+
+def test_the_age_of_a_checkpoint_decides_and_not_its_name(saver: Checkpoints, tmp_path: Path) -> None:
+    """Of later steps than the one just saved, which a run that went back has left, none takes its place."""
+    for step in (90, 100):
+        saver.save(ENGINE, Progress(step, 10 * step))
+    for step in (10, 20, 30):
+        saver.save(ENGINE, Progress(step, 10 * step))
+        assert (tmp_path / "checkpoints" / "LAST").read_text() == f"step-{step:08d}\n"
+        assert step in saved_steps(tmp_path)
+    assert saved_steps(tmp_path) == [20, 30]
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_and_is_told_once(
+    saver: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = shutil.rmtree
+
+    def refuse(path: Path, **options: bool) -> None:
+        if path.name == "step-00000002":
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (2, 4, 6, 8):
+        saver.save(ENGINE, Progress(step, 10 * step))
+    assert saved_steps(tmp_path) == [2, 6, 8]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "cannot remove" in line
+    assert "step-00000002: PermissionError" in line
+
+
+def test_a_step_saved_again_takes_the_place_of_the_earlier(saver: Checkpoints, tmp_path: Path) -> None:
     saver.save(ENGINE, Progress(2, 20))
-    (tmp_path / "checkpoints" / "LAST").write_text("step-00000009\n")
-    with pytest.raises(UserError, match="names step-00000009, which is not there"):
-        checkpoint.find("auto", tmp_path)
+    saver.last_step = None
+    (tmp_path / "checkpoints/step-00000002/state.json").write_text("damaged")
+    saver.save(ENGINE, Progress(2, 20))
+    assert checkpoint.fault_of(newest_checkpoint(tmp_path)) is None
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"LAST", "step-00000002"}
 
 
 def test_another_shape_is_named(saver: Checkpoints, tmp_path: Path) -> None:
     saver.save(ENGINE, Progress(2, 20))
-    found = checkpoint.find("auto", tmp_path)
+    found = newest_checkpoint(tmp_path)
     module = TrainingStandIn()
     module.model = nn.Linear(5, 3)
     with pytest.raises(UserError, match=r"model.weight is \(3, 2\) there and \(3, 5\) here"):
@@ -104,6 +157,6 @@ def test_another_shape_is_named(saver: Checkpoints, tmp_path: Path) -> None:
 
 def test_nothing_executable_is_stored(saver: Checkpoints, tmp_path: Path) -> None:
     saver.save(ENGINE, Progress(2, 20))
-    files = [path for path in checkpoint.find("auto", tmp_path).rglob("*") if path.is_file()]
+    files = [path for path in newest_checkpoint(tmp_path).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     assert json.loads((tmp_path / "checkpoints/step-00000002/state.json").read_text())["samples_seen"] == 20

@@ -3,12 +3,14 @@
 Every function is collective: all ranks call it, in the same order. Without a process group each is a no-op.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from siglip_train.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -44,6 +46,20 @@ def broadcast_object(value: Value, source: int = 0) -> Value:
     box: list[Any] = [value if dist.get_rank() == source else None]
     dist.broadcast_object_list(box, src=source, device=_device())
     return box[0]
+
+
+def on_main(decide: Callable[[], Value]) -> Value:
+    """Return on every rank what `decide` returns on rank 0; a `UserError` of it is raised on every rank."""
+    value, failure = None, None
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            value = decide()
+        except UserError as error:
+            failure = str(error)
+    value, failure = broadcast_object((value, failure))
+    if failure is not None:
+        raise UserError(failure)
+    return value  # type: ignore[return-value]
 
 
 def gather_objects(value: Value) -> list[Value]:

@@ -9,6 +9,7 @@ import torch
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import UserError
+from siglip_train.integrity import check
 from siglip_train.interop.big_vision import describe_big_vision, is_big_vision, read_big_vision
 from siglip_train.interop.files import refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights
@@ -84,6 +85,9 @@ def read_model(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
     skip: beginnings of our names, which may be missing, and of the file's own, which may be left over.
     """
     model_format, place = _format_of(path)
+    if place.name == "weights":
+        # of a checkpoint
+        check(place.parent, within="weights/")
     return model_format.read(place, skip)
 
 

@@ -1,5 +1,7 @@
 """A run as a source: its newest checkpoint, the folder with its config, and the classification heads it trained."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,21 +9,52 @@ import torch
 import yaml
 
 from siglip_train.errors import UserError
+from siglip_train.integrity import check
 from siglip_train.interop.files import read_tensors
 from siglip_train.objectives.classification import Classification
+from siglip_train.records import read_text
+
+log = logging.getLogger(__name__)
 
 HEADS = "heads.safetensors"
+# beside the checkpoints of a run, the name of the newest complete one
+LAST = "LAST"
 _TARGET = f"{Classification.__module__}.{Classification.__qualname__}"
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in `RUN/checkpoints`, the latest step first, whole or not; what was set aside is none of them."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+    return sorted(found, key=step_of, reverse=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """What LAST in `RUN/checkpoints` names; None where there is no LAST, or it names nothing that is there."""
+    named = folder / read_text(folder / LAST).strip()
+    return next((path for path in checkpoints_in(folder) if path == named), None)
+
+
 def newest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of the run at `path`; any other path as it is."""
-    for pointer in (path / "checkpoints" / "LAST", path / "LAST"):
-        if pointer.is_file():
-            checkpoint = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            if not checkpoint.is_dir():
-                raise UserError(f"{pointer} names {checkpoint.name}, which is not there")
-            return checkpoint
+    """The newest checkpoint of a run, or in a folder of checkpoints; any other path as it is."""
+    for folder in (path / "checkpoints", path):
+        there, last = checkpoints_in(folder), last_checkpoint(folder)
+        if not there and (folder / LAST).is_file():
+            raise UserError(f"{folder / LAST} names {read_text(folder / LAST).strip()}, which is not there")
+        if not there:
+            continue
+        if last is None:
+            log.warning("%s names no checkpoint that is there: %s is taken", folder / LAST, there[0].name)
+        return last or there[0]
     return path
 
 
@@ -62,6 +95,7 @@ def read_heads(path: Path) -> dict[str, Classification]:
     if run is None or not file.is_file():
         return {}
     nodes = run_config(run).get("objectives")
+    check(file.parent, within=HEADS)
     tensors = read_tensors(file)
     heads = {}
     for name, node in nodes.items() if isinstance(nodes, dict) else ():

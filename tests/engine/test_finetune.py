@@ -15,6 +15,7 @@ from siglip_train.evals.base import Encoder
 from siglip_train.evals.classification import HeadAccuracy
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
+from siglip_train.interop.runs import newest_checkpoint
 from siglip_train.models.adapters import AdapterConfig, add_adapters, merged
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.classification import Classification
@@ -117,7 +118,7 @@ def finetune(folder: str, shard: str, stages: list[int]) -> list[dict]:
         )
         metrics = HeadAccuracy(shards=shard, objective="head").run(encoder).metrics
         engine.destroy()
-        saved = checkpoint.read(checkpoint.find(str(run_dir), run_dir))
+        saved = checkpoint.read(newest_checkpoint(run_dir))
         resumed, _ = build((stage + 1) % 4, saved)
         results.append(
             {"losses": before + steps(resumed, STEPS), "unused": unused, "metrics": metrics,
@@ -157,7 +158,7 @@ def test_every_stage_equals_plain_adamw_and_resumes_and_saves_merged_weights(tmp
         assert result["losses"] == pytest.approx(expected, rel=3e-5), stage
         assert result["unused"] == []
         assert result["moments"] == 2 * len(trained)
-        saved = checkpoint.read(checkpoint.find(str(tmp_path / str(stage)), tmp_path))
+        saved = checkpoint.read(newest_checkpoint(tmp_path / str(stage)))
         checkpoint.restore_weights(live, saved, tmp_path)
         images = batch(0).images
         plain = load_model(tmp_path / str(stage)).model.encode_image(images)

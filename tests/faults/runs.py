@@ -14,12 +14,20 @@ MODULE = "siglip_train.train"
 
 
 def train(
-    arguments: list[str], *, ranks: int, prepare: Callable[[int], None] | None = None, timeout: float = 120
+    arguments: list[str],
+    *,
+    ranks: int,
+    prepare: Callable[[int], None] | None = None,
+    timeout: float = 120,
+    may_crash: bool = False,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`siglip-train` on forked ranks; a result for each. None may end with a traceback."""
+    """`siglip-train` on forked ranks; a result for each.
+
+    may_crash: a rank may end with a traceback, because another one was killed.
+    """
     results = run_program_by_rank(MODULE, arguments, ranks=ranks, prepare=prepare, timeout=timeout)
     for rank, result in enumerate(results):
-        assert "Traceback" not in result.stderr, f"rank {rank}:\n{result.stderr}"
+        assert may_crash or "Traceback" not in result.stderr, f"rank {rank}:\n{result.stderr}"
     return results
 
 

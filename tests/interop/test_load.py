@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import siglip_train
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
+from siglip_train.integrity import sealing
 from siglip_train.interop.load import load_model, load_weights, read_description, read_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table
@@ -134,10 +135,26 @@ def test_anything_else_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_pointer_to_nothing_is_told(run_dir: Path) -> None:
+def test_a_pointer_to_nothing_is_told(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000020")
+    assert load_model(run_dir).model.logit_bias.item() != 0
+    assert "LAST names no checkpoint that is there: step-00000010 is taken" in caplog.text
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000010")
     with pytest.raises(UserError, match=r"LAST names step-00000020, which is not there"):
         load_model(run_dir)
+
+
+def test_damaged_weights_are_not_used(run_dir: Path) -> None:
+    damaged = "weights/model.safetensors"
+    checkpoint = run_dir / "checkpoints" / "step-00000020"
+    with sealing(checkpoint) as seal:
+        seal.add(checkpoint / "weights")
+    assert load_model(run_dir).model.logit_bias.item() == 0
+    content = (checkpoint / damaged).read_bytes()
+    (checkpoint / damaged).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for path in (run_dir, checkpoint, checkpoint / "weights"):
+        with pytest.raises(UserError, match=f"is damaged: {damaged} is not as it was written"):
+            load_model(path)
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+"""Which checkpoint a run goes on from: the newest that is whole, and the same on every rank, or nobody starts."""
+
+import logging
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from siglip_train.checkpoint import fault_of, has_manifest
+from siglip_train.distributed.collectives import broadcast_object, gather_objects, on_main
+from siglip_train.errors import UserError, said
+from siglip_train.files import write_text
+from siglip_train.integrity import fingerprint
+from siglip_train.interop.runs import LAST, checkpoints_in, last_checkpoint, step_of
+
+log = logging.getLogger(__name__)
+
+_ANEW = "to start anew, give another run_dir, or move its checkpoints away"
+
+
+class _Choice(NamedTuple):
+    """What rank 0 finds: checkpoints in the order in which they are tried. may_fall_back: whether after the first."""
+
+    candidates: list[Path]
+    may_fall_back: bool = True
+
+
+def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to resume from as `resume` says, whole and alike on all ranks; None = the run begins. All ranks.
+
+    `auto` takes the newest of `run_dir`, a path that checkpoint, or the newest of that run. Where one is damaged, the
+    newest whole one before it is taken. Raises `UserError` on all ranks where there are checkpoints but none is whole,
+    where one rank does not see what rank 0 sees, and where `null` would train over those that are there.
+    """
+    folder = run_dir / "checkpoints"
+    candidates, may_fall_back = on_main(partial(_find, resume, run_dir))
+    if not candidates:
+        _refuse_if_seen(folder)
+        return None
+    damaged = []
+    for candidate in candidates:
+        fault = _compare(candidate)
+        if fault is None:
+            on_main(partial(_settle, candidate, folder))
+            return candidate
+        damaged.append((candidate, fault))
+        if not may_fall_back:
+            raise UserError(f"resume: the checkpoint {candidate} is damaged: {fault}; choose another")
+        log.warning("the checkpoint %s is damaged: %s; the one before it is tried", candidate, fault)
+    listed = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
+    raise UserError(f"no checkpoint in {candidates[0].parent} is whole ({listed}): copy one back; {_ANEW}")
+
+
+def _compare(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint on rank 0; None where it is whole, and the same on every rank. All ranks."""
+    expected = broadcast_object(_fingerprint(checkpoint))
+    faults = gather_objects((socket.gethostname(), _fault(checkpoint, expected)))
+    first, *others = (fault for _, fault in faults)
+    differing = [rank for rank, fault in enumerate(others, start=1) if fault is not None]
+    if first is None and differing:
+        rank, more = differing[0], len(differing) - 1
+        raise UserError(
+            f"rank {rank} on {faults[rank][0]}{f' and {more} more' if more else ''} cannot resume as rank 0 does: "
+            f"{faults[rank][1]}; all ranks must see the same files: put run_dir on a disk that the machines share, or "
+            "copy it to each"
+        )
+    return first
+
+
+def _fault(checkpoint: Path, expected: str | None) -> str | None:
+    if not checkpoint.is_dir():
+        return f"there is no {checkpoint.absolute()}"
+    if _fingerprint(checkpoint) != expected:
+        return f"{checkpoint.absolute()} holds other files there"
+    return fault_of(checkpoint)
+
+
+def _fingerprint(checkpoint: Path) -> str | None:
+    try:
+        return fingerprint(checkpoint)
+    except OSError:
+        return None
+
+
+def _refuse_if_seen(folder: Path) -> None:
+    """A run must not begin beside checkpoints that rank 0 alone does not see. All ranks."""
+    seen = gather_objects((socket.gethostname(), [path.name for path in checkpoints_in(folder)]))
+    for rank, (host, names) in enumerate(seen):
+        if names:
+            raise UserError(
+                f"rank {rank} on {host} sees checkpoints in {folder} ({names[0]}), and rank 0 does not: put run_dir on "
+                f"a disk that the machines share, or copy it to each; {_ANEW}"
+            )
+
+
+def _settle(chosen: Path, folder: Path) -> None:
+    """Make `chosen` the newest of its run: later ones are damaged, or the run goes back behind them. Rank 0."""
+    if not has_manifest(chosen):
+        log.warning(
+            "%s was saved by an earlier version, without digests: bits that flipped would not be seen", chosen
+        )
+    if chosen.parent.resolve() != folder.resolve():
+        return
+    try:
+        for path in checkpoints_in(folder):
+            if step_of(path) > step_of(chosen):
+                os.replace(path, aside := _free_name(path))
+                log.warning("%s is now %s; no run uses it, and it may be removed", path, aside.name)
+        if last_checkpoint(folder) != chosen:
+            write_text(folder / LAST, chosen.name + "\n")
+    except OSError as error:
+        log.warning("cannot set aside what is later than %s: %s", chosen, said(error))
+
+
+def _free_name(path: Path) -> Path:
+    names = (
+        path.with_name(f"{path.name}.set-aside{suffix}")
+        for suffix in ("", *(f"-{n}" for n in range(2, 1000)))
+    )
+    return next(name for name in names if not name.exists())
+
+
+def _find(resume: str | None, run_dir: Path) -> _Choice:
+    own = _in_order(run_dir / "checkpoints")
+    if resume == "auto":
+        return _Choice(own)
+    if resume is None:
+        if own:
+            raise UserError(
+                f"run_dir: {run_dir} holds checkpoints ({own[0].name}), and resume=null would train over them: "
+                f"resume=auto goes on from them; {_ANEW}"
+            )
+        return _Choice([])
+    path = Path(resume)
+    if not path.exists():
+        raise UserError(f"resume: there is no {path}; resume=auto continues run_dir where it can")
+    if own and not path.resolve().is_relative_to(run_dir.resolve()):
+        log.info("%s has checkpoints of its own: the run goes on from them, not from %s", run_dir, path)
+        return _Choice(own)
+    if (path / "state.json").exists():
+        return _Choice([path], may_fall_back=False)
+    others = _in_order(path / "checkpoints")
+    if not others:
+        raise UserError(f"resume: {path} is neither a checkpoint nor a run with one")
+    return _Choice(others)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Checkpoints as they are tried: what LAST names, those before it from the newest on, then any after it."""
+    there = checkpoints_in(folder)
+    last = last_checkpoint(folder)
+    if there and last is None:
+        log.warning("%s names no checkpoint that is there: the newest whole one is taken", folder / LAST)
+    newest = step_of(last or there[0]) if there else 0
+    return [
+        *(path for path in there if step_of(path) <= newest),
+        *(path for path in there if step_of(path) > newest),
+    ]
