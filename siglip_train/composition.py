@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 import omegaconf
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
 from siglip_train.errors import UserError
@@ -48,13 +49,13 @@ def _plain(value: Any) -> Any:
 
 
 def run_hydra(
-    function: Callable[[omegaconf.DictConfig], None],
+    function: Callable[[omegaconf.DictConfig, str | None], None],
     *,
     config_name: str,
     config_class: type,
     open_groups: tuple,
 ) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and hand the result to `function`.
+    """Compose `conf/<config_name>.yaml` with the command line; hand it and the name of its experiment to `function`.
 
     open_groups: prefixes such as `data.sources.` below which the user may invent keys without Hydra's `+`.
     Raises `UserError` for whatever Hydra or OmegaConf find wrong with the command line or a file.
@@ -63,15 +64,25 @@ def run_hydra(
     sys.argv[1:] = [_open(argument, open_groups) for argument in sys.argv[1:]]
     # Hydra would print its own errors with advice about HYDRA_FULL_ERROR and exit with status 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    composed: list[omegaconf.DictConfig] = []
+    composed: list[tuple[omegaconf.DictConfig, str | None]] = []
+
+    def keep(config: omegaconf.DictConfig) -> None:
+        composed.append((config, HydraConfig.get().runtime.choices.get("experiment")))
+
     try:
-        hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(composed.append)()
+        hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(keep)()
     except (HydraException, omegaconf.errors.OmegaConfBaseException, ValueError) as error:
         # a ValueError where a group is set to null
         raise UserError(_first_cause(error, config_class)) from None
     # outside Hydra, which would print a line of its own for every exception of a job; several with --multirun
-    for config in composed:
-        function(config)
+    for config, experiment in composed:
+        function(config, experiment)
+
+
+def as_written(config_name: str, experiment: str) -> omegaconf.DictConfig:
+    """What `experiment=NAME` composes to without the other overrides of the command line."""
+    with hydra.initialize_config_module(CONFIG_MODULE.removeprefix("pkg://"), version_base="1.3"):
+        return hydra.compose(config_name, overrides=[f"experiment={experiment}"])
 
 
 def _open(argument: str, open_groups: tuple) -> str:
@@ -86,7 +97,8 @@ def _first_cause(error: BaseException, config_class: type) -> str:
     options = getattr(error, "options", None)
     if options:
         # a file that is not there; below stand the options, a line each, and where they were looked for
-        return f"{lines[0]} (there are: {', '.join(options)})"
+        name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")[2]
+        return f"{lines[0]}{suggest(name, options)}"
     key = getattr(error, "full_key", None)
     if key and "not in" in lines[0]:
         return f"{key}: no such key{suggest(key, _all_keys(defaults_of(config_class)))}"

@@ -13,7 +13,15 @@ from siglip_train.metrics import LogConfig
 from siglip_train.models.adapters import AdapterConfig
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.optim import OptimConfig
-from siglip_train.typed import build
+from siglip_train.typed import REQUIRED, build
+
+# by the size of their vocabulary, and where they can be had
+TOKENIZERS = {
+    32000: "SigLIP has its own of 32,000 pieces, in google/siglip-base-patch16-224: tokenizer=PATH/spiece.model",
+    250000: "mSigLIP has mC4's of 250,000 pieces, in google/siglip-base-patch16-256-multilingual: "
+    "tokenizer=PATH/spiece.model",
+    256000: "SigLIP 2 uses Gemma's, in google/siglip2-base-patch16-256: tokenizer=PATH/tokenizer.model",
+}
 
 
 @dataclass
@@ -91,10 +99,9 @@ class Config:
 
 def parse(values: dict[str, Any]) -> Config:
     """Typed and cross-checked config from a composed one. Raises `UserError` with the key and the remedy."""
+    _ask(values)
     config = build(Config, values)
     _check_sizes(config)
-    if not config.data.sources:
-        raise UserError("data.sources: no source of training data; give data.sources.NAME.shards=…")
     if not config.objectives:
         raise UserError(
             "objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid"
@@ -102,12 +109,31 @@ def parse(values: dict[str, Any]) -> Config:
     if not Path(config.tokenizer).exists():
         raise UserError(f"tokenizer: there is no {config.tokenizer}")
     if config.init_from is not None and not Path(config.init_from).exists():
-        raise UserError(f"init_from: there is no {config.init_from}")
+        raise UserError(
+            f"init_from: there is no {config.init_from}; give a run or a folder of a trained model"
+        )
     if config.adapters is not None and config.init_from is None:
         raise UserError("adapters: they adapt a trained model, so init_from=PATH is needed")
     if not config.optim.decay_pretrained and config.init_from is None:
         raise UserError("optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed")
     return config
+
+
+def _ask(values: dict[str, Any]) -> None:
+    """What every run needs and no recipe can know, in one message, a line each."""
+    asked = []
+    if values.get("init_skip") and values.get("init_from") is None:
+        asked.append("init_from: none given, of which init_skip leaves out a part: init_from=RUN_OR_FOLDER")
+    if values.get("tokenizer", REQUIRED) == REQUIRED:
+        vocabulary = values.get("model", {}).get("text", {}).get("vocab_size", 0)
+        whose = TOKENIZERS.get(vocabulary, "a .model, a tokenizer.json or a folder with one: tokenizer=PATH")
+        asked.append(f"tokenizer: none given; {whose}")
+    if not values.get("data", {}).get("sources"):
+        asked.append(
+            "data.sources: no source of training data; give data.sources.NAME.shards='/data/web/*.tar'"
+        )
+    if asked:
+        raise UserError("\n".join(asked))
 
 
 def _check_sizes(config: Config) -> None:
@@ -118,7 +144,8 @@ def _check_sizes(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name}: must be at least 1 or null, got {value}")
-    if config.optim.warmup_samples >= config.total_samples:
+    warmup = config.optim.warmup(config.total_samples)
+    if warmup >= config.total_samples:
         raise UserError(
-            f"optim.warmup_samples={config.optim.warmup_samples} leaves nothing of total_samples={config.total_samples}"
+            f"optim.warmup_samples={warmup} leaves nothing of total_samples={config.total_samples}"
         )

@@ -74,7 +74,7 @@ def main() -> None:
     if print_keys(EvaluateConfig, sys.argv[1:]):
         return
     run_hydra(
-        lambda raw: run(plain(raw)),
+        lambda raw, _: run(plain(raw)),
         config_name="evaluate",
         config_class=EvaluateConfig,
         open_groups=("tasks.",),

@@ -49,8 +49,10 @@ class OptimConfig:
     lr: learning rate after the warm-up. weight_decay: of linear weights, as torch's AdamW means it: a step takes
     lr * weight_decay * weight away. The papers' 1e-4 at lr 1e-3 is big_vision's decoupled form and equals 0.1 here.
     betas: of the running means of gradients and of their squares. eps: added to the root of the latter.
-    warmup_samples: pairs over which the learning rate rises from 0. schedule: how it then falls to 0 at the end;
-    constant = not at all. clip_norm: longest gradient, over all parameters; longer ones are shortened to it.
+    warmup_samples: pairs over which the learning rate rises from 0; null = warmup_share of the run's.
+    schedule: how it then falls to 0 at the end; constant = not at all. warmup_share: of all pairs, where warmup_samples
+    is null; a shorter run then warms up less. clip_norm: longest gradient, over all parameters; longer ones are
+    shortened to it.
     rules: come before the built-in ones, which decay linear weights only; a parameter that none covers is an error.
     layer_decay: of the learning rate, for each layer down from the top of either tower: the head and the last norm keep
     it, the last block has it once, the first block `depth` times, embeddings once more. decay_pretrained: whether
@@ -61,7 +63,8 @@ class OptimConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    warmup_samples: int = 0
+    warmup_samples: int | None = None
+    warmup_share: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip_norm: float = 1.0
     layer_decay: float | None = None
@@ -76,10 +79,18 @@ class OptimConfig:
             raise ValueError(f"layer_decay must be above 0 and at most 1, or null, got {self.layer_decay}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in 0..1, got {list(self.betas)}")
-        if self.warmup_samples < 0 or self.weight_decay < 0 or self.clip_norm <= 0:
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share must be at least 0 and below 1, got {self.warmup_share}")
+        if (self.warmup_samples or 0) < 0 or self.weight_decay < 0 or self.clip_norm <= 0:
             raise ValueError(
                 "warmup_samples and weight_decay must not be negative, clip_norm must be above 0"
             )
+
+    def warmup(self, total_samples: int) -> int:
+        """Samples of warm-up in a run of `total_samples`."""
+        if self.warmup_samples is not None:
+            return self.warmup_samples
+        return round(self.warmup_share * total_samples)
 
 
 def parameter_groups(
@@ -182,12 +193,22 @@ def schedule(config: OptimConfig, *, samples_seen: int, batch: int, total_sample
     Linear warm-up counts the samples of the step itself, so that the first step moves; the decay starts after it and
     ends at 0 (big_vision's cosine, recipe §1.3).
     """
-    warmup = min(1.0, (samples_seen + batch) / config.warmup_samples) if config.warmup_samples else 1.0
-    span = max(1, total_samples - config.warmup_samples)
-    progress = min(1.0, max(0.0, (samples_seen - config.warmup_samples) / span))
+    warmup_samples = config.warmup(total_samples)
+    warmup = min(1.0, (samples_seen + batch) / warmup_samples) if warmup_samples else 1.0
+    span = max(1, total_samples - warmup_samples)
+    progress = min(1.0, max(0.0, (samples_seen - warmup_samples) / span))
     decay = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "constant": 1.0,
     }[config.schedule]
     return warmup * decay
+
+
+def lr_for_batch(lr: float, batch: int, reference_batch: int) -> float:
+    """The rate for batches of `batch` where `lr` is that for `reference_batch`, by the square-root rule.
+
+    Adam divides a gradient by its size, so noise that falls with the root of the batch lets the rate grow with it; the
+    linear rule is that of SGD (Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms").
+    """
+    return lr * math.sqrt(batch / reference_batch)

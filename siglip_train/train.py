@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train import checkpoint, engine, loop
-from siglip_train.composition import instantiate_all, plain, run_hydra
+from siglip_train.composition import as_written, instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
@@ -23,14 +23,15 @@ from siglip_train.evals.table import result_tables
 from siglip_train.files import write_text
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
-from siglip_train.interop.native import Description, write_export
+from siglip_train.interop.native import Description, parameter_shapes, write_export
 from siglip_train.keys import print_keys
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
+from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip, flops_per_pair, passes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import build_optimizer
+from siglip_train.optim import build_optimizer, lr_for_batch
 from siglip_train.report import write_report
 from siglip_train.resume import choose_checkpoint
 from siglip_train.run_dir import open_run_dir
@@ -47,11 +48,16 @@ def main() -> None:
     if print_keys(Config, sys.argv[1:]):
         return
     check_kernels_package()
-    run_hydra(lambda raw: run(plain(raw)), config_name="train", config_class=Config, open_groups=OPEN_GROUPS)
+    run_hydra(
+        lambda raw, experiment: run(plain(raw), experiment),
+        config_name="train",
+        config_class=Config,
+        open_groups=OPEN_GROUPS,
+    )
 
 
-def run(values: dict[str, Any]) -> None:
-    """Train as the composed config `values` says. All ranks."""
+def run(values: dict[str, Any], experiment: str | None = None) -> None:
+    """Train as the composed config `values` says, which overrides of the experiment may have gone into. All ranks."""
     config = parse(values)
     stop = StopSignal().install()
     world = init_world(config.device)
@@ -137,7 +143,7 @@ def run(values: dict[str, Any]) -> None:
         stop=stop,
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision, loader.outlook(config.total_samples))
+    _announce(config, world, model, precision, loader.outlook(config.total_samples), experiment)
     if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
         log.info(
             "a sigmoid loss near %.2f is to be expected at the start",
@@ -279,12 +285,20 @@ def _flops_per_pair(config: Config, model: Siglip) -> float:
     )
 
 
-def _announce(config: Config, world: World, model: TrainingModel, precision: str, data: list[str]) -> None:
+def _announce(
+    config: Config,
+    world: World,
+    model: TrainingModel,
+    precision: str,
+    data: list[str],
+    experiment: str | None,
+) -> None:
+    title, note = likeness(config.model)
+    size = sum(shape.numel() for shape in parameter_shapes(config.model).values())
+    log.info("%s: %.1f M parameters, %s", title, size / 1e6, note)
     count, trained = engine.parameter_counts(model)
     log.info(
-        "%s parameters%s, %d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s",
-        f"{count / 1e6:.1f} M",
-        "" if trained == count else f", {trained / 1e6:.3g} M of them trained",
+        "%d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s%s",
         config.total_steps,
         config.global_batch_size,
         world.world_size,
@@ -292,9 +306,26 @@ def _announce(config: Config, world: World, model: TrainingModel, precision: str
         world.device.type,
         config.engine.zero_stage,
         precision,
+        "" if trained == count else f"; {trained / 1e6:.3g} M of {count / 1e6:.4g} M parameters are trained",
     )
     for line in data:
         log.info(line)
+    if world.is_main and experiment is not None:
+        _say_usual_lr(config, plain(as_written("train", experiment)))
+
+
+def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
+    """Where the global batch is not that of the experiment's file, but the rate is: which one would be usual."""
+    batch, lr = config.global_batch_size, config.optim.lr
+    if batch != written["global_batch_size"] and lr == written["optim"]["lr"]:
+        log.info(
+            "global_batch_size is %d instead of %d: by the square-root rule, usual with Adam, optim.lr=%.3g would go "
+            "with it; %.3g stays",
+            batch,
+            written["global_batch_size"],
+            lr_for_batch(lr, batch, written["global_batch_size"]),
+            lr,
+        )
 
 
 def _begins_unlearned(progress: checkpoint.Progress) -> bool:

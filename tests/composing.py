@@ -11,9 +11,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
+from siglip_train.evaluate import EvaluateConfig
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.typed import build
 from tests.conftest import ROOT
+
+CONFIGS = {"train": Config, "evaluate": EvaluateConfig}
 
 
 def names(group: str) -> list[str]:
@@ -21,22 +24,22 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def composed(*overrides: str) -> dict[str, Any]:
-    """The config that `siglip-train OVERRIDES` is given, as plain values of one's own."""
-    return copy.deepcopy(_composed(overrides))
+def composed(*overrides: str, program: str = "train") -> dict[str, Any]:
+    """The config that `siglip-train OVERRIDES` is given (program="evaluate": siglip-eval), as values of one's own."""
+    return copy.deepcopy(_composed(program, overrides))
 
 
 @functools.cache
-def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
-    ConfigStore.instance().store(name="train_defaults", node=defaults_of(Config))
+def _composed(program: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    ConfigStore.instance().store(name=f"{program}_defaults", node=defaults_of(CONFIGS[program]))
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
-        return plain(compose("train", overrides=list(overrides)))
+        return plain(compose(program, overrides=list(overrides)))
 
 
 def sizes(*overrides: str) -> SiglipConfig:
     """The sizes of the model that `siglip-train OVERRIDES` trains."""
-    return build(SiglipConfig, _composed(overrides)["model"], "model")
+    return build(SiglipConfig, _composed("train", overrides)["model"], "model")
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from siglip_train.data.tokenizer import TextRules
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
+from siglip_train.models.published import likeness
 from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.forks import run_program
@@ -103,6 +104,11 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
     assert first["train/logit_bias"] == pytest.approx(-10, abs=0.1)
     assert {"val/seen/acc1", "val/unseen/acc1", "val/loss/loss"} <= last.keys()
     log = (finished / "log.txt").read_text()
+    assert "model of its own sizes, 64 px: 0.1 M parameters, unlike any in conf/model" in log
+    assert (
+        "global_batch_size is 24 instead of 64: by the square-root rule, usual with Adam, optim.lr=0.000612 would go "
+        "with it; 0.001 stays" in log
+    )
     assert "sigmoid loss near" in log
     assert "source tiny: 600 samples in 4 shards, 100 % of the mix, 0.4 passes in this run" in log
     counts = data_counts(finished)[-1]
@@ -310,7 +316,7 @@ def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart
     section = (ROOT / "README.md").read_text().partition("## Train on your own shards")[2]
     command = section.split("```")[1].replace("\\\n", " ")
     composed: list[dict] = []
-    monkeypatch.setattr(train, "run", composed.append)
+    monkeypatch.setattr(train, "run", lambda values, experiment: composed.append(values))
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     train.main()
     config = build(Config, composed[0])
@@ -319,12 +325,14 @@ def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart
     assert other.text == {"txt": 0.7, "json:title": 0.3}
     assert config.evaluation.tasks == {}
     assert "data/tiny" not in str(composed[0])
+    assert config.total_samples == 400_000_000
+    assert likeness(config.model) == ("SigLIP 2 B/16, 256 px", "as published")
 
 
 MISTAKES = {
     "unknown key": (["optim.lrr=1"], "optim.lrr"),
     "unknown experiment": (["experiment=nothing"], "nothing"),
-    "unknown model": (["model=b17"], "b17"),
+    "unknown model": (["model=b17"], "did you mean b16?"),
     "not a number": (["optim.lr=fast"], "optim.lr: expected float, got 'fast'"),
     "not an integer": (["global_batch_size=2.5"], "global_batch_size: expected int, got 2.5"),
     "not a boolean": (["engine.compile_blocks=maybe"], "engine.compile_blocks: expected bool"),
@@ -407,7 +415,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     monkeypatch.chdir(ROOT)
     message = mistake([*small_run, *run_dir, *overrides], monkeypatch, capsys)
     assert expected in message
-    assert len(message) < 400
+    # the longest names all experiments
+    assert len(message) < 800
 
 
 def mistake(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
