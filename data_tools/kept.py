@@ -83,7 +83,8 @@ class Kept(Generic[Result]):
 
 
 def _name(task: _ShardTask) -> list[str]:
-    return [task.url, version(task.url)]
+    # a command or a URL may hold a secret
+    return [hashlib.sha256(task.url.encode()).hexdigest()[:24], version(task.url)]
 
 
 def version(path: str) -> str:

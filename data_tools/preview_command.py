@@ -13,6 +13,7 @@ from siglip_train.data.locations import cache_folder
 from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
+from siglip_train.redact import redacted
 
 EXAMPLE = """example:
   siglip-data preview 'data/web/{000..099}.tar' samples.html --text txt json:captions.* --samples 96
@@ -53,5 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
     samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
     for reason in unreadable:
         print(f"left out: {reason}")
-    write_whole(arguments.page, page(arguments.shards, [card(sample, image, text) for sample in samples]))
-    print(f"wrote {arguments.page}: {len(samples)} samples of {arguments.shards}")
+    write_whole(
+        arguments.page, page(redacted(arguments.shards), [card(sample, image, text) for sample in samples])
+    )
+    print(f"wrote {arguments.page}: {len(samples)} samples of {redacted(arguments.shards)}")

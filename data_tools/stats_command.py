@@ -20,6 +20,7 @@ from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.samples import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
+from siglip_train.redact import redacted
 
 EXAMPLE = """example:
   siglip-data stats 'data/web/{000..099}.tar' --tokenizer data/tokenizer.model --report stats.html --json stats.json
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_whole(arguments.json, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if arguments.report:
-        write_whole(arguments.report, page(arguments.shards, tally, summary))
+        write_whole(arguments.report, page(redacted(arguments.shards), tally, summary))
     for path in outputs:
         print(f"wrote {path}")
     kept.forget()

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from siglip_train.redact import redact_the_unexpected, redacted
+
 
 class UserError(Exception):
     """A mistake in a command, a config, a path, a shard or a checkpoint.
@@ -28,12 +30,13 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        redact_the_unexpected()
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()
             return result
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"error: {redacted(str(error))}", file=sys.stderr)  # noqa: T201
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted; every file that was written is complete", file=sys.stderr)  # noqa: T201

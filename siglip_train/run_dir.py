@@ -19,6 +19,7 @@ from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.files import write_text
 from siglip_train.interop.runs import run_config
+from siglip_train.redact import RedactingFormatter, redacted_values
 from siglip_train.runtime import environment
 
 log = logging.getLogger("siglip_train")
@@ -47,6 +48,8 @@ def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Pa
             failure = f"run_dir: cannot write to {run_dir}: {error}"
     else:
         logging.basicConfig(level=logging.WARNING, format=f"[rank {world.rank}] %(message)s")
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(RedactingFormatter(f"[rank {world.rank}] %(message)s"))
     failure = broadcast_object(failure)
     if failure is not None:
         raise UserError(failure)
@@ -82,14 +85,15 @@ def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
 def _start_logging(run_dir: Path) -> logging.FileHandler:
     """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
     to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     to_file.setLevel(logging.DEBUG)
     to_screen: logging.Handler
     if sys.stderr.isatty():
         to_screen = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO)
+        to_screen.setFormatter(RedactingFormatter("%(message)s"))
     else:
         to_screen = logging.StreamHandler()
-        to_screen.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        to_screen.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         to_screen.setLevel(logging.INFO)
     log.setLevel(logging.DEBUG)
     log.handlers = [to_file, to_screen]
@@ -98,7 +102,8 @@ def _start_logging(run_dir: Path) -> logging.FileHandler:
 
 
 def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
-    """Write config.yaml; where the run had one, say which keys have changed since."""
+    """Write config.yaml, without secrets; where the run had one, say which keys have changed since."""
+    values = redacted_values(values)
     path = run_dir / "config.yaml"
     if path.exists():
         before, after = _flat(run_config(run_dir)), _flat(values)

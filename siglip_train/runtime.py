@@ -15,6 +15,7 @@ import torch
 
 import kernels
 from siglip_train.errors import UserError
+from siglip_train.redact import redacted_values
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pillow", "webdataset", "hydra-core", "open_clip_torch")
 
@@ -65,7 +66,7 @@ def environment() -> dict[str, Any]:
         "processor": processor_name(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "revision": _revision(),
-        "command": sys.argv,
+        "command": redacted_values(sys.argv),
         **versions,
     }
 

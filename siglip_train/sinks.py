@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from siglip_train.errors import UserError, said
 from siglip_train.files import write_text
 from siglip_train.records import parse_record, read_text, to_json
+from siglip_train.redact import redacted_values
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +195,10 @@ class WeightsAndBiases:
         self._wandb = _need("wandb", f"log.wandb={mode}", "wandb")
         place = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=4).hexdigest()
         self._arguments = {
-            "project": project, "name": run_dir.name, "dir": str(run_dir), "mode": mode, "config": run_config,
-            "resume": "allow", "id": f"{run_dir.name}-{place}",
+            "project": project, "name": run_dir.name, "dir": str(run_dir), "mode": mode,
+            "config": redacted_values(run_config), "resume": "allow", "id": f"{run_dir.name}-{place}",
+            # the command line, and the address that git fetches from: either may hold a password
+            "settings": self._wandb.Settings(x_disable_meta=True),
         }  # fmt: skip
         self._run: Any = None
 

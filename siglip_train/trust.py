@@ -12,6 +12,7 @@ from typing import Any
 from siglip_train.data.locations import runs_a_program
 from siglip_train.errors import UserError
 from siglip_train.objectives.base import Objective
+from siglip_train.redact import HIDDEN
 from siglip_train.typed import join
 
 _EVALUATORS, _OBJECTIVES = "siglip_train.evals.", "siglip_train.objectives."
@@ -58,6 +59,10 @@ def _check_text(value: str, key: str, where: str, *, allow_pipe: bool) -> None:
     if "${" in value:
         raise UserError(
             f"{key} in {where}: ${{…}} is not resolved in a config that is read back; {_OWN_COMMAND_LINE}"
+        )
+    if HIDDEN in value:
+        raise UserError(
+            f"{key} in {where} held a secret, which runs do not keep ({value[:200]!r}); {_OWN_COMMAND_LINE}"
         )
     if not allow_pipe and runs_a_program(value):
         raise UserError(

@@ -15,6 +15,7 @@ from data_tools.filtering.look import Seen
 from data_tools.filtering.write import WriteTask
 from siglip_train.data.shards import short_name
 from siglip_train.files import appearing
+from siglip_train.redact import redacted
 
 REPORT, DROPPED = "report.json", "dropped.tsv"
 _NAMED = 1000
@@ -47,7 +48,7 @@ def results(
         "languages": _languages(seen, verdict),
         "balance": verdict.balance or None,
         "files": [
-            {"source": url, "samples": len(part.keys), "file": files[url][0] if url in files else None,
+            {"source": redacted(url), "samples": len(part.keys), "file": files[url][0] if url in files else None,
              "kept": files[url][1] if url in files else 0}
             for url, part in zip(urls, seen, strict=True)
         ],

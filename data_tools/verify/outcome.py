@@ -14,6 +14,7 @@ from data_tools.verify.checks import Rules
 from data_tools.verify.shard import WHOLE_SHARD, ShardReport
 from data_tools.whole_file import write_whole
 from siglip_train.data.manifest import Entry, index_content
+from siglip_train.redact import redacted
 
 _EXAMPLES = 3
 # of a file or pipe, which has no width of its own
@@ -70,7 +71,7 @@ class Outcome:
     def write_report(self, path: Path) -> None:
         """Every problem, as JSON. Raises `UserError`."""
         problems = [
-            {"shard": report.url, "key": problem.key, "cause": problem.cause, "detail": problem.detail,
+            {"shard": redacted(report.url), "key": problem.key, "cause": problem.cause, "detail": problem.detail,
              "whole_shard": problem.row == WHOLE_SHARD}
             for report in self.reports
             for problem in report.problems

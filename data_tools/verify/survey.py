@@ -1,7 +1,7 @@
 """All shards: one a process, reports kept until the run is complete, and keys compared over shards."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ def verify_shards(
     """
     # a wrong field or tokenizer is said here, once, and not by every process
     SampleChecks(rules)
-    kept = Kept(cache / "verify", _identity(urls, rules), asdict, _report)
+    kept = Kept(cache / "verify", _identity(urls, rules), _content, _report)
     reports = []
-    for report in kept.run(verify_shard, [ShardTask(url, cache, rules) for url in urls], workers):
-        reports.append(report)
+    results = kept.run(verify_shard, [ShardTask(url, cache, rules) for url in urls], workers)
+    for url, report in zip(urls, results, strict=True):
+        reports.append(replace(report, url=url))
         advance(1)
     _compare_keys(reports, cache)
     kept.forget()
@@ -36,6 +37,11 @@ def verify_shards(
 
 def _identity(urls: Sequence[str], rules: Rules) -> Any:
     return [_FORMAT, list(urls), asdict(rules), [version(path) for path in (rules.tokenizer,) if path]]
+
+
+def _content(report: ShardReport) -> dict[str, Any]:
+    # which may hold a secret
+    return asdict(replace(report, url=""))
 
 
 def _report(content: dict[str, Any]) -> ShardReport:

@@ -9,6 +9,7 @@ from pathlib import Path
 from siglip_train.data.faults import SampleError
 from siglip_train.data.patience import Patience
 from siglip_train.files import write_text
+from siglip_train.redact import redacted
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
@@ -23,7 +24,10 @@ class UnavailableShardError(SampleError):
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed shard: why, how often in a row, when that was and when to try again (seconds since the epoch)."""
+    """A failed shard: why, how often in a row, when that was and when to try again (seconds since the epoch).
+
+    shard, reason: for people, without secrets.
+    """
 
     shard: str
     reason: str
@@ -43,17 +47,17 @@ class FailedShards:
     def find(self, name: str) -> Failure | None:
         """The failure of the shard that the cache knows as `name`; None = it has not failed."""
         failure = self._read(self._folder / f"{name}.json")
-        if failure is not None and failure.shard not in self._all:
+        if failure is not None and name not in self._all:
             self._looked = float("-inf")
         return failure
 
-    def all(self) -> list[Failure]:
-        """Every failed shard, as it was at most a second ago, with all that `find` has met."""
+    def all(self) -> dict[str, Failure]:
+        """Every failed shard by its name in the cache, as it was at most a second ago, with all that `find` has met."""
         if time.monotonic() - self._looked > min(1.0, self._patience.timeout_seconds / 10):
-            found = (self._read(path) for path in sorted(self._folder.glob("*.json")))
-            self._all = {failure.shard: failure for failure in found if failure is not None}
+            found = {path.stem: self._read(path) for path in sorted(self._folder.glob("*.json"))}
+            self._all = {name: failure for name, failure in found.items() if failure is not None}
             self._looked = time.monotonic()
-        return list(self._all.values())
+        return self._all
 
     def add(self, name: str, shard: str, reason: str) -> Failure:
         """Note that a shard could not be had, or again not."""
@@ -82,7 +86,9 @@ class FailedShards:
         if delay is None:
             delay = min(_FIRST_DELAY * 2 ** (times - 1), _LONGEST_DELAY)
         now = time.time()
-        failure = Failure(shard, reason, times, now, now + delay * self._patience.timeout_seconds)
+        failure = Failure(
+            redacted(shard), redacted(reason), times, now, now + delay * self._patience.timeout_seconds
+        )
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(self._folder / f"{name}.json", json.dumps(asdict(failure)))
         self._looked = float("-inf")

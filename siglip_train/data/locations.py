@@ -2,6 +2,7 @@
 
 import getpass
 import glob
+import hashlib
 import os
 import stat
 import tempfile
@@ -11,6 +12,7 @@ import braceexpand
 import fsspec
 
 from siglip_train.errors import UserError, said
+from siglip_train.redact import redacted
 
 _TAR_ENDINGS = ("*.tar", "*.tar.gz", "*.tgz")
 # they ask for bytes and nothing else; others of fsspec's open files by templates, or unpickle what a server sends
@@ -127,13 +129,22 @@ def runs_a_program(pattern: str) -> bool:
 
 
 def short_name(shard: str) -> str:
-    """The file name of a shard, as it stands in messages."""
-    return shard.rstrip("/").rsplit("/", 1)[-1] or shard
+    """The file name of a shard without secrets, as it stands in messages."""
+    shown = redacted(unsigned(shard))
+    return shown.rstrip("/").rsplit("/", 1)[-1] or shown
 
 
 def unsigned(shard: str) -> str:
-    """The URL of a shard without its query, which may hold a signature that changes; a command as it is."""
-    return shard if is_pipe(shard) else shard.partition("?")[0]
+    """The URL of a shard without its query, which may hold a signature that changes; paths and commands as they are."""
+    return shard.partition("?")[0] if is_remote(shard) and not is_pipe(shard) else shard
+
+
+def lasting_name(shard: str) -> str:
+    """What a shard is called where it is written down for later runs: without secrets, the same when they change."""
+    if is_pipe(shard):
+        # what is a secret in a command is a guess, and two commands may differ in that alone
+        return f"pipe:{hashlib.sha256(shard.encode()).hexdigest()[:24]}"
+    return redacted(unsigned(shard))
 
 
 def beside(shard: str, name: str) -> str | None:

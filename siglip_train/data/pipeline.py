@@ -18,7 +18,7 @@ from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.fetch import Event
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
-from siglip_train.data.locations import short_name, unsigned
+from siglip_train.data.locations import lasting_name, short_name, unsigned
 from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
@@ -174,7 +174,7 @@ class Loader:
         # what is unusable is found anew at the next start
         counts = sum_over_ranks(self.counts)
         # what is not there has no place in the order, so it must not come back with a resume
-        left_out = sorted(unsigned(url) for source in self.sources for url in source.shards.left_out)
+        left_out = sorted(lasting_name(url) for source in self.sources for url in source.shards.left_out)
         return {
             "samples_seen": self.samples_seen,
             "counts": counts,
@@ -354,7 +354,11 @@ def _data_loader(pieces: Pieces, first: int, config: DataConfig) -> DataLoader:
 
 def _fingerprint(pieces: Pieces, config: DataConfig) -> str:
     parts = [
-        (source.name, [url.rsplit("/", 1)[-1] for url in source.shards.urls], source.shards.counts.tolist())
+        (
+            source.name,
+            [unsigned(url).rsplit("/", 1)[-1] for url in source.shards.urls],
+            source.shards.counts.tolist(),
+        )
         for source in pieces.sources
     ]
     choices = [(source.weight, source.select) for source in config.sources.values()]

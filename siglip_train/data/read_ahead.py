@@ -137,13 +137,12 @@ class ReadAhead:
 
     def _failed(self) -> list[_Task]:
         """Shards that failed wherever they are in the order: they count as failed until they are back."""
-        failed = (failure.shard for failure in self._cache.failed.all())
-        return [self._tasks[url] for url in failed if url in self._tasks]
+        return [self._tasks[name] for name in self._cache.failed.all() if name in self._tasks]
 
     @functools.cached_property
     def _tasks(self) -> dict[str, _Task]:
         return {
-            url: _Task(number, shard)
+            self._cache.name(url): _Task(number, shard)
             for number, source in enumerate(self._sources)
             for shard, url in enumerate(source.shards.urls)
         }

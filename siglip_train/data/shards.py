@@ -168,11 +168,12 @@ class ShardReader:
     def failed(self) -> dict[str, str]:
         """The shards of this set that cannot be had now, and why."""
         failures = self.shards.cache.failed.all()
-        return {failure.shard: failure.reason for failure in failures if failure.shard in self._urls}
+        return {self._urls[name]: failure.reason for name, failure in failures.items() if name in self._urls}
 
     @functools.cached_property
-    def _urls(self) -> set[str]:
-        return set(self.shards.urls)
+    def _urls(self) -> dict[str, str]:
+        """By the names that the cache gives them."""
+        return {self.shards.cache.name(url): url for url in self.shards.urls}
 
     def _read(self, shard: int, sample: int, *, image: bool) -> RawSample:
         path, index, samples = self._open(shard)

@@ -1,10 +1,12 @@
 """The bytes of a remote shard as they come: from a web server, a filesystem of fsspec or a command."""
 
+import base64
 import contextlib
 import os
 import signal
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.client import HTTPResponse
@@ -76,19 +78,34 @@ def _from_command(process: subprocess.Popen, kill: Finalize) -> Items:
 
 
 def _from_http(shard: str, position: int, timeout: float) -> Items:
-    headers = {"Range": f"bytes={position}-"} if position else {}
+    request = _request(shard)
+    if position:
+        request.add_header("Range", f"bytes={position}-")
     try:
-        response = urllib.request.urlopen(urllib.request.Request(shard, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if not position or error.code != 416:
             raise
         # it has become shorter
-        response = urllib.request.urlopen(shard, timeout=timeout)
+        response = urllib.request.urlopen(_request(shard), timeout=timeout)
     with response:
         yield _http_start(response)
         # read1 gives what there is; read would wait for a whole chunk
         while data := response.read1(_CHUNK):
             yield data
+
+
+def _request(url: str, method: str = "GET") -> urllib.request.Request:
+    """A request, with the user and password of `https://user:password@host/…` in its header, as servers expect them."""
+    parts = urllib.parse.urlsplit(url)
+    user_info, mark, host = parts.netloc.rpartition("@")
+    if not mark:
+        return urllib.request.Request(url, method=method)
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)
+    given = base64.b64encode(urllib.parse.unquote(user_info).encode()).decode()
+    # not for whomever the server sends this request on to
+    request.add_unredirected_header("Authorization", f"Basic {given}")
+    return request
 
 
 def _http_start(response: HTTPResponse) -> Start:
@@ -139,11 +156,11 @@ def heading(shard: str, timeout: float) -> Items:
         yield Start(_version(filesystem, path))
         return
     try:
-        response = urllib.request.urlopen(urllib.request.Request(shard, method="HEAD"), timeout=timeout)
+        response = urllib.request.urlopen(_request(shard, "HEAD"), timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code >= 500 and error.code != 501:
             raise
         # an address signed for reading alone, or a server that knows no more
-        response = urllib.request.urlopen(shard, timeout=timeout)
+        response = urllib.request.urlopen(_request(shard), timeout=timeout)
     with response:
         yield _http_start(response)

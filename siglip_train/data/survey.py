@@ -15,7 +15,7 @@ import torch.distributed as dist
 from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
 from siglip_train.data.fetch import FetchError
-from siglip_train.data.locations import beside, expand, is_remote, short_name, unsigned
+from siglip_train.data.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.room import rounded
 from siglip_train.data.select import EVERYTHING
@@ -61,7 +61,7 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
 
     A remote shard is fetched to be counted, unless an `index.json` in its folder or an earlier count of the same
     version says what it holds; one that cannot be had is asked for once more after the others. progress: called with
-    (shards done, shards in all) of this rank. left_out: shards, by `unsigned` URL, that are not asked for and taken as
+    (shards done, shards in all) of this rank. left_out: shards, by `lasting_name`, that are not asked for and taken as
     empty. may_leave_out: so are remote ones that cannot be counted, instead of being an error. Raises `UserError` on
     every rank alike.
     """
@@ -71,13 +71,13 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
         _Task(url, want, entries.get(url))
         for source, want in zip(urls, wanted, strict=True)
         for url in source
-        if unsigned(url) not in left_out
+        if not _was_left_out(url, left_out)
     ]
     scanned = iter(_scan_together(tasks, cache, progress, may_leave_out=may_leave_out))
     sets = []
     for source, want in zip(urls, wanted, strict=True):
         shards = [
-            _away(url, cache, _SO_BEFORE) if unsigned(url) in left_out else next(scanned) for url in source
+            _away(url, cache, _SO_BEFORE) if _was_left_out(url, left_out) else next(scanned) for url in source
         ]
         sets.append(
             ShardSet(
@@ -96,6 +96,11 @@ def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: Sh
             )
         )
     return sets
+
+
+def _was_left_out(url: str, left_out: Collection[str]) -> bool:
+    # checkpoints of earlier versions hold commands as they are
+    return bool(left_out) and (lasting_name(url) in left_out or unsigned(url) in left_out)
 
 
 def _expanded(specs: Sequence[str | list[str]]) -> list[list[str]]:

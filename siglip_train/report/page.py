@@ -8,6 +8,7 @@ from typing import Any
 from siglip_train.errors import UserError
 from siglip_train.files import write_text
 from siglip_train.records import parse_record, read_records, read_text
+from siglip_train.redact import redacted
 from siglip_train.report.charts import short
 from siglip_train.report.curves import Row, duration, latest, training_charts, validation_charts
 from siglip_train.report.sections import shown, table, task_section, tiles
@@ -109,5 +110,5 @@ def _whole(value: float) -> float:
 
 
 def _file(title: str, path: Path) -> str:
-    text = read_text(path)
+    text = redacted(read_text(path))
     return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>" if text else ""

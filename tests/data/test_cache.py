@@ -216,7 +216,7 @@ def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
     assert event.name == "failed_shards"
     assert "00000.tar is unavailable: HTTPError: HTTP Error 404" in event.message
     assert not other.drain()
-    assert [failure.shard for failure in other.failed.all()] == [url]
+    assert [failure.shard for failure in other.failed.all().values()] == [url]
     # a run that starts later knows nothing of it
     assert ShardCache(tmp_path / "cache", patience=STEADY).local_tar(url).exists()
 
