@@ -1,6 +1,8 @@
-# `make` prints what there is. Each target makes .venv first where it is missing or pyproject.toml has changed.
+# `make` prints what there is. Each target makes .venv first where it is missing, or pyproject.toml or the constraints
+# have changed. LATEST=1: with the newest versions that pyproject.toml allows, in place of those the tests last ran with.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS = constraints-$(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 # with one thread a process, pytest's workers and the ranks they start do not crowd each other
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -9,12 +11,22 @@ help:  ## print this list
 
 setup: .venv/installed  ## make .venv with everything for training, tests and checks
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml $(wildcard constraints-*.txt) $(if $(LATEST),always)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; give another with PYTHON=…")'
 	$(PYTHON) -m venv .venv
+ifdef LATEST
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+else
+	$(BIN)/python -m pip install --quiet --upgrade --constraint $(call CONSTRAINTS,$(PYTHON)) pip
+	$(BIN)/python -m pip install --quiet --constraint $(call CONSTRAINTS,$(PYTHON)) --build-constraint $(call CONSTRAINTS,$(PYTHON)) --editable '.[dev]'
+endif
 	touch $@
+
+constraints:  ## write down the versions that are in .venv, for `make setup` to install
+	{ echo "# What \`make setup\` installs: all versions that the tests ran with. Written by \`make constraints\`."; \
+	  $(BIN)/python -m pip freeze --all --exclude-editable; } > constraints.new
+	mv constraints.new $(call CONSTRAINTS,$(BIN)/python)
 
 quickstart: setup  ## generate data, train on them, evaluate, write the report (about 8 minutes on 2 cores)
 	$(BIN)/siglip-data make-tiny data/tiny
@@ -48,4 +60,4 @@ types: setup  ## mypy
 check: lint types test-all  ## everything that CI runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-gpu fmt lint map types check
+.PHONY: help always setup constraints quickstart test test-all test-gpu fmt lint map types check
