@@ -20,6 +20,13 @@ def share(text: str) -> float:
     return value
 
 
+def folder_name(text: str) -> str:
+    """A name for a folder in another one, for argparse."""
+    if text in ("", ".", "..") or text[0] == "." or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder")
+    return text
+
+
 def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, which `cache_folder` turns into the folder."""
     parser.add_argument(

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_tools import (
+    emoji_command,
     filter_command,
     make_tiny,
     pack_command,
     preview_command,
+    recipes_command,
     stats_command,
     tokenizer_command,
     verify_command,
@@ -23,6 +25,8 @@ VERBS = (
     filter_command,
     preview_command,
     tokenizer_command,
+    emoji_command,
+    recipes_command,
 )
 
 

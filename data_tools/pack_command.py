@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, positive, share
+from data_tools.arguments import add_workers, folder_name, positive, share
 from data_tools.packing.pictures import FORMATS, PictureOptions
 from data_tools.packing.plan import SKIPPED, Packed, PackOptions, pack
 from data_tools.packing.records import SourceOptions
@@ -16,10 +16,13 @@ EXAMPLE = """examples:
   siglip-data pack pairs.csv data/pairs --image-column file --caption-column title --image-root images
   siglip-data pack captions_val2017.json data/coco --coco-instances instances_val2017.json --image-root val2017
   siglip-data pack 'web/{00000..00099}.tar' data/web --shard-samples 5000
+  siglip-data pack 'hf://datasets/uoft-cs/cifar10/plain_text/train-*.parquet' data/cifar \\
+    --caption-template 'a photo of a {}'
 """
 _SOURCE_HELP = (
-    "folder of pictures with NAME.txt, NAME.json, NAME.mask.png, NAME.cls beside them; table (.csv .tsv .jsonl .json "
-    ".parquet) of paths and captions; COCO captions or instances (.json); shards, as in data.sources.NAME.shards"
+    "folder of pictures with NAME.txt, NAME.json, NAME.mask.png, NAME.cls beside them, a metadata.jsonl, or in one "
+    "folder a class; table (.csv .tsv .jsonl .json .parquet) of paths, or pictures, and captions; Parquet by URL; COCO "
+    "captions or instances (.json); shards, as in data.sources.NAME.shards"
 )
 
 
@@ -40,6 +43,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--caption-column", help="column, or json field, of captions (the first of the usual names)"
     )
+    parser.add_argument(
+        "--label-column", help="column of classes, as numbers or names (that which the file calls so)"
+    )
+    parser.add_argument("--key-column", help="of unique names, which become the keys (the number of the row)")
+    parser.add_argument("--caption-template", nargs="+", metavar="TEXT",
+                        help="captions made of the names of classes, put where {} is; a sample takes one")  # fmt: skip
     parser.add_argument("--coco-instances", metavar="FILE", help="boxes to add to the captions")
     parser.add_argument("--resize", type=positive, metavar="SHORTEST_SIDE",
                         help="shrink larger pictures to it, pixels")  # fmt: skip
@@ -51,6 +60,9 @@ def add_command(commands: Any) -> None:
                         help="records a shard (%(default)s)")  # fmt: skip
     parser.add_argument("--validation-share", type=share, default=defaults.validation_share,
                         help="drawn by a hash of the key (%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--split", type=folder_name, metavar="NAME", help="one folder for all, in place of shares"
+    )
     add_workers(parser)
     parser.set_defaults(run=_run)
 
@@ -64,10 +76,14 @@ def _run(arguments: argparse.Namespace) -> None:
             image_column=arguments.image_column,
             caption_column=arguments.caption_column,
             coco_instances=arguments.coco_instances,
+            label_column=arguments.label_column,
+            key_column=arguments.key_column,
+            caption_template=arguments.caption_template,
         ),
         pictures=PictureOptions(arguments.resize, arguments.format, arguments.quality),
         shard_samples=arguments.shard_samples,
         validation_share=arguments.validation_share,
+        split=arguments.split,
     )
     start = time.monotonic()
     try:

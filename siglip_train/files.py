@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and are there after a power failure too."""
+"""Text files of users, and files and folders that appear complete or not at all, also after a power failure."""
 
 import contextlib
 import errno
@@ -6,6 +6,8 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from siglip_train.errors import UserError
 
 # what a filesystem answers that cannot do it for a folder, or at all: nothing is wrong with the file
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
@@ -27,6 +29,21 @@ def appearing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a user's file, which is UTF-8, without the mark that Windows puts in front. Raises `UserError`."""
+    path = Path(path).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8 (line {line}, byte {error.object[error.start]:#x}): save it as UTF-8, or convert it"
+            f" by `iconv -f latin1 -t utf-8`"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

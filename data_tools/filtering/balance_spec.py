@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from data_tools.filtering.where import Where, compile_pattern
 from siglip_train.data.shards import RawSample
 from siglip_train.errors import UserError
+from siglip_train.files import read_text
 
 AS_IS = "as-is"
 _KEYS = {"attributes", "targets", "concepts", "concept_targets", "eps"}
@@ -53,11 +53,9 @@ class BalanceSpec(NamedTuple):
 
 def load_spec(path: str) -> BalanceSpec:
     """Read a YAML or JSON file. Raises `UserError`."""
+    text = read_text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     try:

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_tools.filtering.where import Where, compile_pattern
 from data_tools.reading import first_text, picture_header
@@ -13,6 +12,7 @@ from siglip_train.data.faults import SampleError
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample
 from siglip_train.errors import UserError
+from siglip_train.files import read_text
 
 UNKNOWN = "unknown"
 
@@ -113,10 +113,7 @@ def _list_rules(options: RuleOptions) -> list[Rule]:
 
 def read_list(path: str) -> frozenset[str]:
     """The lines of a file of keys. Raises `UserError`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from error
+    lines = read_text(path).splitlines()
     keys = frozenset(line.strip() for line in lines) - {""}
     if not keys:
         raise UserError(f"the list {path} is empty: it needs `key` or `shard/key`, one a line")

@@ -1,30 +1,56 @@
-"""Records of a folder of pictures: everything that belongs to `NAME.jpg` lies beside it as `NAME.txt`, `NAME.json`, ….
+"""Records of a folder of pictures: what belongs to `NAME.jpg` lies beside it, in a table, or is the folder's name.
 
-This is also what img2dataset writes as files.
+Beside it are `NAME.txt`, `NAME.json`, …, as img2dataset writes files too; kohya's `NAME.caption` is a `NAME.txt`. The
+table is Hugging Face's `metadata.csv` or `metadata.jsonl`. Where no picture has any of these, and they lie in several
+folders, the folders are classes.
 """
 
 import os
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from data_tools.packing.records import IMAGE, MASK, Part, Record, key_of
+from data_tools.packing.labels import caption_of, check_templates
+from data_tools.packing.records import IMAGE, MASK, Found, Part, Record, SourceOptions, key_of
+from data_tools.packing.tables import row_records, table_rows
+from siglip_train.data.folders import PICTURES, class_folder_names
 from siglip_train.errors import UserError
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_BESIDE = ("txt", "json", MASK, "cls")
+# the first of a member's endings that is there is taken
+_BESIDE = {"txt": ("txt", "caption"), "json": ("json",), MASK: (MASK,), "cls": ("cls",)}
+_TABLES = ("metadata.jsonl", "metadata.csv")
+# of packed folders and of these tools
+_NOT_OURS = ("classnames.txt", "templates.txt", "readme.md", "licence", "license", "dataset_infos.json")
 
 
-def folder_records(folder: Path) -> list[Record]:
-    """A record for every picture below `folder`, by path; hidden files and folders are left out."""
-    records = []
+def folder_records(folder: Path, options: SourceOptions) -> Found:
+    """A record for every picture below `folder`, by path; hidden files and folders are left out.
+
+    Files that are nothing of the above are counted by their endings on the screen. Raises `UserError`.
+    """
+    records: list[Record] = []
+    tables: list[Found] = []
+    strangers: Counter[str] = Counter()
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        wanted = [name for name in sorted(files) if _is_wanted(place, name)]
-        beside = _by_picture(wanted)
-        records += [_record(folder, place, name, beside) for name in wanted if is_picture(name)]
+        names = [name for name in sorted(files) if _is_wanted(place, name)]
+        table = next((name for name in _TABLES if name in names), None)
+        tables += [_of_table(folder, Path(place, table), options)] if table else []
+        beside = _by_picture(names)
+        records += [_record(folder, place, name, beside) for name in names if is_picture(name)]
+        known = {*_TABLES, *_NOT_OURS, *beside.values()}
+        strangers.update(os.path.splitext(name)[1] or name for name in names
+                         if name.lower() not in known and name not in known and not is_picture(name))  # fmt: skip
+    if strangers:
+        counted = ", ".join(f"{ending} {count}" for ending, count in strangers.most_common())
+        print(f"{folder}: files that belong to no picture are passed over: {counted}", file=sys.stderr)
+    records = _with_rows(records, tables)
     if not records:
-        raise UserError(f"{folder} holds neither pictures ({' '.join(_PICTURES)}) nor tars")
-    return records
+        raise UserError(f"{folder} holds neither pictures ({' '.join(PICTURES)}) nor tars")
+    names = next((table.classnames for table in tables if table.classnames), [])
+    return _as_classes(folder, records, options) or Found(records, names)
 
 
 def _is_wanted(place: str, name: str) -> bool:
@@ -34,16 +60,18 @@ def _is_wanted(place: str, name: str) -> bool:
 
 def is_picture(name: str) -> bool:
     """Is it named like a picture, and not like a mask?"""
-    return name.lower().endswith(_PICTURES) and not name.lower().endswith(f".{MASK}")
+    return name.lower().endswith(PICTURES) and not name.lower().endswith(f".{MASK}")
 
 
-def _by_picture(names: list[str]) -> dict[tuple[str, str], str]:
+def _by_picture(names: Sequence[str]) -> dict[tuple[str, str], str]:
     """(name of a picture without its ending, kind) -> the file of that kind, whose ending may be in capitals."""
+    stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
     return {
-        (name[: -len(kind) - 1], kind): name
-        for kind in _BESIDE
+        (name[: -len(ending) - 1], kind): name
+        for kind, endings in _BESIDE.items()
+        for ending in reversed(endings)
         for name in names
-        if name.lower().endswith(f".{kind}")
+        if name.lower().endswith(f".{ending}") and name[: -len(ending) - 1] in stems
     }
 
 
@@ -58,3 +86,66 @@ def _record(folder: Path, place: str, name: str, beside: Mapping[tuple[str, str]
         parts={kind: Part.of_file(os.path.join(place, file)) for kind, file in files.items()},
         caption_needed="cls" not in files,
     )
+
+
+def _of_table(folder: Path, table: Path, options: SourceOptions) -> Found:
+    """Records of a table of the folder it lies in, their pictures named from `folder` on."""
+    place = os.path.relpath(table.parent, folder)
+    found = row_records(table_rows(table), os.path.relpath(table, folder), str(table.parent), options)
+
+    def named(record: Record) -> Record:
+        if IMAGE not in record.parts:
+            return replace(record, key=f"{table.name}/{record.key}")
+        origin = os.path.normpath(os.path.join(place, record.origin))
+        return replace(record, key=key_of(origin), origin=origin, group="")
+
+    return Found(list(map(named, found.records)), found.classnames)
+
+
+def _with_rows(records: Sequence[Record], tables: Sequence[Found]) -> list[Record]:
+    """The records, with what the tables say of their pictures; a caption beside a picture goes before theirs.
+
+    Several rows of one picture follow one another, as do the faults of the tables.
+    """
+    said: dict[str, list[Record]] = {}
+    for row in (record for table in tables for record in table.records):
+        said.setdefault(row.origin, []).append(row)
+    joined = [each for record in records for each in _joined(record, said.pop(record.origin, []))]
+    return joined + [row for rows in said.values() for row in rows]
+
+
+def _joined(record: Record, rows: Sequence[Record]) -> Iterator[Record]:
+    if not rows:
+        yield record
+    for number, row in enumerate(rows):
+        parts = {**row.parts, **record.parts}
+        is_labelled = row.label is not None
+        # captions of one picture are rows of their own, and must not meet across the splits
+        key = f"{row.key}-{number}" if number else row.key
+        yield replace(row, key=key, parts=parts, group=record.key,
+                      caption_needed=record.caption_needed and not is_labelled)  # fmt: skip
+
+
+def _as_classes(folder: Path, records: Sequence[Record], options: SourceOptions) -> Found | None:
+    """The same records labelled by their folders, None where they say more of themselves or lie in one folder."""
+    is_bare = all(record.parts.keys() <= {IMAGE, MASK} and not record.text for record in records)
+    folders = {record.origin.partition(os.sep)[0] for record in records if os.sep in record.origin}
+    is_apart = all(os.sep in record.origin for record in records)
+    if not is_bare or not is_apart or len(folders) < 2 or options.caption_column:
+        return None
+    labels = {name: label for label, name in class_folder_names(str(folder)).items()}
+    print(f"{folder}: no picture has a caption; the {len(labels)} folders are taken for classes ("
+          f"{', '.join(list(labels)[:3])}{', …' * (len(labels) > 3)})", file=sys.stderr)  # fmt: skip
+    # folders that are numbers are labels, and say no names
+    names = [] if all(name.isdigit() for name in labels) else list(labels)
+    templates = options.caption_template
+    if templates:
+        check_templates(templates, names)
+    labelled = []
+    for record in records:
+        name = record.origin.partition(os.sep)[0]
+        text = caption_of(record.key, name, templates) if templates else ""
+        labelled.append(
+            replace(record, label=labels[name], text=text, facts={"class": name}, caption_needed=False)
+        )
+    return Found(labelled, names)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.packing.pictures import PictureOptions
-from data_tools.packing.records import Record, SourceOptions
+from data_tools.packing.records import Found, Record, SourceOptions
 from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_shard
 from data_tools.packing.sources import find_records
 from data_tools.processes import run_all
@@ -20,26 +20,41 @@ from data_tools.whole_file import remove_leftovers, write_whole
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes
-PACK_VERSION = 2
+PACK_VERSION = 3
 RECORD = "pack.json"
 SKIPPED = "skipped.tsv"
 # reports of complete shards, while others are missing
 _STATE = ".pack"
 SPLITS = ("train", "validation")
+# of labelled samples, beside the splits
+CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the bytes, beside the source. shard_samples: records a shard. validation_share: 0..1."""
+    """What decides the bytes, beside the source.
+
+    shard_samples: records a shard. validation_share: 0..1. split: a name under which all samples go, without shares.
+    """
 
     source: SourceOptions = field(default_factory=SourceOptions)
     pictures: PictureOptions = field(default_factory=PictureOptions)
     shard_samples: int = 1000
     validation_share: float = 0.01
+    split: str | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the folders of shards."""
+        return (self.split,) if self.split else SPLITS
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name on the command line."""
-        own = {"shard_samples": self.shard_samples, "validation_share": self.validation_share}
+        own = {
+            "shard_samples": self.shard_samples,
+            "validation_share": self.validation_share,
+            "split": self.split,
+        }
         return {**asdict(self.source), **self.pictures._asdict(), **own}
 
 
@@ -55,21 +70,25 @@ class Packed(NamedTuple):
 def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> Packed:
     """Pack a source into `out_dir`/train and `out_dir`/validation, or go on where a run was interrupted.
 
+    Names of classes, and templates of captions, lie beside them as `classnames.txt` and `templates.txt`.
+
     The bytes depend on the source and the options alone. Raises `UserError`, also where `out_dir` holds something
     else or was made with other options, and where no sample can be used, which leaves it empty.
     """
     # a folder that is not ours is refused before a long look at the source
     earlier_record(out_dir, RECORD, "pack")
-    records = find_records(source, options.source)
+    found = find_records(source, options.source)
+    records = found.records
     record = {
         "generator": "pack",
         "version": PACK_VERSION,
         **options.flat(),
         "records": len(records),
         "source_fingerprint": fingerprint(records),
+        "classes": len(found.classnames),
     }
     with alone_in(out_dir):
-        result = _begin(out_dir, record)
+        result = _begin(out_dir, record, options.splits)
         if result is not None:
             return result
         tasks = plan_shards(records, out_dir, options)
@@ -77,14 +96,15 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
         with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
             for count in run_all(write_shard, left, workers):
                 advance(count)
-        return _finish(out_dir, record, tasks)
+        _write_classes(out_dir, found, options.source)
+        return _finish(out_dir, record, tasks, options.splits)
 
 
 def plan_shards(records: Sequence[Record], out_dir: Path, options: PackOptions) -> list[ShardTask]:
     """Cut the records of each split into shards, in their order."""
-    splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
+    splits: dict[str, list[Record]] = {name: [] for name in options.splits}
     for record in records:
-        splits[split_of(record, options.validation_share)].append(record)
+        splits[options.split or split_of(record, options.validation_share)].append(record)
     return [
         ShardTask(
             path=out_dir / name / f"{number:05d}.tar",
@@ -109,7 +129,7 @@ def fingerprint(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         sizes = {kind: part.size for kind, part in record.parts.items()}
-        known = [record.key, record.origin, sizes, record.text, record.facts, record.fault]
+        known = [record.key, record.origin, sizes, record.text, record.facts, record.label, record.fault]
         digest.update(_bytes(json.dumps(known, default=str)))
     return digest.hexdigest()[:32]
 
@@ -119,7 +139,7 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
+def _begin(out_dir: Path, record: dict[str, Any], splits: Sequence[str]) -> Packed | None:
     """Make the folders, without leftovers; what was packed, where an earlier run is complete. Raises `UserError`."""
     present = earlier_record(out_dir, RECORD, "pack")
     if present is None:
@@ -130,17 +150,25 @@ def _begin(out_dir: Path, record: dict[str, Any]) -> Packed | None:
             # the earlier run may have ended just before it could
             shutil.rmtree(out_dir / _STATE, ignore_errors=True)
             return Packed(present["samples"], present["shards"], present["skipped"], is_new=False)
-    for folder in (out_dir, *(out_dir / name for name in (*SPLITS, _STATE))):
+    for folder in (out_dir, *(out_dir / name for name in (*splits, _STATE))):
         folder.mkdir(exist_ok=True)
         remove_leftovers(folder)
     return None
 
 
-def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -> Packed:
+def _write_classes(out_dir: Path, found: Found, options: SourceOptions) -> None:
+    for name, lines in ((CLASSNAMES, found.classnames), (TEMPLATES, options.caption_template)):
+        if lines:
+            write_whole(out_dir / name, "".join(f"{' '.join(line.split())}\n" for line in lines))
+
+
+def _finish(
+    out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask], splits: Sequence[str]
+) -> Packed:
     reports = [(task.path.parent.name, ShardReport.load(task.report)) for task in tasks]
     skipped = [each for _, report in reports for each in report.skipped]
     causes = dict(Counter(each.cause for each in skipped).most_common())
-    samples, shards = Counter(dict.fromkeys(SPLITS, 0)), Counter(dict.fromkeys(SPLITS, 0))
+    samples, shards = Counter(dict.fromkeys(splits, 0)), Counter(dict.fromkeys(splits, 0))
     for name, report in reports:
         samples[name] += report.samples
         shards[name] += report.samples > 0
@@ -148,12 +176,13 @@ def _finish(out_dir: Path, record: dict[str, Any], tasks: Sequence[ShardTask]) -
         _save_skipped(out_dir / SKIPPED, skipped)
         _save(out_dir / RECORD, {**record, "samples": samples, "shards": shards, "skipped": causes})
     shutil.rmtree(out_dir / _STATE)
-    for name in SPLITS:
+    for name in splits:
         if not shards[name]:
             (out_dir / name).rmdir()
     if not samples.total():
         # it would be in the way of the corrected command
-        (out_dir / RECORD).unlink()
+        for name in (RECORD, CLASSNAMES, TEMPLATES):
+            (out_dir / name).unlink(missing_ok=True)
         raise UserError(f"nothing could be packed: {_first_of(skipped)}")
     return Packed(dict(samples), dict(shards), causes)
 

@@ -63,7 +63,7 @@ class Record:
     origin: the picture as the source names it, for messages. parts: `image` and other members, by extension.
     text, facts: the caption and the json fields, as far as the source itself holds them. group: records of one group
     come into the same split (the key where it is empty). caption_needed: without a caption it is skipped.
-    fault: (cause, detail) of a record that is known to be unusable.
+    label: index of its class. fault: (cause, detail) of a record that is known to be unusable.
     """
 
     key: str
@@ -73,7 +73,15 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     caption_needed: bool = True
+    label: int | None = None
     fault: tuple[str, str] | None = None
+
+
+class Found(NamedTuple):
+    """The records of a source, and the names of its classes in the order of their labels (none where it has none)."""
+
+    records: list[Record]
+    classnames: list[str]
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class SourceOptions:
     image_column: str | None = None
     caption_column: str | None = None
     coco_instances: str | None = None
+    label_column: str | None = None
+    key_column: str | None = None
+    caption_template: list[str] | None = None
 
 
 def key_of(path: str) -> str:
@@ -93,21 +104,33 @@ def key_of(path: str) -> str:
 
 
 def captions_of(value: Any, language: Any = None) -> tuple[str, dict[str, Any]]:
-    """(the caption for txt, the json fields that keep all of them) of a text, a list of texts, or {language: text}.
+    """(the caption for txt, the json fields that keep all of them) of a text, a list of texts, or {language: texts}.
 
-    Of a mapping the text in `language` is taken, else the first. ("", {}) where there is no text.
+    Of a mapping the first text in `language` is taken, else in English, else of all. ("", {}) where there is no text.
+    Raises `SampleError` where there are numbers in place of texts.
     """
     if isinstance(value, str):
         return value.strip(), {}
     if isinstance(value, dict):
-        by_language = {name: text.strip() for name, text in value.items() if _is_text(text)}
+        by_language = {name: texts for name, each in value.items() if (texts := _texts(each))}
         if not by_language:
             return "", {}
-        chosen = language if language in by_language else next(iter(by_language))
-        return by_language[chosen], {"captions": by_language, "language": chosen}
-    texts = [text.strip() for text in value if _is_text(text)] if isinstance(value, list) else []
-    return (texts[0], {"captions": texts}) if texts else ("", {})
+        chosen = next((name for name in (language, "en") if name in by_language), next(iter(by_language)))
+        first = by_language[chosen]
+        return first if isinstance(first, str) else first[0], {"captions": by_language, "language": chosen}
+    found = _texts(value if isinstance(value, list) else [value])
+    return (found[0], {"captions": found}) if found else ("", {})
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _texts(value: Any) -> Any:
+    """A text, or the texts of a list, without spaces around them; what is empty there is left out."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, list):
+        return [text for text in map(_texts, value) if text and isinstance(text, str)]
+    if isinstance(value, int | float) and value == value:
+        # NaN is how tables say that there is nothing
+        raise SampleError(
+            "caption is no text", f"it is {value!r}; is this the column, or field, of captions?"
+        )
+    return ""

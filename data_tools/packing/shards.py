@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_tools.packing.coco_masks import Drawing
+from data_tools.packing.columns import value_at
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
 from data_tools.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
 from data_tools.reading import plain_detail
@@ -99,6 +100,8 @@ def sample_members(
     if text:
         members["txt"] = _utf8(text)
     members["json"] = _json_text(facts)
+    if record.label is not None:
+        members["cls"] = str(record.label).encode()
     for extension, part in _others(record.parts):
         content = part.read()
         if extension == MASK:
@@ -113,12 +116,20 @@ def _text_and_facts(record: Record, caption_column: str | None) -> tuple[str, di
         facts = {**_json_object(record.parts["json"].read()), **facts}
     if "txt" in record.parts and caption_column is None:
         text = _decoded(record.parts["txt"].read()).strip()
-    if not text and "json" in record.parts:
-        for name in CAPTION_FIELDS if caption_column is None else (caption_column,):
-            text, captions = captions_of(facts.get(name), facts.get("language"))
-            if text:
-                return text, {**facts, **captions}
-    return text, facts
+    if text or "json" not in record.parts:
+        return text, facts
+    fault = None
+    for name in CAPTION_FIELDS if caption_column is None else (caption_column,):
+        try:
+            text, captions = captions_of(value_at(facts, name), facts.get("language"))
+        except SampleError as error:
+            fault = fault or SampleError(error.cause, f"{name}: {error.detail}")
+            continue
+        if text:
+            return text, {**facts, **captions}
+    if fault is not None and record.caption_needed:
+        raise fault
+    return "", facts
 
 
 def _others(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

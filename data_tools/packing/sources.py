@@ -2,59 +2,67 @@
 
 import glob
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.packing.coco import coco_records, is_coco
 from data_tools.packing.folder import folder_records, is_picture
-from data_tools.packing.records import IMAGE, Record, SourceOptions
+from data_tools.packing.records import IMAGE, Found, Part, Record, SourceOptions
 from data_tools.packing.tables import checked_row, parquet_records, row_records, table_records
 from data_tools.packing.tars import tar_records
+from siglip_train.data.locations import expand, is_remote, short_name, unsigned
 from siglip_train.errors import UserError
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _TARS = (".tar", ".tar.gz", ".tgz")
 # kind of source -> options that mean something for it
 _MEANINGFUL = {
-    "a folder of pictures": ("caption_column",),
+    "a folder of pictures": ("caption_column", "caption_template"),
     "shards": ("caption_column",),
-    "a table": ("image_root", "image_column", "caption_column"),
+    "a table": (
+        *("image_root", "image_column", "caption_column", "label_column", "key_column", "caption_template"),
+    ),
     "COCO annotations": ("image_root", "coco_instances"),
 }
 # if of so many pictures none is there, the folder is the wrong one
 _TRIED = 100
 
 
-def find_records(source: str, options: SourceOptions) -> list[Record]:
+def find_records(source: str, options: SourceOptions) -> Found:
     """The records of a folder, a table, a COCO file or shards; keys do not repeat. Raises `UserError`."""
-    return list(_without_repeats(_records(source, options)))
+    found = _found(source, options)
+    return Found(list(_without_repeats(found.records)), found.classnames)
 
 
-def _records(source: str, options: SourceOptions) -> list[Record]:
+def _found(source: str, options: SourceOptions) -> Found:
     path = Path(source).expanduser()
     ending = path.suffix.lower()
-    if parquet := _parquet_files(path):
+    if parquet := _parquet_files(source):
         _refuse("a table", options)
-        records = parquet_records(parquet, path / "*.parquet" if path.is_dir() else path, options)
+        name = short_name(unsigned(source)) + ("/*.parquet" if path.is_dir() else "")
+        found = parquet_records(parquet, name, options)
     elif path.is_file() and ending in _TABLES:
         _refuse("a table", options)
-        records = table_records(path, options)
+        found = table_records(path, options)
     elif path.is_file() and ending == ".json":
-        records = _json_records(path, options)
+        found = _json_records(path, options)
     elif path.is_dir() and not any(name.name.endswith(_TARS) for name in path.iterdir()):
         _refuse("a folder of pictures", options)
-        return folder_records(path)
+        return folder_records(path, options)
     else:
         _refuse("shards", options)
-        return tar_records(source)
-    _find_some_pictures(records)
-    return records
+        return Found(tar_records(source), [])
+    _find_some_pictures(found.records)
+    return found
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    """The Parquet files that `path` means: one, those of a glob, or those of a folder with nothing else to pack."""
+def _parquet_files(source: str) -> Sequence[str]:
+    """The Parquet files that are meant: one, those of a glob, or those of a folder with nothing else to pack."""
+    if is_remote(source):
+        return expand(source) if _is_parquet(source) else []
+    path = Path(source).expanduser()
     if path.is_dir():
         inside = [each for each in path.iterdir() if not each.name.startswith(".")]
         # img2dataset writes Parquet files of its own beside tars and folders of pictures
@@ -62,21 +70,26 @@ def _parquet_files(path: Path) -> list[Path]:
             return []
     else:
         inside = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
-    return sorted(each for each in inside if each.suffix.lower() == ".parquet")
+    return sorted(str(each) for each in inside if each.suffix.lower() == ".parquet")
 
 
-def _json_records(path: Path, options: SourceOptions) -> list[Record]:
+def _is_parquet(url: str) -> bool:
+    # a question mark may stand for a character, or before a signature
+    return any(name.lower().endswith(".parquet") for name in (url, unsigned(url)))
+
+
+def _json_records(path: Path, options: SourceOptions) -> Found:
     data = _load(path)
     if isinstance(data, list):
         _refuse("a table", options)
-        return row_records(map(checked_row, data), path, options)
+        return row_records(map(checked_row, data), path.name, str(path.parent), options)
     if not is_coco(data):
         raise UserError(f"{path} is neither a list of objects nor COCO's (lists images and annotations)")
     _refuse("COCO annotations", options)
     instances = _load(Path(options.coco_instances)) if options.coco_instances else None
     if instances is not None and not is_coco(instances):
         raise UserError(f"{options.coco_instances} has no lists images and annotations, as COCO's files do")
-    return coco_records(data, instances, Path(options.image_root or path.parent))
+    return Found(coco_records(data, instances, Path(options.image_root or path.parent)), [])
 
 
 def _load(path: Path) -> Any:
@@ -94,7 +107,8 @@ def _refuse(kind: str, options: SourceOptions) -> None:
 
 def _find_some_pictures(records: Iterable[Record]) -> None:
     """`UserError` where the first pictures are all missing, which is a wrong folder more often than a bad set."""
-    paths = [record.parts[IMAGE].path for record in records if IMAGE in record.parts][:_TRIED]
+    parts = (record.parts.get(IMAGE) for record in records)
+    paths = [part.path for part in parts if isinstance(part, Part)][:_TRIED]
     if not paths or any(Path(path).is_file() for path in paths):
         return
     if "://" in paths[0]:

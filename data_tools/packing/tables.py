@@ -5,19 +5,20 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.packing.parquet_tables import Cell, parquet_rows
-from data_tools.packing.records import CAPTION_FIELDS, IMAGE, Part, Record, SourceOptions, captions_of
+from data_tools.packing.columns import Columns, find_columns, first_of, value_at
+from data_tools.packing.labels import Labels, caption_of, check_templates, number_classes
+from data_tools.packing.parquet_tables import Cell, class_columns, parquet_rows
+from data_tools.packing.records import IMAGE, Found, Part, Record, SourceOptions, captions_of, key_of
 from siglip_train.data.faults import SampleError
+from siglip_train.data.folders import PICTURES
 from siglip_train.errors import UserError
 
-# the last three are img2dataset's, by the format
-_IMAGE_COLUMNS = (
-    "image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img", "jpg", "png", "webp",
-)  # fmt: skip
 # the module's default of 128 KiB is too small for a page of text in a cell
 _MAX_CELL = 1 << 27
 # rows whose columns are those of the table
@@ -28,78 +29,118 @@ _MAX_DEPTH = 64
 Row = dict[str, Any] | SampleError
 
 
-def table_records(path: Path, options: SourceOptions) -> list[Record]:
+def table_records(path: Path, options: SourceOptions) -> Found:
     """A record for every row of a file, the format by its ending. Raises `UserError`."""
-    readers = {
-        ".csv": _csv_rows,
-        ".tsv": _csv_rows,
-        ".jsonl": _json_rows,
-        ".ndjson": _json_rows,
-    }
+    return row_records(table_rows(path), path.name, str(path.parent), options)
+
+
+def table_rows(path: Path) -> list[Row]:
+    """The rows of a table of text, the format by its ending. Raises `UserError`."""
+    read = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows
     try:
-        return row_records(readers[path.suffix.lower()](path), path, options)
-    except (OSError, UnicodeDecodeError) as error:
+        return list(read(path))
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}): convert it by `iconv -f latin1 -t utf-8`") from error
 
 
-def parquet_records(files: Sequence[Path], source: Path, options: SourceOptions) -> list[Record]:
-    """A record for every row of Parquet files, which are one table; `source` names them all. Raises `UserError`."""
-    return row_records(itertools.chain.from_iterable(map(parquet_rows, files)), source, options)
+def parquet_records(files: Sequence[str], name: str, options: SourceOptions) -> Found:
+    """A record for every row of Parquet files, which are one table called `name`. Raises `UserError`."""
+    rows = itertools.chain.from_iterable(map(parquet_rows, files))
+    return row_records(rows, name, os.path.dirname(files[0]), options, class_columns(files[0]))
 
 
-def row_records(rows: Iterable[Row], path: Path, options: SourceOptions) -> list[Record]:
-    """A record for every row; `path` is the file they are from, relative pictures are sought beside it."""
-    rows = list(rows)
+def row_records(
+    rows: Iterable[Row], name: str, folder: str, options: SourceOptions,
+    classes: Mapping[str, list[str]] | None = None,
+) -> Found:  # fmt: skip
+    """A record for every row of the table `name`.
+
+    folder: where pictures of relative paths are, unless the options say. classes: the names of the classes in each
+    column that is known to hold labels. Raises `UserError`.
+    """
+    rows, classes = list(rows), classes or {}
     first = list(itertools.islice((row for row in rows if isinstance(row, dict)), _LOOKED_AT))
-    images = _columns(first, options.image_column, _IMAGE_COLUMNS, path, "image")
-    captions = _columns(first, options.caption_column, CAPTION_FIELDS, path, "caption")
-    print(f"{path.name}: pictures from column {' or '.join(images)}, captions from column {' or '.join(captions)}",
-          file=sys.stderr)  # fmt: skip
-    root = options.image_root or str(path.parent)
-    return [_record(number, row, root, images, captions) for number, row in enumerate(rows)]
+    pictures = dict.fromkeys(column for row in first[:1] for column in row if isinstance(row[column], Cell))
+    columns = find_columns(first, name, options, classes, pictures)
+    labels = _labels(rows, columns.label, classes)
+    known = f" ({len(labels.names)} classes)" if labels.names else ""
+    print(f"{name}: {columns.text}{known}", file=sys.stderr)
+    templates = options.caption_template or []
+    if templates:
+        check_templates(templates, labels.names)
+    root = options.image_root or folder
+    records = [_record(number, row, root, columns) for number, row in enumerate(rows)]
+    return Found(list(map(partial(_labelled, names=labels.names, templates=templates), records, labels.of)),
+                 labels.names)  # fmt: skip
 
 
-def _columns(
-    rows: list[dict[str, Any]], asked: str | None, usual: tuple[str, ...], path: Path, what: str
-) -> list[str]:
-    """The columns that rows have it in, most often one: rows of JSON need not be alike. Raises `UserError`."""
-    names = (asked,) if asked else usual
-    used = {_first_of(names, row) for row in rows}
-    found = [name for name in names if name in used]
-    if not found:
-        wanted = asked or f"of {what}s, one called {', '.join(usual)}"
-        present = ", ".join(map(str, dict.fromkeys(itertools.chain(*rows)))) or "none"
-        raise UserError(
-            f"{path} has no column {wanted}; its columns are {present}: name one by --{what}-column"
-        )
-    return found
+def _labels(rows: Sequence[Row], column: str | None, classes: Mapping[str, list[str]]) -> Labels:
+    if column is None:
+        return Labels([None] * len(rows), [])
+    values = [row.get(column) if isinstance(row, dict) else None for row in rows]
+    return number_classes(values, classes.get(column, ()))
 
 
-def _first_of(names: Iterable[str], row: dict[str, Any]) -> str | None:
-    return next((name for name in names if name in row), None)
+def _labelled(
+    record: Record, label: int | SampleError | None, names: Sequence[str], templates: Sequence[str]
+) -> Record:
+    if label is None or record.fault is not None:
+        return record
+    if isinstance(label, SampleError):
+        return replace(record, fault=(label.cause, label.detail))
+    if not names:
+        return replace(record, label=label, caption_needed=False)
+    text = caption_of(record.key, names[label], templates) if templates else record.text
+    facts = {**record.facts, "class": names[label]}
+    return replace(record, label=label, text=text, facts=facts, caption_needed=False)
 
 
-def _record(number: int, row: Row, root: str, images: list[str], captions: list[str]) -> Record:
-    key = f"{number:09d}"
+def _record(number: int, row: Row, root: str, columns: Columns) -> Record:
+    key = origin = f"{number:09d}"
     if isinstance(row, SampleError):
         return Record(key, f"row {number}", fault=(row.cause, row.detail))
-    image, caption = (_first_of(names, row) or names[0] for names in (images, captions))
+    if columns.key is not None:
+        key = key_of(f"{row.get(columns.key)}.") if row.get(columns.key) not in (None, "") else ""
+        if not key:
+            return Record(origin, f"row {number}", fault=("no key", f"{columns.key} is empty"))
+    image = first_of(columns.images, row) or columns.images[0]
     name = row.get(image)
     if not isinstance(name, str | Cell) or not name:
         return Record(key, f"row {number}", fault=("no image", f"{image} is {name!r:.60}"))
-    text, told = captions_of(row.get(caption), row.get("language"))
+    origin = (name.name or f"row {number}") if isinstance(name, Cell) else name
+    try:
+        text, facts = _text_and_facts(row, columns)
+    except SampleError as error:
+        return Record(key, origin, fault=(error.cause, error.detail))
+    if isinstance(name, Cell):
+        return Record(key, origin, {IMAGE: name}, text, facts)
+    # captions of one picture are rows of their own, and must not meet across the splits
+    return Record(key, origin, {IMAGE: picture_file(os.path.join(root, name))}, text, facts, group=name)
+
+
+def picture_file(path: str) -> Part:
+    """The file of a picture, of which a table may say the name without its ending, as that of Crossmodal-3600 does."""
+    if not os.path.splitext(path)[1]:
+        path = next((path + ending for ending in PICTURES if os.path.isfile(path + ending)), path)
+    return Part.of_file(path)
+
+
+def _text_and_facts(row: dict[str, Any], columns: Columns) -> tuple[str, dict[str, Any]]:
+    column = next((name for name in columns.captions if name in row), None) or next(
+        iter(columns.captions), None
+    )
+    value = value_at(row, column) if column is not None else None
+    text, told = captions_of(value, row.get("language"))
+    used = {column, *(value if column not in row and isinstance(value, dict) else ())}
     # cells beyond the header are under None
     others = {
-        column: value.name if isinstance(value, Cell) else value
-        for column, value in row.items()
-        if column != caption and column is not None and value is not None and not _is_nameless(value)
+        name: value.name if isinstance(value, Cell) else value
+        for name, value in row.items()
+        if name not in used and name is not None and value is not None and not _is_nameless(value)
     }
-    if isinstance(name, Cell):
-        return Record(key, name.name or f"row {number}", {IMAGE: name}, text, {**others, **told})
-    # captions of one picture are rows of their own, and must not meet across the splits
-    return Record(
-        key, name, {IMAGE: Part.of_file(os.path.join(root, name))}, text, {**others, **told}, group=name
-    )
+    return text, {**others, **told}
 
 
 def _is_nameless(value: Any) -> bool:
@@ -112,12 +153,14 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)
-        # many a table with tabs is called .csv
+        # many a table with tabs is called .csv, and spreadsheets of half the world write semicolons
         if "\t" in header:
             # a caption that begins with a quote mark would swallow the rows up to the next one
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
-            rows = csv.DictReader(file, strict=True)
+            rows = csv.DictReader(
+                file, delimiter=";" if header.count(";") > header.count(",") else ",", strict=True
+            )
         end = 0
         try:
             if rows.fieldnames:

@@ -342,7 +342,9 @@ def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
         if folder is not None:
             if source.text is not None or source.group is not None:
                 raise UserError(f"{source.shards} is a folder of classes: it has neither captions nor groups")
-            return folder, []
+            return folder, [
+                BadSample(folder.root.name, path, "no image by its ending") for path in folder.others
+            ]
     text = Field.parse(source.text) if source.text is not None else None
     fields = (source.label, source.group, *_LANGUAGE_FIELDS)
     extra = tuple(Field.parse(name).member for name in fields if name is not None)

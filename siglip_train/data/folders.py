@@ -9,8 +9,30 @@ from pathlib import Path
 from siglip_train.data.select import Selection
 from siglip_train.data.shards import RawSample
 from siglip_train.errors import UserError
+from siglip_train.files import read_text
 
+# endings of pictures, in any case; those that Pillow cannot read, for want of a plugin, count as broken
+PICTURES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(
+        ".avif",
+        ".avifs",
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+    ),
+)
 _NSHARDS = "nshards.txt"
+# folders of these names alone are parts of a set, not classes
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing"))
 
 
 @dataclass(frozen=True)
@@ -36,8 +58,9 @@ class BenchmarkFolder:
 
     @property
     def templates(self) -> list[str] | None:
-        """The prompt templates."""
-        return _lines(self.root / "zeroshot_classification_templates.txt")
+        """The prompt templates; `siglip-data pack` gives the file a shorter name."""
+        theirs = _lines(self.root / "zeroshot_classification_templates.txt")
+        return _lines(self.root / "templates.txt") if theirs is None else theirs
 
     @property
     def type(self) -> str:
@@ -64,11 +87,12 @@ class ClassFolder:
 
     files: paths below root and the label of each, class by class. Folders that are all numbers are labels themselves
     (ImageNet-v2 is laid out so); else they count in sorted order, which for ImageNet's WordNet ids is the order of
-    everyone's class lists.
+    everyone's class lists. others: paths of files that are no pictures by their endings.
     """
 
     root: Path
     files: list[tuple[str, int]]
+    others: list[str]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -85,11 +109,18 @@ class ClassFolder:
 
 
 def class_folder_names(shards: str | Sequence[str]) -> dict[int, str]:
-    """Give the folders of a folder of classes by label; none where it is something else."""
+    """Give the folders of a folder of classes by label; none where it is something else.
+
+    Raises `UserError` where they are splits, each of which is such a folder.
+    """
     root = _folder(shards)
     if root is None or benchmark_folder(shards) is not None or _has_shards(root):
         return {}
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+    if names and all(name.lower() in _SPLITS for name in names):
+        raise UserError(
+            f"{root} holds the splits {', '.join(names)}, not classes: name one of them, such as {root / names[0]}"
+        )
     is_numbered = all(name.isdigit() for name in names)
     return dict(sorted((int(name) if is_numbered else place, name) for place, name in enumerate(names)))
 
@@ -97,27 +128,33 @@ def class_folder_names(shards: str | Sequence[str]) -> dict[int, str]:
 def class_folder(
     shards: str | Sequence[str], extensions: Sequence[str], select: Selection
 ) -> ClassFolder | None:
-    """Find the pictures of a folder of classes; None where it is something else or has none."""
+    """Find the pictures of a folder of classes; None where it is something else or has none.
+
+    Pictures are files with one of the usual endings or of the `extensions`.
+    """
     names = class_folder_names(shards)
     root = _folder(shards)
+    if root is None:
+        return None
+    endings = (*PICTURES, *(f".{extension}" for extension in extensions))
+    found = [(path, label) for label, name in names.items() for path in _files(root, name)]
     files = [
-        (path, label)
-        for label, name in names.items()
-        for path in _pictures(root, name, extensions)  # type: ignore[arg-type]
-        if _key(path) in select
+        (path, label) for path, label in found if path.lower().endswith(endings) and _key(path) in select
     ]
-    return ClassFolder(root, files) if root is not None and files else None
+    others = [path for path, _ in found if not path.lower().endswith(endings)]
+    return ClassFolder(root, files, others) if files else None
 
 
 def _has_shards(root: Path) -> bool:
     return any(next(root.glob(ending), None) for ending in ("*.tar", "*.tar.gz", "*.tgz"))
 
 
-def _pictures(root: Path, name: str, extensions: Sequence[str]) -> list[str]:
+def _files(root: Path, name: str) -> list[str]:
+    """Paths below root of all files of a class but hidden ones."""
     found = []
     for folder, _, files in os.walk(root / name):
         below = os.path.relpath(folder, root)
-        found += [f"{below}/{file}" for file in files if file.rpartition(".")[2].lower() in extensions]
+        found += [f"{below}/{file}" for file in files if file[0] != "."]
     return sorted(found)
 
 
@@ -133,7 +170,7 @@ def _folder(shards: str | Sequence[str]) -> Path | None:
 
 
 def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return read_text(path) if path.is_file() else None
 
 
 def _lines(path: Path) -> list[str] | None:

@@ -2,9 +2,9 @@
 
 import string
 from collections.abc import Sequence
-from pathlib import Path
 
 from siglip_train.errors import UserError
+from siglip_train.files import read_text
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -56,11 +56,9 @@ def _read_lines(source: str | Sequence[str], what: str) -> list[str]:
     if not isinstance(source, str):
         return list(source)
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the {what} in {source}: {error}; give a text file with one a line"
-        ) from None
+        text = read_text(source)
+    except UserError as error:
+        raise UserError(f"the {what}: {error}; it is a text file with one a line") from None
     return text.rstrip().split("\n") if text.strip() else []
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.errors import UserError
+from siglip_train.files import read_text
 
 LabelSet = tuple[int, ...]
 # entry i of a list such as ReaL's is about picture i + 1 of ImageNet's validation set
@@ -126,7 +127,7 @@ def _read_objectnet(folder: Path) -> dict[str, LabelSet]:
     """Join ObjectNet's tables: folder -> its name -> names in ImageNet, `; ` between them -> their numbers."""
     folders = read_json(folder / "folder_to_objectnet_label.json")
     names = read_json(folder / "objectnet_to_imagenet_1k.json")
-    lines = _read_text(folder / "imagenet_to_label_2012_v2").splitlines()
+    lines = read_text(folder / "imagenet_to_label_2012_v2").splitlines()
     # the lines are in the order of 2012's ids, everyone's class lists in the order of WordNet's
     order = read_json(folder / "pytorch_to_imagenet_2012_id.json")
     try:
@@ -152,13 +153,6 @@ def _as_labels(value: Any, path: str) -> LabelSet:
 def read_json(path: str | Path) -> Any:
     """Give the content of a JSON file. Raises UserError where it cannot be read or is none."""
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None

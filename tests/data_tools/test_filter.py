@@ -364,7 +364,7 @@ def test_odd_names_and_members_are_copied(tmp_path: Path) -> None:
         (["--where", "txt ~ ("], "no regular expression"),
         (["--where", "json: == 3"], "names no json field"),
         (["--drop-text", "[a"], "no regular expression"),
-        (["--keep-list", "{tmp}/nowhere"], "cannot read the list"),
+        (["--keep-list", "{tmp}/nowhere"], "cannot read"),
         (["--drop-list", "{tmp}/empty"], "is empty"),
         (["--max-aspect", "0.5"], "at least 1"),
         (["--dedup-images", "11"], "not in 0 to 10"),
