@@ -27,7 +27,7 @@ _IMG2DATASET = (
     " --processes_count 16 --thread_count 64"
 )
 _TOKENIZER = "tokenizer=PATH/tokenizer.model"
-_TRAIN = f"siglip-train model=b16 {_TOKENIZER} global_batch_size=4096 total_samples=400000000 "
+_TRAIN = f"siglip-train experiment=siglip2_b16_sigmoid {_TOKENIZER} "
 # long addresses would not fit into a line
 _HUB = "hf://datasets/"
 _LINK_ROT = (

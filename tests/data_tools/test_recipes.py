@@ -108,7 +108,12 @@ def carry_out(commands: tuple[str, ...], place: Path) -> None:
         if program == "siglip-data":
             in_a_shell(lines, place)
             # processes that are started would import torch anew each
-            main([*arguments, *(["--vocab-size", "300"] if arguments[0] == "tokenizer" else ["--workers", "1"])])
+            main(
+                [
+                    *arguments,
+                    *(["--vocab-size", "300"] if arguments[0] == "tokenizer" else ["--workers", "1"]),
+                ]
+            )
         elif program in OFFLINE or program.startswith("("):
             lines.append(command)
         else:
