@@ -75,10 +75,6 @@ def summary(conversion: Conversion) -> list[str]:
             lines.append(f"{len(names)} tensors {said} ({shortened(names)})")
     if conversion.tokenizer is None and conversion.part == "model":
         lines.append("no tokenizer: give one with --tokenizer PATH")
-    elif conversion.tokenizer_folder not in (".", None):
-        lines.append(
-            f"the tokenizer is in {conversion.tokenizer_folder}/: transformers would change it beside config.json"
-        )
     whose = conversion.peer
     if whose is None and conversion.target != "native":
         lines.append("the library that opens this folder is not installed, so it was not asked")
@@ -86,7 +82,7 @@ def summary(conversion: Conversion) -> list[str]:
         f"{key.replace('_', ' ')} {value:.1e}" for key, value in conversion.largest_difference.items()
     )
     if found:
-        tokens = "; tokens equal" if conversion.tokenizer_folder else ""
+        tokens = "; tokens equal" if conversion.tokenizer else ""
         texts = f" and {conversion.texts} texts" if conversion.texts else ""
         lines.append(
             f"largest difference to {whose or 'what was read back'}, {conversion.pictures} pictures{texts}: "

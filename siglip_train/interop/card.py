@@ -8,6 +8,7 @@ import yaml
 
 from siglip_train.interop.files import read_json, section
 from siglip_train.interop.runs import run_config, run_folder
+from siglip_train.interop.usage import usage
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.vision import VisionConfig
 from siglip_train.records import read_records
@@ -23,71 +24,6 @@ _KINDS = {
     "classifier": "A classifier of {classes} classes on the averaged tokens of the vision tower of a SigLIP model.",
 }
 _TAGS = ["siglip", "image-text", "vision"]
-
-# of transformers' pipeline for zero-shot classification, whatever the model says
-_PIPELINE_LENGTH = 64
-_NO_PIPELINE = """
-`transformers.pipeline("zero-shot-image-classification")` pads texts to {pads} tokens, and this model takes {length}:
-use the lines above.
-"""
-
-_USE = {
-    "hf": """
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
-inputs = processor(
-    text=["a photo of a cat"], images=picture, padding="max_length", max_length={length}, truncation=True,
-    return_tensors="pt",{naflex}
-)
-output = model(**inputs)  # image_embeds, text_embeds, logits_per_image; sigmoid(logits) of each pair by itself
-""",
-    "hf_apart": """
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}/tokenizer")  # beside config.json, transformers would change it
-texts = tokenizer(["a photo of a cat"], padding="max_length", max_length={length}, truncation=True, return_tensors="pt")
-output = model(**processor(images=picture, return_tensors="pt"), **texts)
-""",
-    "vision": """
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-output = model(**processor(images=picture, return_tensors="pt"), output_hidden_states=True)
-tokens = output.hidden_states[-2]  # [B, L, D] of any layer; last_hidden_state is after the final LayerNorm
-""",
-    "classifier": """
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-logits = model(**processor(images=picture, return_tensors="pt")).logits  # [1, {classes}]
-print(model.config.id2label[logits.argmax().item()])
-""",
-    "open_clip": """
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
-""",
-    "onnx": """
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{name}/vision.onnx")
-image = session.run(None, {{"pixels": pixels}})[0]  # float32 [B, 3, S, S] in -1..1 -> [B, E]; see onnx_config.json
-""",
-    "native": """
-from siglip_train import load_model
-
-loaded = load_model("{name}")
-image = loaded.model.encode_image(loaded.preprocess(picture))
-texts = loaded.model.encode_text(loaded.tokenize(["a photo of a cat"]))
-""",
-}
 
 
 @dataclass
@@ -137,29 +73,21 @@ def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[s
     if part in _TASKS:
         front["pipeline_tag"] = _TASKS[part]
     form = target if part == "model" else part
-    use = (
-        _USE["hf_apart" if conversion["tokenizer_folder"] not in (".", None) else form]
-        .strip()
-        .format(name=name, length=config.text.context_length, naflex=_naflex(config), classes=classes)
-    )
+    use = [
+        f"{sentence}\n\n```python\n{code}\n```\n"
+        for sentence, code in usage(form, config, name, has_tokenizer=conversion["tokenizer"] is not None)
+    ]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
         _KINDS[part].format(classes=classes) + "\n",
         _table(_sizes(config, conversion)),
         *(("## Training\n", _table(facts)) if facts else ()),
-        f"## Use\n\n```python\n{use}\n```\n",
-        *_note(config.text.context_length, target, part),
+        "## Use\n",
+        *use,
         f"## Conversion\n\n{_comparison(conversion)}\n",
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def _note(context_length: int, target: str, part: str) -> list[str]:
-    """What does not work although the pipeline_tag promises it."""
-    if (target, part) != ("hf", "model") or context_length == _PIPELINE_LENGTH:
-        return []
-    return [_NO_PIPELINE.strip().format(pads=_PIPELINE_LENGTH, length=context_length) + "\n"]
 
 
 def _progress(source: Path, run: Path) -> dict[str, Any]:
@@ -219,14 +147,6 @@ def _extent(vision: VisionConfig) -> str:
     if vision.position_grid is None:
         return f"{vision.image_size} x {vision.image_size}"
     return f"of any shape (NaFlex), positions learned on a grid of {vision.position_grid} x {vision.position_grid}"
-
-
-def _naflex(config: SiglipConfig) -> str:
-    # the processor's own defaults would win over its file
-    vision = config.vision
-    if vision.position_grid is None:
-        return ""
-    return f"\n    patch_size={vision.patch_size}, max_num_patches={vision.position_grid**2},"
 
 
 def _comparison(conversion: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from siglip_train.errors import UserError
 from siglip_train.files import put_folder
 from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
 from siglip_train.interop.card import training_facts, write_card
-from siglip_train.interop.fast_tokenizer import FAST_TOKENIZER_FILES, write_fast_tokenizer
+from siglip_train.interop.fast_tokenizer import write_fast_tokenizer
 from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.load import read_model
-from siglip_train.interop.native import TOKENIZER_FOLDER, Description, ModelFiles, write_export
+from siglip_train.interop.native import Description, ModelFiles, write_export
 from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
 from siglip_train.interop.runs import read_head
 from siglip_train.models.siglip import Siglip, SiglipConfig
@@ -74,9 +73,8 @@ class Conversion:
 
     left_out: tensors that the target has no place for. made_up: those of the target that the source lacks.
     peer: the library that was asked; None = it is not installed, and what was written was read back instead.
-    largest_difference: in any number of a unit-norm embedding, or of the logits of a classifier. tokenizer_folder:
-    where it stands in the target, None = without one; its tokens have been compared too. training: what is known of it.
-    classes: of the classifier.
+    largest_difference: in any number of a unit-norm embedding, or of the logits of a classifier. tokenizer: None =
+    without one; its tokens have been compared too. training: what is known of it. classes: of the classifier.
     """
 
     source: str
@@ -92,7 +90,6 @@ class Conversion:
     pictures: int = 0
     texts: int = 0
     largest_difference: dict[str, float] = field(default_factory=dict)
-    tokenizer_folder: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     classes: int | None = None
 
@@ -261,7 +258,7 @@ def _compare(
         conversion.pictures = len(probe.pictures)
         conversion.texts = len(theirs.get("text_embedding", ()))
     if tokenizer:
-        conversion.tokenizer_folder = _tokenizer_folder(folder, form, tokenizer, probe)
+        _check_tokens(folder, form, tokenizer, probe, config=config, is_asked=conversion.peer is not None)
 
 
 def _model(files: ModelFiles) -> Siglip:
@@ -271,23 +268,22 @@ def _model(files: ModelFiles) -> Siglip:
     return model.eval()
 
 
-def _tokenizer_folder(folder: Path, form: _Form, tokenizer: Tokenizer, probe: Probe) -> str:
-    """Where in `folder` the tokenizer gives the tokens of training; it is moved there if need be."""
+def _check_tokens(
+    folder: Path, form: _Form, tokenizer: Tokenizer, probe: Probe, *, config: SiglipConfig, is_asked: bool
+) -> None:
+    """Raise a `UserError` unless the tokenizer in `folder` gives the tokens of training.
+
+    is_asked: whether the library that opens the folder is there to be asked.
+    """
     wrong = _first_wrong(folder, form, tokenizer, probe)
-    if wrong and form.package == "transformers":
-        # beside a config of siglip2, transformers puts a normalizer of its own in place of the file's
-        aside = folder / TOKENIZER_FOLDER
-        aside.mkdir()
-        for name in FAST_TOKENIZER_FILES:
-            os.replace(folder / name, aside / name)
-        wrong = _first_wrong(aside, form, tokenizer, probe)
-        if not wrong:
-            return TOKENIZER_FOLDER
+    is_changed = wrong or not is_asked
+    if form.package == "transformers" and is_changed and to_huggingface.family(config) == "Siglip2":
+        to_huggingface.keep_tokenizer(folder)
+        wrong = _first_wrong(folder, form, tokenizer, probe)
     if wrong:
         raise UserError(
             f"{wrong!r} becomes other tokens in the tokenizer that was written; --tokenizer none leaves it out"
         )
-    return "."
 
 
 def _first_wrong(folder: Path, form: _Form, tokenizer: Tokenizer, probe: Probe) -> str | None:

@@ -16,8 +16,6 @@ from siglip_train.data.tokenizer import JsonEncoder, TextRules, Tokenizer
 from siglip_train.errors import UserError
 from siglip_train.interop.native import RULES_KEY
 
-FAST_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 _SPACE = "\u2581"
 _UNIGRAM, _BPE, _CHARACTERS = 1, 2, 4
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -39,10 +37,17 @@ def write_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     fast.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_id)]
     )
+    length = tokenizer.context_length
+    fast.enable_truncation(length)
+    fast.enable_padding(length=length, pad_id=tokenizer.pad_id, pad_token=pad)
     fast.save(str(folder / "tokenizer.json"))
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": tokenizer.context_length,
+        "model_max_length": length,
+        # transformers' processors take these for their own, so that texts come out as long as the model wants them
+        "max_length": length,
+        "padding": "max_length",
+        "truncation": True,
         "padding_side": "right",
         "truncation_side": "right",
         "eos_token": end,

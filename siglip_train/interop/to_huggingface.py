@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.errors import UserError
-from siglip_train.interop.files import write_tensors
+from siglip_train.interop.files import read_json, write_tensors
 from siglip_train.interop.names import translate_back
 from siglip_train.interop.native import Description
 from siglip_train.interop.probe import Answers, Probe
@@ -22,10 +22,13 @@ from siglip_train.objectives.classification import Classification
 
 _ACTIVATIONS = {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}
 _RESIZES = {"bilinear": 2, "bicubic": 3}
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# what an error says where somebody loads the folder with trust_remote_code
+_NO_CODE = "there_is_no_code_here_load_it_without_trust_remote_code.Tokenizer"
 
 
 def write_huggingface(folder: Path, state: Mapping[str, Tensor], description: Description) -> list[str]:
-    """Write weights, config.json and preprocessor_config.json; gives back the tensors that had to be made up.
+    """Write weights and configs, beside a tokenizer that is there already; gives back the tensors that are made up.
 
     The class is SiglipModel, or with a table of positions read at any grid (NaFlex) Siglip2Model.
     """
@@ -41,6 +44,9 @@ def write_huggingface(folder: Path, state: Mapping[str, Tensor], description: De
         "text_config": _text(config),
     }
     _write(folder, tensors, content, description)
+    if (folder / _TOKENIZER_CONFIG).is_file():
+        _tell_processor(folder, config.vision)
+        _write_sentence_transformers(folder)
     return made_up
 
 
@@ -92,6 +98,16 @@ def write_classifier(
     }
     _write(folder, tensors | head.state_dict(), content, description)
     return []
+
+
+def keep_tokenizer(folder: Path) -> None:
+    """Let transformers open the tokenizer in `folder` as it is written.
+
+    Beside a config of siglip2, transformers (5.23, not 5.10) builds one anew from the vocabulary alone, with a
+    normalizer of its own, unless the tokenizer claims to come with code, which without `trust_remote_code` it ignores.
+    """
+    path = folder / _TOKENIZER_CONFIG
+    _write_json(path, read_json(path) | {"auto_map": {"AutoTokenizer": [_NO_CODE, None]}})
 
 
 def family(config: SiglipConfig) -> str:
@@ -250,5 +266,45 @@ def _write(
         processor["size"] = {"height": vision.image_size, "width": vision.image_size}
     else:
         processor |= {"patch_size": vision.patch_size, "max_num_patches": vision.position_grid**2}
-    for name, values in (("config.json", content), ("preprocessor_config.json", processor)):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", content)
+    _write_json(folder / "preprocessor_config.json", processor)
+
+
+def _tell_processor(folder: Path, vision: VisionConfig) -> None:
+    """Bring the sizes of a NaFlex model to Siglip2Processor.
+
+    It has defaults of its own for them, which win over the file of the image processor, but not over the tokenizer's.
+    """
+    if vision.position_grid is None:
+        return
+    path = folder / _TOKENIZER_CONFIG
+    sizes = {"patch_size": vision.patch_size, "max_num_patches": vision.position_grid**2}
+    _write_json(path, read_json(path) | sizes)
+
+
+def _write_sentence_transformers(folder: Path) -> None:
+    """Two files that sentence-transformers alone reads: texts padded to the full length, embeddings of unit norm.
+
+    Without them it pads to the longest text of a batch, and the text tower, which reads the last position, gives
+    something else, in silence.
+    """
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate((("Transformer", ""), ("Normalize", "1_Normalize")))
+    ]
+    parts = {
+        part: {"method": f"get_{part}_features", "method_output_name": "pooler_output"}
+        for part in ("text", "image")
+    }
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": parts,
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"text": {"padding": "max_length"}},
+    }
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / "sentence_bert_config.json", settings)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

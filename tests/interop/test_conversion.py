@@ -16,15 +16,16 @@ from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from siglip_train import convert as command
 from siglip_train.errors import UserError
 from siglip_train.interop import conversion, probe
-from siglip_train.interop.card import write_card
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model, read_model
 from siglip_train.interop.native import Description, write_export
+from siglip_train.interop.usage import usage
 from siglip_train.models.positions import resize_position_table
 from siglip_train.models.siglip import Siglip
 from siglip_train.models.vision import patchify
 from tests.goldens import golden_folder
 from tests.interop.flax_layout import flax_arrays
+from tests.interop.test_usage import code_of, near, write_image
 from tests.models.small import padded, rectangle, small_config
 
 CAPTIONS = ["a red circle", "two blue stars left of a dog", "ein grüner Kreis", "一只猫", "A QUIET, morning!"]
@@ -103,7 +104,7 @@ def test_the_record_says_what_was_compared(hf: Path, open_clip: Path) -> None:
         assert record["peer"].startswith(peer)
         assert record["largest_difference"].keys() == {"image_embedding", "text_embedding"}
         assert all(value < 2e-6 for value in record["largest_difference"].values())
-        assert (record["pictures"], record["texts"], record["tokenizer_folder"]) == (4, 8, ".")
+        assert (record["pictures"], record["texts"], record["tokenizer"]) == (4, 8, "tokenizer.model")
         assert len(record["weights"]["loaded"]) == len(build().state_dict())
         assert record["left_out"] == record["made_up"] == []
 
@@ -118,18 +119,6 @@ def test_big_vision_to_native_to_hf(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == ["Siglip2Model"]
     card = (tmp_path / "hf/README.md").read_text()
     assert "| of any shape (NaFlex), positions learned on a grid of 4 x 4, patches of 4 |" in card
-
-
-def test_the_card_says_where_the_pipeline_of_its_tag_does_not_work(hf: Path, native: Path) -> None:
-    """transformers' pipeline pads to 64 tokens, whatever the model takes."""
-    assert "pads texts to 64 tokens, and this model takes 12" in (hf / "README.md").read_text()
-    config = read_model(native).description.config
-    config.text.context_length = 64
-    record = json.loads((hf / "conversion.json").read_text())
-    folder = native.parent / "card"
-    folder.mkdir()
-    write_card(folder, "card", config, record)
-    assert "pipeline(" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["hf_siglip_b8_i32", "hf_siglip_so14_i42", "hf_siglip2_nf_p8_g4"])
@@ -203,23 +192,38 @@ def test_a_process_without_us_gives_the_same_embeddings_and_ranking(
     assert answers["scale"] == pytest.approx(loaded.model.logit_scale.item())
 
 
-def test_a_tokenizer_that_transformers_would_change_stands_apart(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_tokenizer_that_transformers_would_change_is_kept_as_it_is(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a config of siglip2, transformers puts a tokenizer of its own, which gives other tokens in silence."""
     transformers = pytest.importorskip("transformers")
     model = build(naflex=True)
     write_export(tmp_path / "n", model.state_dict(), Description(model.config, tokenizer))
-    place = convert(tmp_path / "n", tmp_path / "hf", Request("hf")).tokenizer_folder
+    convert(tmp_path / "n", tmp_path / "hf", Request("hf"))
+    with monkeypatch.context() as patch:
+        # where nobody can be asked, nothing is left to chance
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        convert(tmp_path / "n", tmp_path / "unasked", Request("hf"))
     expected = load_model(tmp_path / "n").tokenize(CAPTIONS).tolist()
 
-    def rows(folder: Path) -> list[list[int]]:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        return theirs(CAPTIONS, padding="max_length", truncation=True, max_length=12)["input_ids"]
+    def rows(folder: Path, **options: object) -> list[list[int]]:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        return theirs(CAPTIONS, padding="max_length", truncation=True)["input_ids"]
 
-    assert rows(tmp_path / "hf" / place) == expected
-    assert load_model(tmp_path / "hf").tokenize(CAPTIONS).tolist() == expected
-    # version 5.10 leaves it as it is, 5.23 does not
-    beside = shutil.copytree(tmp_path / "hf" / place, tmp_path / "beside")
-    shutil.copy(tmp_path / "hf" / "config.json", beside)
-    assert (rows(beside) == expected) == (place == ".")
+    for folder in (tmp_path / "hf", tmp_path / "unasked"):
+        assert rows(folder) == expected
+        assert load_model(folder).tokenize(CAPTIONS).tolist() == expected
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        assert processor(text=CAPTIONS)["input_ids"] == expected
+    config = tmp_path / "unasked" / "tokenizer_config.json"
+    content = json.loads(config.read_text())
+    if content.pop("auto_map", None):
+        with pytest.raises(OSError, match="load_it_without_trust_remote_code"):
+            rows(tmp_path / "unasked", trust_remote_code=True)
+    # version 5.10 leaves it as it is even without the mark, 5.23 does not
+    config.write_text(json.dumps(content))
+    marked = "auto_map" in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert (rows(tmp_path / "unasked") == expected) == (not marked)
 
 
 def test_a_text_tower_without_projection_gets_one_that_changes_nothing(
@@ -250,7 +254,9 @@ def test_the_vision_tower_alone(native: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("naflex", [False, True])
-def test_onnx_graphs_take_any_number_and_any_grid(tmp_path: Path, tokenizer: Path, naflex: bool) -> None:
+def test_onnx_graphs_take_any_number_and_any_grid(
+    tmp_path: Path, tokenizer: Path, naflex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -270,6 +276,20 @@ def test_onnx_graphs_take_any_number_and_any_grid(tmp_path: Path, tokenizer: Pat
             torch.testing.assert_close(
                 torch.from_numpy(theirs), model.encode_image(images), rtol=0, atol=2e-6
             )
+    write_image(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    (card,) = code_of(Path("onnx/README.md"))
+    ((_, images_alone),) = usage("onnx", model.config, "onnx", has_tokenizer=False)
+    loaded = load_model("n")
+    for code in (card, images_alone):
+        values: dict = {}
+        exec(code, values)
+        near(values["images"], loaded.embed_images("image.jpg"))
+        assert ("texts" in values) == (code == card)
+    exec(card, values)
+    near(values["texts"], loaded.embed_texts(["a photo of a cat", "a photo of a dog"]))
+    logits = loaded.embed_images("image.jpg") @ values["texts"].T * model.logit_scale.exp() + model.logit_bias
+    torch.testing.assert_close(torch.from_numpy(values["logits"]), logits.detach(), rtol=0, atol=1e-4)
 
 
 def test_onnx_without_its_packages_is_a_mistake(
