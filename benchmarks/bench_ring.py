@@ -12,7 +12,7 @@ from harness import RESULTS, finish, measure, rows
 from ring_predictions import draw_predictions, prediction_table
 from ring_ranks import FORMS, PEERS, Ranks, Run
 
-from kernels.sigmoid_loss.cost_model import Links, Plan, Sizes, bytes_sent, seconds
+from kernels.sigmoid_loss.exchange.cost_model import Links, Plan, Sizes, bytes_sent, seconds
 
 # ranks, rows a rank, width: the same number of pairs a rank
 CASES = [(2, 1024, 512), (4, 512, 512)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from drawing import drawn
 
-from kernels.sigmoid_loss.cost_model import Links, Plan, Sizes, choose, plans, seconds
+from kernels.sigmoid_loss.exchange.cost_model import Links, Plan, Sizes, choose, plans, seconds
 
 GPUS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 WIDTH = 768

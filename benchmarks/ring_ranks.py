@@ -20,13 +20,12 @@ from torch.nn.functional import normalize
 
 from kernels import sigmoid_loss
 from kernels.sigmoid_loss import Exchange, exchange_seconds
-from kernels.sigmoid_loss.block import sigmoid_loss_block
-from kernels.sigmoid_loss.messages import BLOCKS, Ring
+from kernels.sigmoid_loss.chunked import sigmoid_loss_block
+from kernels.sigmoid_loss.exchange.messages import BLOCKS, Ring
 
 FORMS = {
     "ring": Exchange("ring"),
     "ring in bf16": Exchange("ring", dtype=torch.bfloat16),
-    "both_directions": Exchange("both_directions"),
     "node_ring": Exchange("node_ring", ranks_per_node=2),
     "grid": Exchange("grid", grid=(2, 2)),
     "all_gather": Exchange("all_gather"),

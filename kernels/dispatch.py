@@ -1,19 +1,16 @@
 """Which implementation of an op runs: the Triton kernel, once it has passed its self-check here, or torch."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.testing import Comparison
+from kernels.device import runs_triton
+from kernels.testing import Sample
 
 Implementation = Literal["triton", "chunked"]
-# runs an op both ways on a device in a dtype; must leave the random state alone
-Sample = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
 
 _forced: list[Implementation] = []
 
@@ -43,19 +40,3 @@ def force(name: Implementation) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
-
-
-def device_of(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, Triton launches on this GPU, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels are meant for this device: they have PTX in them, so no AMD."""
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and find_spec("triton") is not None
-    )

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from kernels.dispatch import Sample, device_of
-from kernels.testing import Comparison, rms_ratio
+from kernels.device import device_of
+from kernels.testing import Comparison, Sample, rms_ratio
 
 log = logging.getLogger(__name__)
 

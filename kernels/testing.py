@@ -1,7 +1,7 @@
 """What tests of all ops and the self-check share: pairs of results, their error, odd shapes, NaN memory, op counts."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +23,10 @@ class Comparison(NamedTuple):
     actual: Tensor
     expected: Tensor
     is_rounded: bool
+
+
+# runs an op both ways on a device in a dtype; must leave the random state alone
+Sample = Callable[[torch.device, torch.dtype], Iterable[Comparison]]
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:

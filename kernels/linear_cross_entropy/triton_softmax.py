@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.dispatch import device_of
+from kernels.device import device_of
 from kernels.linear_cross_entropy.kernel import softmax_kernel
 
 # columns a program takes at a time; the interpreter's time goes by the number of blocks

@@ -1,10 +1,10 @@
 """Sigmoid loss of SigLIP with its gradients in one pass; the mathematics is in README.md."""
 
-from kernels.sigmoid_loss.cost_model import Links
-from kernels.sigmoid_loss.exchange import Exchange, check_exchange, choose_exchange
-from kernels.sigmoid_loss.messages import exchange_seconds
+from kernels.sigmoid_loss.exchange.choose import Exchange, check_exchange, choose_exchange
+from kernels.sigmoid_loss.exchange.cost_model import Links
+from kernels.sigmoid_loss.exchange.messages import exchange_seconds
 from kernels.sigmoid_loss.op import sigmoid_loss
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.pairs import PairIds
 from kernels.sigmoid_loss.scores import sigmoid_loss_scores
 
 __all__ = [

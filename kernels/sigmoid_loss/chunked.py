@@ -7,30 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels.products import factors_of
-from kernels.sigmoid_loss.pair_ids import PairIds, count_pairs, number
+from kernels.sigmoid_loss.pairs import BlockGradients, PairIds, Scores, count_pairs, number
 
 # 512 to 2048 are within 5 per cent of one another on a CPU
 CHUNK_ROWS = 512
-
-
-class BlockGradients(NamedTuple):
-    """Sums over the pairs of a block, not yet divided by a number of images.
-
-    loss, scale, bias: shape (), float64. images `[n, E]`, texts `[m, E]`: float32, or float64 for float64 input.
-    """
-
-    loss: Tensor
-    images: Tensor
-    texts: Tensor
-    scale: Tensor
-    bias: Tensor
-
-
-class Scores(NamedTuple):
-    """Sums of the pairwise loss: of each image `[n]` and of each text `[m]`; float32, or float64 for float64 input."""
-
-    images: Tensor
-    texts: Tensor
 
 
 @torch.no_grad()

@@ -6,10 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.agreement import agree
-from kernels.sigmoid_loss.exchange import AUTO, Exchange, exchange_gradients, exchange_value
-from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
-from kernels.sigmoid_loss.pairs import gradients_of, make_pairs, value_of
+from kernels.sigmoid_loss.block import gradients_of, value_of
+from kernels.sigmoid_loss.exchange.agreement import agree
+from kernels.sigmoid_loss.exchange.all_gather import gather_gradients, gather_value
+from kernels.sigmoid_loss.exchange.choose import AUTO, Exchange, narrowed
+from kernels.sigmoid_loss.exchange.grid import grid_gradients, grid_through, grid_value
+from kernels.sigmoid_loss.exchange.ring import ring_gradients, ring_value
+from kernels.sigmoid_loss.exchange.route import Route, flat_route, node_route
+from kernels.sigmoid_loss.pairs import BlockGradients, Embeddings, PairIds, Pairs, make_pair_ids, make_pairs
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +36,7 @@ def sigmoid_loss(
     normalise them first. logit_scale: the multiplier exp(t'); logit_bias: b; each of shape () or (1,).
     image_ids, text_ids: integers `[B]`, both or neither. A pair off the diagonal with equal ids (duplicate captions or
     images, several captions of an image) counts same_id_weight times: 0 leaves it out, 1 is as without ids. Negative
-    ids are like nothing else. On several ranks, ids have one meaning for all.
+    ids match nothing. On several ranks, ids have one meaning for all.
     group: the ranks whose texts are negatives too; all of them must call this together, with equal shapes. None =
     this rank alone. exchange: how texts meet the images of other ranks; by default what the cost model finds fastest.
 
@@ -75,7 +79,7 @@ def _value(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: PairIds | None, peers: _Peers | None
 ) -> Tensor:
     work = make_pairs(images, texts, scale, bias, ids)
-    loss = exchange_value(*work, *peers) if peers else value_of(*work, positives=0)
+    loss = _value_over_ranks(*work, *peers) if peers else value_of(*work, positives=0)
     return (loss / len(images)).to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -91,7 +95,7 @@ class _SigmoidLoss(torch.autograd.Function):
         peers: _Peers | None,
     ) -> Tensor:
         work = make_pairs(images, texts, scale, bias, ids)
-        sums = exchange_gradients(*work, *peers) if peers else gradients_of(*work, positives=0)
+        sums = _gradients_over_ranks(*work, *peers) if peers else gradients_of(*work, positives=0)
         ctx.like = [(tensor.shape, tensor.dtype) for tensor in (images, texts, scale, bias)]
         ctx.save_for_backward(*(part.div_(len(images)) for part in sums[1:]))
         return (sums.loss / len(images)).to(sums.images.dtype)
@@ -111,6 +115,52 @@ class _SigmoidLoss(torch.autograd.Function):
             )
         ]
         return (*gradients, None, None)
+
+
+def _gradients_over_ranks(
+    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
+) -> BlockGradients:
+    """Sums over this rank's `[n, E]` images and all texts, by what `choose_exchange` gave.  # all ranks of group
+
+    The gradients of images, scale and bias are of this rank's loss; that of its texts is of the sum over ranks.
+    """
+    texts = _as_sent(texts, exchange)
+    if exchange.form == "all_gather":
+        return gather_gradients(images, texts, pairs, group, exchange.dtype)
+    if exchange.grid is not None:
+        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
+        return grid_gradients(_as_sent(images, exchange), texts, pairs, grid)
+    return ring_gradients(images, texts, pairs, _route(group, exchange))
+
+
+def _value_over_ranks(
+    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
+) -> Tensor:
+    """The loss of `_gradients_over_ranks` alone, float64, shape ().  # all ranks of group"""
+    texts = _as_sent(texts, exchange)
+    if exchange.form == "all_gather":
+        return gather_value(images, texts, pairs, group)
+    if exchange.grid is not None:
+        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
+        return grid_value(_as_sent(images, exchange), texts, pairs, grid)
+    return ring_value(images, texts, pairs, _route(group, exchange))
+
+
+def _route(group: dist.ProcessGroup, exchange: Exchange) -> Route:
+    members = range(dist.get_world_size(group))
+    per_node = exchange.ranks_per_node or 1
+    rings = (
+        node_route(group, members, per_node) if exchange.form == "node_ring" else flat_route(group, members)
+    )
+    return Route(rings, exchange.dtype)
+
+
+def _as_sent(block: Embeddings, exchange: Exchange) -> Embeddings:
+    """A block as it travels, contiguous; rounded at home too, so that all ranks see the same."""
+    vectors = block.vectors
+    if narrowed(vectors.element_size(), exchange.dtype) < vectors.element_size():
+        vectors = vectors.to(exchange.dtype)
+    return Embeddings(*(tensor.contiguous() for tensor in block._replace(vectors=vectors).tensors))
 
 
 def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange) -> None:

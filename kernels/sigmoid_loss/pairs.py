@@ -1,12 +1,78 @@
-"""Embeddings as they travel, and the loss of pairs of two such blocks: what every form of exchange is made of."""
+"""What the loss of a block is made from and what comes of it: embeddings, pair ids, gradients, scores.
 
+Pairs that are alike without matching are told by ids of images and texts, instead of a mask of n x m.
+"""
+
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import BlockGradients, sigmoid_loss_block, sigmoid_loss_block_value
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.testing import Comparison
+
+# in uint64, half of all hashes would become negative, and so be like nothing
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
+
+
+class PairIds(NamedTuple):
+    """A pair that does not match but has equal ids, not negative, counts `weight` times in loss and gradients.
+
+    images `[n]`, texts `[m]`: int64; a negative id is like nothing else. weight: 0 leaves such pairs out, 1 is as
+    without ids. Matching pairs count once, whatever their ids.
+    """
+
+    images: Tensor
+    texts: Tensor
+    weight: float
+
+
+def make_pair_ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, weight: float, embeddings: tuple[Tensor, Tensor]
+) -> PairIds | None:
+    """What a caller gave for images `[n, E]` and texts `[m, E]`, None for nothing; ValueError if it does not fit."""
+    if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f"sigmoid_loss: same_id_weight must be a finite number of at least 0; got {weight!r}"
+        )
+    if image_ids is None and text_ids is None:
+        return None
+    if image_ids is None or text_ids is None:
+        raise ValueError("sigmoid_loss: image_ids and text_ids go together; give both or neither")
+    named = ("image_ids", image_ids, embeddings[0]), ("text_ids", text_ids, embeddings[1])
+    for name, ids, rows in named:
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"sigmoid_loss: {name} must be a tensor; got {ids!r:.60}")
+        if ids.shape != rows.shape[:1] or ids.dtype not in _INTEGERS or ids.device != rows.device:
+            raise ValueError(
+                f"sigmoid_loss: {name} must be {len(rows)} integers, int64 or narrower, on {rows.device}; got "
+                f"{tuple(ids.shape)} {ids.dtype} on {ids.device}"
+            )
+    return PairIds(image_ids.long().contiguous(), text_ids.long().contiguous(), abs(float(weight)))
+
+
+def number(ids: PairIds) -> PairIds:
+    """The same ids as int32 numbers that are equal where a pair is alike: one short comparison for each pair.
+
+    An id becomes its place among the sorted ids of the texts. An image without its like gets -1, a text -2.
+    """
+    known = ids.texts.sort().values
+    place = torch.searchsorted(known, ids.images).clamp_(max=len(known) - 1)
+    has_like = (known[place] == ids.images) & (ids.images >= 0)
+    images = place.masked_fill(~has_like, -1)
+    texts = torch.searchsorted(known, ids.texts).masked_fill(ids.texts < 0, -2)
+    return PairIds(images.int(), texts.int(), ids.weight)
+
+
+def count_pairs(ids: PairIds, rows: slice, diagonal: int | None, *, out: Tensor) -> Tensor:
+    """How many times each pair of some rows counts, in out `[c, m]`. ids: as `number` gives them."""
+    counts = out.fill_(1).masked_fill_(ids.images[rows, None] == ids.texts, ids.weight)
+    if diagonal is not None:
+        counts.diagonal(diagonal).fill_(1)
+    return counts
 
 
 class Embeddings(NamedTuple):
@@ -48,7 +114,7 @@ class Pairs(NamedTuple):
 def make_pairs(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: PairIds | None
 ) -> tuple[Embeddings, Embeddings, Pairs]:
-    """The arguments of `gradients_of` and `value_of`, from those of a block."""
+    """The arguments of `block.gradients_of` and `block.value_of`, from those of a call."""
     image_ids, text_ids, weight = ids or (None, None, 1.0)
     return (
         Embeddings(images, image_ids),
@@ -57,30 +123,24 @@ def make_pairs(
     )
 
 
-def gradients_of(
-    images: Embeddings, texts: Embeddings, pairs: Pairs, *, positives: int | None
-) -> BlockGradients:
-    """`sigmoid_loss_block` of the two."""
-    return sigmoid_loss_block(
-        images.vectors.to(pairs.dtype),
-        texts.vectors.to(pairs.dtype),
-        pairs.scale,
-        pairs.bias,
-        positives=positives,
-        ids=_ids(images, texts, pairs),
-    )
+class BlockGradients(NamedTuple):
+    """Sums over the pairs of a block, not yet divided by a number of images.
+
+    loss, scale, bias: shape (), float64. images `[n, E]`, texts `[m, E]`: float32, or float64 for float64 input.
+    """
+
+    loss: Tensor
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
-def value_of(images: Embeddings, texts: Embeddings, pairs: Pairs, *, positives: int | None) -> Tensor:
-    """`sigmoid_loss_block_value` of the two: float64, shape ()."""
-    return sigmoid_loss_block_value(
-        images.vectors.to(pairs.dtype),
-        texts.vectors.to(pairs.dtype),
-        pairs.scale,
-        pairs.bias,
-        positives=positives,
-        ids=_ids(images, texts, pairs),
-    )
+class Scores(NamedTuple):
+    """Sums of the pairwise loss: of each image `[n]` and of each text `[m]`; float32, or float64 for float64 input."""
+
+    images: Tensor
+    texts: Tensor
 
 
 def totals_of(block: BlockGradients) -> Tensor:
@@ -88,7 +148,11 @@ def totals_of(block: BlockGradients) -> Tensor:
     return torch.stack([block.loss, block.scale, block.bias])
 
 
-def _ids(images: Embeddings, texts: Embeddings, pairs: Pairs) -> PairIds | None:
-    if images.ids is None or texts.ids is None:
-        return None
-    return PairIds(images.ids, texts.ids, pairs.same_id_weight)
+def pair_up(actual: tuple | Tensor, expected: tuple | Tensor) -> Iterator[Comparison]:
+    """The results of one call of an op of `block.py`, and what they should be."""
+    if isinstance(expected, Tensor):
+        actual, expected = (actual,), (expected,)
+    is_rounded = ("images", "texts", "scale") if isinstance(expected, BlockGradients) else ()
+    names = getattr(expected, "_fields", ("loss",))
+    for name, found, truth in zip(names, actual, expected, strict=True):
+        yield Comparison(name, found, truth, name in is_rounded)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.pairs import PairIds
 
 
 def pairwise_loss_reference(

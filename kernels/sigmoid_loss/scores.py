@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import Scores, sigmoid_loss_block_scores
+from kernels.sigmoid_loss.block import scores_of
 from kernels.sigmoid_loss.op import check_types
-from kernels.sigmoid_loss.pair_ids import PairIds, make_pair_ids
+from kernels.sigmoid_loss.pairs import PairIds, Scores, make_pair_ids, make_pairs
 
 
 def sigmoid_loss_scores(
@@ -32,7 +32,7 @@ def sigmoid_loss_scores(
     if ids is not None:
         ids = make_pair_ids(*ids, inputs[:2])
     with torch.autocast(image_embeddings.device.type, enabled=False):
-        return sigmoid_loss_block_scores(*inputs, positives=positives, ids=ids)
+        return scores_of(*make_pairs(*inputs, ids), positives=positives)
 
 
 def _check_shapes(images: Tensor, texts: Tensor) -> None:

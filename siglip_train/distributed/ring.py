@@ -1,6 +1,6 @@
 """How the texts of a run's ranks meet each other's images: what a config names, whether it fits, and what was chosen.
 
-The blocks that travel, and the pairs computed meanwhile, are in `kernels/sigmoid_loss` (`exchange.py`, `ring.py`):
+The blocks that travel, and the pairs computed meanwhile, are in `kernels/sigmoid_loss/exchange`:
 `kernels.sigmoid_loss(group=...)` works without this package.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import sigmoid_loss
 from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange
-from kernels.sigmoid_loss.cost_model import Form
+from kernels.sigmoid_loss.exchange.cost_model import Form
 from siglip_train.distributed.collectives import is_distributed
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 _PLAIN: dict[str, Form | Literal["auto"]] = {
     "auto": "auto",
     "ring": "ring",
-    "both_directions": "both_directions",
     "node_ring": "node_ring",
     "all_gather": "all_gather",
 }
@@ -32,7 +31,7 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 class Ring:
     """The sigmoid loss over the texts of all ranks; of a single process, without any exchange.
 
-    exchange: `auto` (the fastest by a cost model), `ring`, `both_directions`, `node_ring` (`node_ring:8` with 8 ranks a
+    exchange: `auto` (the fastest by a cost model), `ring`, `node_ring` (`node_ring:8` with 8 ranks a
     node), `grid:4x2` (rows x columns of ranks) or `all_gather`; README of kernels/sigmoid_loss. dtype: `bf16` halves
     what is sent and rounds it. Raises ValueError for others, and for a form that does not fit the number of ranks,
     where there are several.

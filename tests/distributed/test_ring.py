@@ -14,7 +14,6 @@ from siglip_train.distributed.ring import Ring, parse_exchange
     [
         ("auto", Exchange()),
         ("ring", Exchange("ring")),
-        ("both_directions", Exchange("both_directions")),
         ("all_gather", Exchange("all_gather")),
         ("node_ring", Exchange("node_ring")),
         ("node_ring:8", Exchange("node_ring", ranks_per_node=8)),

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import sigmoid_loss
-from kernels.sigmoid_loss import Exchange, Links, choose_exchange, exchange_seconds, messages, pairs
-from kernels.sigmoid_loss.exchange import ranks_on_a_node
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss import Exchange, Links, choose_exchange, chunked, exchange_seconds
+from kernels.sigmoid_loss.exchange import messages
+from kernels.sigmoid_loss.exchange.choose import ranks_on_a_node
+from kernels.sigmoid_loss.pairs import PairIds
 from kernels.sigmoid_loss.reference import pairwise_loss_reference, sigmoid_loss_reference
 from kernels.testing import rms_ratio
 from tests.kernels.test_goldens import distributed_golden_errors
@@ -29,7 +30,7 @@ GPU = Links(call=0, between=25e9)
 def every_exchange(size):
     """All forms, all numbers of ranks a node, all shapes of grid, that `size` ranks have."""
     divisors = [number for number in range(1, size + 1) if size % number == 0]
-    exchanges = [Exchange(), Exchange("ring"), Exchange("both_directions"), Exchange("all_gather")]
+    exchanges = [Exchange(), Exchange("ring"), Exchange("all_gather")]
     exchanges += [Exchange("node_ring", ranks_per_node=number) for number in divisors]
     exchanges += [Exchange("grid", grid=(number, size // number)) for number in divisors]
     # rows of several nodes: a ring of rings
@@ -139,7 +140,7 @@ def traffic(group, exchange, dtype, *, has_ids):
 def order_of_events(group, exchange):
     """Messages and blocks of one loss with gradients, in the order in which they are posted and computed."""
     events = []
-    post, block = dist.batch_isend_irecv, pairs.sigmoid_loss_block
+    post, block = dist.batch_isend_irecv, chunked.sigmoid_loss_block
     names = {messages.BLOCKS: "texts", messages.GRADIENTS: "gradients"}
 
     def recording_post(operations):
@@ -153,7 +154,7 @@ def order_of_events(group, exchange):
     leaves = [tensor.requires_grad_() for tensor in make(5, 5, WIDTH, *INIT)]
     with (
         mock.patch.object(dist, "batch_isend_irecv", recording_post),
-        mock.patch.object(pairs, "sigmoid_loss_block", recording_block),
+        mock.patch.object(chunked, "sigmoid_loss_block", recording_block),
     ):
         sigmoid_loss(*leaves, group=group, exchange=exchange)
     return events
@@ -189,7 +190,7 @@ def peak_blocks(group, exchange):
 
 def seconds_waited(rank, group, exchange):
     """Seconds that each rank waits within the exchange where rank 1 takes 0.15 s longer for every block."""
-    block = pairs.sigmoid_loss_block
+    block = chunked.sigmoid_loss_block
 
     def slow_block(*args, **options):
         time.sleep(0.15 if rank == 1 else 0)
@@ -198,7 +199,7 @@ def seconds_waited(rank, group, exchange):
     leaves = [tensor.requires_grad_() for tensor in make(4, 4, 8, *INIT)]
     dist.barrier(group)
     exchange_seconds()
-    with mock.patch.object(pairs, "sigmoid_loss_block", slow_block):
+    with mock.patch.object(chunked, "sigmoid_loss_block", slow_block):
         sigmoid_loss(*leaves, group=group, exchange=exchange)
     return exchange_seconds(), exchange_seconds()
 

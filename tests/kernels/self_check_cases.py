@@ -10,8 +10,10 @@ from kernels import dispatch, linear_cross_entropy, self_check, sigmoid_loss, si
 from kernels.dispatch import force
 from kernels.linear_cross_entropy import chunks, triton_softmax
 from kernels.self_check import is_right
-from kernels.sigmoid_loss import Exchange, sample, triton_block
-from kernels.sigmoid_loss.sample import BlockSample
+from kernels.sigmoid_loss import Exchange
+from kernels.sigmoid_loss.triton import block as triton_block
+from kernels.sigmoid_loss.triton import sample
+from kernels.sigmoid_loss.triton.sample import BlockSample
 from kernels.testing import rms_ratio
 from tests.kernels.test_sigmoid_loss import INIT, make
 from tests.ranks import run_ranks

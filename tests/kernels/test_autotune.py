@@ -7,8 +7,9 @@ import multiprocessing
 import pytest
 import torch
 
-from kernels.sigmoid_loss import autotune
-from kernels.sigmoid_loss.autotune import (
+from kernels.sigmoid_loss.pairs import BlockGradients
+from kernels.sigmoid_loss.triton import autotune, block
+from kernels.sigmoid_loss.triton.autotune import (
     BESIDE,
     BESIDE_ON_BLACKWELL,
     Case,
@@ -17,10 +18,8 @@ from kernels.sigmoid_loss.autotune import (
     cache_file,
     candidates,
     rows_class,
-    tune,
 )
-from kernels.sigmoid_loss.chunked import BlockGradients
-from kernels.sigmoid_loss.tiles import AMPERE, HOPPER, choose_chunk_rows
+from kernels.sigmoid_loss.triton.tiles import AMPERE, HOPPER, choose_chunk_rows
 
 CASE = Case("NVIDIA H200", "3.9.0", "bfloat16", 768, 32768, 32768)
 SLOW_TILE, WIDE = HOPPER, BESIDE[HOPPER][0]
@@ -264,18 +263,17 @@ def test_blackwell_is_not_offered_the_tiles_that_spill_there():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_tune_needs_a_gpu():
     with pytest.raises(ValueError, match="no CUDA device"):
-        tune(4096, 4096, 768)
+        block.tune(4096, 4096, 768)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tune_on_a_gpu_keeps_a_candidate():
     pytest.importorskip("triton")
-    from kernels.sigmoid_loss import triton_block
 
-    found = tune(5000, 3000, 512)
+    found = block.tune(5000, 3000, 512)
     images, texts = (torch.zeros(rows, 512, device="cuda", dtype=torch.bfloat16) for rows in (5000, 3000))
-    tuning = triton_block.tuning_of(images, texts)
+    tuning = block.tuning_of(images, texts)
     assert (tuning.case.images, tuning.case.texts) == (8192, 4096)
     assert tuning.choice() == found
     assert found.tile in tuning.tiles()

@@ -15,11 +15,11 @@ if sys.platform != "linux" or os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.linear_cross_entropy.kernel import softmax_kernel
 from kernels.linear_cross_entropy.triton_softmax import BLOCK, WARPS
-from kernels.sigmoid_loss.autotune import candidates
-from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.left_out import place_kernel
-from kernels.sigmoid_loss.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.tiles import (
+from kernels.sigmoid_loss.triton.autotune import candidates
+from kernels.sigmoid_loss.triton.kernel import finish_kernel, sigmoid_tile_kernel
+from kernels.sigmoid_loss.triton.masking import place_kernel
+from kernels.sigmoid_loss.triton.score_kernel import score_tile_kernel
+from kernels.sigmoid_loss.triton.tiles import (
     AMPERE,
     AMPERE_FP32,
     HOPPER,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.sigmoid_loss.cost_model import (
+from kernels.sigmoid_loss.exchange.cost_model import (
     PANEL_BYTES,
     Links,
     Plan,
@@ -74,15 +74,6 @@ def test_the_choice_is_the_fastest_or_nearly():
         )
 
 
-def test_both_directions_pay_where_neighbours_are_wired_to_links_of_their_own():
-    sizes = gpus(8, 512)
-    direct = Links(call=0, inside=50e9, switched=False)
-    ring, both = (seconds(Plan(form), sizes, direct) for form in ("ring", "both_directions"))
-    assert both < 0.6 * ring
-    switched = Links(call=0, inside=50e9)
-    assert seconds(Plan("both_directions"), sizes, switched) == seconds(Plan("ring"), sizes, switched)
-
-
 def test_a_panel_that_is_too_large_is_not_chosen():
     # 2 x 131072 rows: an all-gather would save launches, for 2 GiB
     large = Sizes(2, 2, 131072, 768, 2, 4)
@@ -104,7 +95,7 @@ def test_memory_and_bytes_of_the_forms():
 
 
 def test_only_what_the_ranks_can_do_is_offered():
-    assert [plan.form for plan in plans(gpus(7, 10))] == ["ring", "both_directions", "all_gather"]
+    assert [plan.form for plan in plans(gpus(7, 10))] == ["ring", "all_gather"]
     assert Plan("node_ring") not in plans(gpus(12, 10))
     assert {plan.grid_rows for plan in plans(gpus(24, 10)) if plan.form == "grid"} == {2, 3, 4, 6, 8, 12}
 

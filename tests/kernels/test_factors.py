@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.sigmoid_loss.factors import image_factors, text_factors
+from kernels.sigmoid_loss.triton.factors import image_factors, text_factors
 
 
 def product(images, texts):

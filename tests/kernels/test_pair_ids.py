@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from kernels import sigmoid_loss
 from kernels.sigmoid_loss import chunked
-from kernels.sigmoid_loss.pair_ids import PairIds, number
+from kernels.sigmoid_loss.pairs import PairIds, number
 from kernels.sigmoid_loss.reference import pairwise_loss_reference, sigmoid_loss_reference
 from kernels.testing import OpRecorder, assert_close, poisoned_memory, rms_ratio
 from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, check_block, differentiate, make

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kernels.dispatch import force, implementation
-from kernels.sigmoid_loss import tiles
-from kernels.sigmoid_loss.sample import BlockSample
-from kernels.sigmoid_loss.tiles import choose_chunk_rows, choose_tile
+from kernels.sigmoid_loss.triton import tiles
+from kernels.sigmoid_loss.triton.sample import BlockSample
+from kernels.sigmoid_loss.triton.tiles import choose_chunk_rows, choose_tile
 from tests.kernels.interpreted import run_cases
 
 

@@ -12,16 +12,17 @@ import triton.language as tl
 
 from kernels import sigmoid_loss
 from kernels.dispatch import force
-from kernels.sigmoid_loss import autotune, triton_block
-from kernels.sigmoid_loss.kernel import _cosines
-from kernels.sigmoid_loss.left_out import marks
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.pairs import PairIds
 from kernels.sigmoid_loss.reference import (
     sigmoid_loss_block_reference,
     sigmoid_loss_reference,
     sigmoid_loss_scores_reference,
 )
-from kernels.sigmoid_loss.tiles import INTERPRETED
+from kernels.sigmoid_loss.triton import autotune
+from kernels.sigmoid_loss.triton import block as triton_block
+from kernels.sigmoid_loss.triton.kernel import _cosines
+from kernels.sigmoid_loss.triton.masking import marks
+from kernels.sigmoid_loss.triton.tiles import INTERPRETED
 from kernels.testing import ODD_SHAPES, OpRecorder, assert_close, poisoned_memory
 from tests.kernels.test_pair_ids import WEIGHTS, make_ids
 from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate, make
@@ -117,7 +118,7 @@ def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias, 
 
 @pytest.mark.parametrize("scale", [0.0, -1e-9, 1e-6, -120.0, 1e5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_left_out_stays_out_at_any_scale(dtype, scale):
+def test_what_is_masked_stays_out_at_any_scale(dtype, scale):
     """Matching and alike pairs and padding, which a product marks before the scale and its sign come to it."""
     inputs = make(67, 41, 24, scale, -2.0, dtype)
     # measured 1.2e-5, of the scale: at 0 the kernel's is 1e-6, and terms of both signs are all there is

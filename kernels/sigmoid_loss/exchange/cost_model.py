@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import log2
 from typing import Literal, NamedTuple
 
-Form = Literal["ring", "both_directions", "node_ring", "grid", "all_gather"]
+Form = Literal["ring", "node_ring", "grid", "all_gather"]
 
 # memory that a form may take to save time, for texts and their gradients of more than one rank
 PANEL_BYTES = 2**30
@@ -21,8 +21,7 @@ class Links:
     """Speeds of one rank. inside, between: bytes a second to another rank of its node, or of another node.
 
     latency: seconds from posting a message to its arrival, its length apart. flops: of the products of a block.
-    call: seconds that a block costs whatever its size. switched: one message a time fills a rank's links; else two
-    neighbours are wired to links of their own, and half a block each way takes half the time.
+    call: seconds that a block costs whatever its size.
 
     The defaults are an H200's in bf16, with NVLink and one 400 Gb/s adapter a rank. `call` is an assumption, the
     others are data sheet values or were measured elsewhere.
@@ -34,7 +33,6 @@ class Links:
     between_latency: float = 8e-6
     flops: float = 780e12
     call: float = 50e-6
-    switched: bool = True
 
 
 # gloo over one machine's memory, with one core a rank
@@ -84,7 +82,7 @@ _TOTALS = 3 * 8
 
 def plans(sizes: Sizes) -> list[Plan]:
     """All that these ranks can do, those that take the least memory first."""
-    forms = [Plan("ring"), Plan("both_directions")]
+    forms = [Plan("ring")]
     if _fills_nodes(sizes.ranks, sizes):
         forms.append(Plan("node_ring"))
     grids = [Plan("grid", rows) for rows in range(2, sizes.ranks) if sizes.ranks % rows == 0]
@@ -160,8 +158,6 @@ def _rings(plan: Plan, sizes: Sizes, links: Links) -> list[_Ring]:
         inside = _Ring(sizes.ranks_per_node, links.inside, links.inside_latency)
         return [_Ring(size // sizes.ranks_per_node, links.between, links.between_latency), inside]
     bandwidth, latency = _link(size, links, sizes)
-    if plan.form == "both_directions" and not links.switched:
-        bandwidth *= 2
     return [_Ring(size, bandwidth, latency)]
 
 
@@ -188,7 +184,7 @@ def _hop_seconds(ring: _Ring, size: int) -> float:
 def _trip_seconds(
     rings: list[_Ring], hop: tuple[int, int], work: Callable[[float], float], share: float
 ) -> float:
-    """`round_trip` of ring.py: visits in place of the work that they do."""
+    """`round_trip` of route.py: visits in place of the work that they do."""
     if not rings:
         return work(share)
     ring, *inner = rings

@@ -5,8 +5,8 @@
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.kernel import LN2, LOG2E, _columns, _cosines_that_count, _exp2
-from kernels.sigmoid_loss.left_out import has_alike, scale_and_bias, tile_of_program
+from kernels.sigmoid_loss.triton.kernel import LN2, LOG2E, _columns, _cosines_that_count, _exp2
+from kernels.sigmoid_loss.triton.masking import has_alike, scale_and_bias, tile_of_program
 
 
 @triton.jit

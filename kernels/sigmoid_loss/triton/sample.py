@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 from kernels.sigmoid_loss import chunked
-from kernels.sigmoid_loss.pair_ids import PairIds
-from kernels.sigmoid_loss.tiles import INTERPRETED, choose_tile
+from kernels.sigmoid_loss.pairs import PairIds, pair_up
+from kernels.sigmoid_loss.triton.tiles import INTERPRETED, choose_tile
 from kernels.testing import Comparison
 
 # n, m, width, positives, scale: tiles that stick out, several chunks, and a width that no depth of a tile divides;
@@ -32,7 +32,7 @@ class BlockSample:
     def __call__(self, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
         """Run the blocks by Triton, with the tile that is taken where nothing is tuned, and in float64 by torch."""
         # here, because importing Triton takes long and machines without a GPU need not have it
-        from kernels.sigmoid_loss import triton_block
+        from kernels.sigmoid_loss.triton import block as triton_block
 
         tile = INTERPRETED
         if device.type == "cuda":
@@ -54,13 +54,3 @@ class BlockSample:
         # every text has a like among the images, some of them in the same tile; images without ids
         images, texts = torch.arange(n, device=device) % 90 - 9, torch.arange(m, device=device) % 70
         return PairIds(images, texts, self.weight)
-
-
-def pair_up(actual: tuple | torch.Tensor, expected: tuple | torch.Tensor) -> Iterator[Comparison]:
-    """The results of one call of an op of `block.py`, and what they should be."""
-    if isinstance(expected, torch.Tensor):
-        actual, expected = (actual,), (expected,)
-    is_rounded = ("images", "texts", "scale") if isinstance(expected, chunked.BlockGradients) else ()
-    names = getattr(expected, "_fields", ("loss",))
-    for name, found, truth in zip(names, actual, expected, strict=True):
-        yield Comparison(name, found, truth, name in is_rounded)

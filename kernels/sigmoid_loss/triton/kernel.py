@@ -9,7 +9,7 @@ the machine's exponential and logarithm have base 2.
 import triton
 import triton.language as tl
 
-from kernels.sigmoid_loss.left_out import (
+from kernels.sigmoid_loss.triton.masking import (
     has_alike,
     leave_out,
     number_of_program,

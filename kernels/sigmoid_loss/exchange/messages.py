@@ -39,9 +39,9 @@ class Transfer:
 class Ring:
     """This rank's place on a ring through some ranks of a group: messages go to the right and come from the left.
 
-    members: their ranks in `group`, this one among them. lanes 2: the first half of the rows of every tensor goes to
-    the right, the other half to the left. carrier: a ring of faster links, with whose messages the pieces of ours are
-    sent in one batch: NCCL runs the batches of a group one after another, and both kinds of link are to be busy.
+    members: their ranks in `group`, this one among them. carrier: a ring of faster links, with whose messages the
+    pieces of ours are sent in one batch: NCCL runs the batches of a group one after another, and both kinds of link are
+    to be busy.
     """
 
     def __init__(
@@ -49,16 +49,14 @@ class Ring:
         group: dist.ProcessGroup,
         members: Sequence[int],
         *,
-        lanes: int = 1,
         carrier: "Ring | None" = None,
     ) -> None:
         self.size = len(members)
         self.place = members.index(dist.get_rank(group))
         self._group = group
-        right, left = (
+        self._right, self._left = (
             dist.get_global_rank(group, members[(self.place + step) % self.size]) for step in (1, -1)
         )
-        self._lanes = [(right, left), (left, right)][:lanes]
         self._carrier = carrier
         self._cargo: deque[tuple[list[dist.P2POp], Transfer]] = deque()
 
@@ -86,19 +84,16 @@ class Ring:
     def _operations(
         self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int
     ) -> list[dist.P2POp]:
-        operations = []
-        lanes = len(self._lanes)
-        for sent, received, (to, source) in zip(
-            _cut(outgoing, lanes), _cut(incoming, lanes), self._lanes, strict=True
-        ):
-            # a batch with one row has no second half
-            operations += [
-                dist.P2POp(function, tensor, peer, group=self._group, tag=tag)
-                for function, tensors, peer in ((dist.isend, sent, to), (dist.irecv, received, source))
-                for tensor in tensors
-                if tensor.numel()
-            ]
-        return operations
+        # a piece of a batch with few rows may be empty
+        return [
+            dist.P2POp(function, tensor, peer, group=self._group, tag=tag)
+            for function, tensors, peer in (
+                (dist.isend, outgoing, self._right),
+                (dist.irecv, incoming, self._left),
+            )
+            for tensor in tensors
+            if tensor.numel()
+        ]
 
     def _post(self, loads: list[tuple[list[dist.P2POp], Transfer]]) -> None:
         # in one call: NCCL hangs where sends and receives are not grouped alike on all ranks
@@ -117,7 +112,7 @@ def _cut(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
     return [[cut[index] for cut in cuts] for index in range(count)]
 
 
-class Travel:
+class BlockStream:
     """Yields the blocks of the other members; the next is on its way before one is given out.
 
     buffers: where they are put, in turn; two by default, and what is yielded holds for one round only.
@@ -142,7 +137,7 @@ class Travel:
         return self._ring.start(block.tensors, arriving.tensors, tag=BLOCKS)
 
 
-class Followers:
+class GradientStream:
     """What the members compute for a travelling block follows it, one hop behind: each adds its share and passes on.
 
     dtype: of gradients `[n, E]` on their way, None = as they are. They are summed as they are.

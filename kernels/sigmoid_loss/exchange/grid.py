@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import BlockGradients
-from kernels.sigmoid_loss.messages import Followers, Ring, Travel
-from kernels.sigmoid_loss.pairs import Embeddings, Pairs, gradients_of, totals_of, value_of
-from kernels.sigmoid_loss.ring import Route, node_route, round_trip
+from kernels.sigmoid_loss.block import gradients_of, value_of
+from kernels.sigmoid_loss.exchange.messages import BlockStream, GradientStream, Ring
+from kernels.sigmoid_loss.exchange.route import Route, node_route, round_trip
+from kernels.sigmoid_loss.pairs import BlockGradients, Embeddings, Pairs, totals_of
 
 
 class Grid(NamedTuple):
@@ -95,7 +95,7 @@ class _Panel:
             own, *others = (self.texts.rows(self.block(number)) for number in range(self.blocks))
             for kept, given in zip(own.tensors, texts.tensors, strict=True):
                 kept.copy_(given)
-            self._arrivals = iter(Travel(column, own, others))
+            self._arrivals = iter(BlockStream(column, own, others))
 
     def block(self, number: int) -> slice:
         return slice(number * self.rows, (number + 1) * self.rows)
@@ -123,19 +123,19 @@ class _PanelGradients:
     def __init__(self, panel: _Panel, pairs: Pairs, grid: Grid) -> None:
         self.gradients = pairs.zeros(panel.texts.vectors)
         self._panel = panel
-        self._followers = None if grid.column is None else Followers(grid.column, grid.row.gradient_dtype)
+        self._stream = None if grid.column is None else GradientStream(grid.column, grid.row.gradient_dtype)
         self._sent = 0
 
     def pass_on_complete(self, rows: int) -> None:
         """Send the next block home if it lies within the first `rows` rows, which are complete."""
         following = self._panel.block(self._sent + 1)
-        if self._followers is not None and following.stop <= rows:
+        if self._stream is not None and following.stop <= rows:
             self._sent += 1
-            self._followers.pass_on([self.gradients[following]])
+            self._stream.pass_on([self.gradients[following]])
 
     def of_own_texts(self) -> Tensor:
         """Send the rest, and return the sum over the column for this rank's texts."""
         while self._sent < self._panel.blocks - 1:
             self.pass_on_complete(self._panel.size)
         own = self.gradients[self._panel.block(0)]
-        return own if self._followers is None else self._followers.added_to([own])[0]
+        return own if self._stream is None else self._stream.added_to([own])[0]

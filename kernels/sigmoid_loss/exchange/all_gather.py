@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import BlockGradients
-from kernels.sigmoid_loss.messages import waiting
-from kernels.sigmoid_loss.pairs import Embeddings, Pairs, gradients_of, value_of
+from kernels.sigmoid_loss.block import gradients_of, value_of
+from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.pairs import BlockGradients, Embeddings, Pairs
 
 
 def gather_gradients(

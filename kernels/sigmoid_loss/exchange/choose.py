@@ -1,4 +1,4 @@
-"""How texts meet images between ranks: what a user may ask for, what is chosen, and the call of it."""
+"""How texts meet images between ranks: what a user may ask for, and what is chosen."""
 
 import os
 from collections.abc import Sequence
@@ -12,12 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.block import BlockGradients
-from kernels.sigmoid_loss.cost_model import CPU_LINKS, FP32_FLOPS, Form, Links, Sizes, choose
-from kernels.sigmoid_loss.gather import gather_gradients, gather_value
-from kernels.sigmoid_loss.grid import grid_gradients, grid_through, grid_value
-from kernels.sigmoid_loss.pairs import Embeddings, Pairs
-from kernels.sigmoid_loss.ring import Route, flat_route, node_route, ring_gradients, ring_value, two_way_route
+from kernels.sigmoid_loss.exchange.cost_model import CPU_LINKS, FP32_FLOPS, Form, Links, Sizes, choose
 
 _choose = lru_cache(maxsize=256)(choose)
 
@@ -82,8 +77,8 @@ def choose_exchange(
     exchange = replace(exchange, ranks_per_node=per_node)
     if exchange.form != "auto":
         return exchange
-    element = _narrowed(embeddings.element_size(), exchange.dtype)
-    accumulated = _narrowed(max(4, embeddings.element_size()), exchange.dtype)
+    element = narrowed(embeddings.element_size(), exchange.dtype)
+    accumulated = narrowed(max(4, embeddings.element_size()), exchange.dtype)
     rows, width = embeddings.shape
     sizes = Sizes(ranks, per_node, rows, width, element, accumulated, 8 * has_ids)
     plan = _choose(sizes, exchange.links or _links_of(embeddings))
@@ -108,35 +103,6 @@ def check_exchange(exchange: Exchange, group: dist.ProcessGroup) -> int:
     return min(per_node, ranks)
 
 
-def exchange_gradients(
-    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
-) -> BlockGradients:
-    """Sums over this rank's `[n, E]` images and all texts, by what `choose_exchange` gave.  # all ranks of group
-
-    The gradients of images, scale and bias are of this rank's loss; that of its texts is of the sum over ranks.
-    """
-    texts = _as_sent(texts, exchange)
-    if exchange.form == "all_gather":
-        return gather_gradients(images, texts, pairs, group, exchange.dtype)
-    if exchange.grid is not None:
-        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
-        return grid_gradients(_as_sent(images, exchange), texts, pairs, grid)
-    return ring_gradients(images, texts, pairs, _route(group, exchange))
-
-
-def exchange_value(
-    images: Embeddings, texts: Embeddings, pairs: Pairs, group: dist.ProcessGroup, exchange: Exchange
-) -> Tensor:
-    """The loss of `exchange_gradients` alone, float64, shape ().  # all ranks of group"""
-    texts = _as_sent(texts, exchange)
-    if exchange.form == "all_gather":
-        return gather_value(images, texts, pairs, group)
-    if exchange.grid is not None:
-        grid = grid_through(group, exchange.grid[0], exchange.ranks_per_node or 1, exchange.dtype)
-        return grid_value(_as_sent(images, exchange), texts, pairs, grid)
-    return ring_value(images, texts, pairs, _route(group, exchange))
-
-
 def ranks_on_a_node(group: dist.ProcessGroup) -> int:
     """Consecutive ranks of the group that share a node, by LOCAL_WORLD_SIZE; without it, all of them are thought to.
 
@@ -147,7 +113,7 @@ def ranks_on_a_node(group: dist.ProcessGroup) -> int:
     if local < 1 or world % local:
         raise ValueError(
             f"sigmoid_loss: LOCAL_WORLD_SIZE={text} does not divide the {world} ranks of the world; correct it, or "
-            "choose an exchange that does not go by nodes: ring, both_directions or all_gather"
+            "choose an exchange that does not go by nodes: ring or all_gather"
         )
     return _equal_runs([rank // local for rank in dist.get_process_group_ranks(group)])
 
@@ -159,24 +125,8 @@ def _equal_runs(nodes: Sequence[int]) -> int:
     return lengths.pop() if is_even else 1
 
 
-def _route(group: dist.ProcessGroup, exchange: Exchange) -> Route:
-    members = range(dist.get_world_size(group))
-    if exchange.form == "node_ring":
-        rings = node_route(group, members, exchange.ranks_per_node or 1)
-    else:
-        rings = (two_way_route if exchange.form == "both_directions" else flat_route)(group, members)
-    return Route(rings, exchange.dtype)
-
-
-def _as_sent(block: Embeddings, exchange: Exchange) -> Embeddings:
-    """A block as it travels, contiguous; rounded at home too, so that all ranks see the same."""
-    vectors = block.vectors
-    if _narrowed(vectors.element_size(), exchange.dtype) < vectors.element_size():
-        vectors = vectors.to(exchange.dtype)
-    return Embeddings(*(tensor.contiguous() for tensor in block._replace(vectors=vectors).tensors))
-
-
-def _narrowed(size: int, dtype: torch.dtype | None) -> int:
+def narrowed(size: int, dtype: torch.dtype | None) -> int:
+    """Bytes of an element on its way, of `size` bytes at home."""
     return size if dtype is None else min(size, dtype.itemsize)
 
 

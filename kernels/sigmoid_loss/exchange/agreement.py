@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.sigmoid_loss.cost_model import Form
-from kernels.sigmoid_loss.exchange import Exchange, choose_exchange
-from kernels.sigmoid_loss.messages import waiting
-from kernels.sigmoid_loss.pair_ids import PairIds
+from kernels.sigmoid_loss.exchange.choose import Exchange, choose_exchange
+from kernels.sigmoid_loss.exchange.cost_model import Form
+from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.pairs import PairIds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPARED = (

@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from kernels.sigmoid_loss.chunked import BlockGradients
-from kernels.sigmoid_loss.sample import pair_up
-from kernels.sigmoid_loss.tiles import (
+from kernels.sigmoid_loss.pairs import BlockGradients, pair_up
+from kernels.sigmoid_loss.triton.tiles import (
     AMPERE,
     AMPERE_FP32,
     HOPPER,
@@ -167,23 +165,6 @@ _known: dict[Case, Choice | None] = {}
 def candidates(default: Tile, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """Tiles to try on a GPU that `choose_tile` gives this default, the default first."""
     return default, *(BESIDE_ON_BLACKWELL if capability[0] == 10 else BESIDE)[default]
-
-
-def tune(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """Try all candidates for blocks of n images and m texts of width d on the current GPU, and keep the fastest.
-
-    A minute or less; every later call with shapes of this class uses the result, in other processes too. Raises
-    ValueError without a GPU.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError("tune: there is no CUDA device to measure on")
-    # here, because importing Triton takes long and machines without a GPU need not have it
-    from kernels.sigmoid_loss import triton_block
-
-    images, texts = (
-        normalize(torch.randn(rows_class(rows), d, device="cuda"), dim=-1).to(dtype) for rows in (n, m)
-    )
-    return triton_block.tuning_of(images, texts).search()
 
 
 def rows_class(rows: int) -> int:

@@ -7,19 +7,18 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dispatch import device_of
+from kernels.device import device_of
 from kernels.products import multiply
-from kernels.sigmoid_loss.autotune import MOST_ROWS, Choice, Tuning
-from kernels.sigmoid_loss.chunked import BlockGradients, Scores
-from kernels.sigmoid_loss.factors import image_factors, text_factors
-from kernels.sigmoid_loss.kernel import finish_kernel, sigmoid_tile_kernel
-from kernels.sigmoid_loss.left_out import marks, place_kernel
-from kernels.sigmoid_loss.pair_ids import PairIds, number
-from kernels.sigmoid_loss.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.tiles import INTERPRETED, Tile, choose_chunk_rows, for_alike, for_scores
+from kernels.sigmoid_loss.pairs import BlockGradients, PairIds, Scores, number
+from kernels.sigmoid_loss.triton.autotune import MOST_ROWS, Choice, Tuning, rows_class
+from kernels.sigmoid_loss.triton.factors import image_factors, text_factors
+from kernels.sigmoid_loss.triton.kernel import finish_kernel, sigmoid_tile_kernel
+from kernels.sigmoid_loss.triton.masking import marks, place_kernel
+from kernels.sigmoid_loss.triton.score_kernel import score_tile_kernel
+from kernels.sigmoid_loss.triton.tiles import INTERPRETED, Tile, choose_chunk_rows, for_alike, for_scores
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -288,6 +287,20 @@ def tuning_of(images: Tensor, texts: Tensor) -> Tuning:
         return sigmoid_loss_block(*some, scale, bias, positives=0, tile=tile, chunk_rows=chunk_rows)
 
     return Tuning.of(images, texts, triton.__version__, _multiprocessors(images.device), run)
+
+
+def tune(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """Try all candidates for blocks of n images and m texts of width d on the current GPU, and keep the fastest.
+
+    A minute or less; every later call with shapes of this class uses the result, in other processes too. Raises
+    ValueError without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tune: there is no CUDA device to measure on")
+    images, texts = (
+        normalize(torch.randn(rows_class(rows), d, device="cuda"), dim=-1).to(dtype) for rows in (n, m)
+    )
+    return tuning_of(images, texts).search()
 
 
 @cache
