@@ -13,9 +13,15 @@ from kernels.sigmoid_loss.exchange.choose import AUTO, Exchange, narrowed
 from kernels.sigmoid_loss.exchange.grid import grid_gradients, grid_through, grid_value
 from kernels.sigmoid_loss.exchange.ring import ring_gradients, ring_value
 from kernels.sigmoid_loss.exchange.route import Route, flat_route, node_route
-from kernels.sigmoid_loss.pairs import BlockGradients, Embeddings, PairIds, Pairs, make_pair_ids, make_pairs
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from kernels.sigmoid_loss.pairs import (
+    BlockGradients,
+    Embeddings,
+    PairIds,
+    Pairs,
+    check_types,
+    make_pair_ids,
+    make_pairs,
+)
 
 
 def sigmoid_loss(
@@ -174,23 +180,3 @@ def _check(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange:
         raise ValueError(
             f"sigmoid_loss: exchange must be an Exchange, such as Exchange('ring'); got {exchange!r}"
         )
-
-
-def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
-    """Raise ValueError, beginning with the name of the op, for dtypes and devices that do not fit one another."""
-    named = zip(("images", "texts", "logit_scale", "logit_bias"), (images, texts, scale, bias), strict=True)
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name} must be a tensor; got {tensor!r:.60}")
-    if images.dtype != texts.dtype or images.dtype not in _FLOATS:
-        raise ValueError(
-            f"{op}: embeddings must have one floating-point dtype; got images {images.dtype}, texts {texts.dtype}"
-        )
-    for name, scalar in (("logit_scale", scale), ("logit_bias", bias)):
-        if scalar.shape not in ((), (1,)) or not scalar.is_floating_point():
-            raise ValueError(
-                f"{op}: {name} must be one number of shape () or (1,); got {tuple(scalar.shape)} {scalar.dtype}"
-            )
-    devices = {tensor.device for tensor in (images, texts, scale, bias)}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: all inputs must be on one device; got {sorted(map(str, devices))}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.testing import Comparison
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # in uint64, half of all hashes would become negative, and so be like nothing
 _INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8,
@@ -109,6 +110,26 @@ class Pairs(NamedTuple):
     def zeros(self, like: Tensor) -> Tensor:
         """Where gradients of embeddings are summed: zeros of that shape, in the dtype of `BlockGradients`."""
         return torch.zeros_like(like, dtype=torch.promote_types(self.dtype, torch.float32))
+
+
+def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """Raise ValueError, beginning with the name of the op, for dtypes and devices that do not fit one another."""
+    named = zip(("images", "texts", "logit_scale", "logit_bias"), (images, texts, scale, bias), strict=True)
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor; got {tensor!r:.60}")
+    if images.dtype != texts.dtype or images.dtype not in _FLOATS:
+        raise ValueError(
+            f"{op}: embeddings must have one floating-point dtype; got images {images.dtype}, texts {texts.dtype}"
+        )
+    for name, scalar in (("logit_scale", scale), ("logit_bias", bias)):
+        if scalar.shape not in ((), (1,)) or not scalar.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be one number of shape () or (1,); got {tuple(scalar.shape)} {scalar.dtype}"
+            )
+    devices = {tensor.device for tensor in (images, texts, scale, bias)}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all inputs must be on one device; got {sorted(map(str, devices))}")
 
 
 def make_pairs(

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.sigmoid_loss.block import scores_of
-from kernels.sigmoid_loss.op import check_types
-from kernels.sigmoid_loss.pairs import PairIds, Scores, make_pair_ids, make_pairs
+from kernels.sigmoid_loss.pairs import PairIds, Scores, check_types, make_pair_ids, make_pairs
 
 
 def sigmoid_loss_scores(
