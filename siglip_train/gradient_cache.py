@@ -15,11 +15,11 @@ from torch import Tensor
 from siglip_train import engine as engines
 from siglip_train.batch import Batch
 from siglip_train.errors import UserError
-from siglip_train.loop import StepReport, Trainer, agree, update_weights
+from siglip_train.loop import StepReport, Trainer, agree, divisors, update_weights
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Losses
 from siglip_train.objectives.forward_pass import ForwardPass
-from siglip_train.objectives.training_model import TrainingModel
+from siglip_train.objectives.training_model import Divisors, TrainingModel
 
 
 class _RandomState(NamedTuple):
@@ -61,19 +61,20 @@ class StoredPass(ForwardPass):
 def cached_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
     """`plain_step` in micro-batches of `run.schedule.micro_batch_size` pairs: same losses, same update. All ranks.
 
-    Objectives that pair samples see the whole batch at once; the others are means, which need one pass only. Dropout in
+    Objectives that pair samples see the whole batch at once; the others are sums, which need one pass only. Dropout in
     a tower meets the same masks in both passes; those of one large batch would be others.
     """
     objectives = run.engine.module.objectives
     pairing = [name for name in objectives if objectives[name].pairs_samples]
     others = [name for name in objectives if name not in pairing]
     micro_batches = batch.split(run.schedule.micro_batch_size)
+    shared = divisors(run, batch)
     with engines.one_reduction(run.engine):
-        parts, replays = _pair(run, batch, micro_batches, pairing) if pairing else ([], None)
+        parts, replays = _pair(run, batch, micro_batches, shared, pairing) if pairing else ([], None)
         for index, micro_batch in enumerate(micro_batches):
             replay = None if replays is None else replays[index]
-            part = partial(_differentiated, replay=replay, names=others, share=1 / len(micro_batches))
-            total, losses = run.engine(micro_batch.to(run.world.device), part)
+            part = partial(_differentiated, replay=replay, divisors=shared, names=others)
+            total, losses = run.engine(micro_batch.to(run.world.device), shared, part)
             # it does not where every tower is frozen
             if total.requires_grad:
                 run.engine.backward(total)
@@ -84,32 +85,32 @@ def cached_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool
 
 
 def _pair(
-    run: Trainer, batch: Batch, micro_batches: Sequence[Batch], names: Sequence[str]
+    run: Trainer, batch: Batch, micro_batches: Sequence[Batch], divisors: Divisors, names: Sequence[str]
 ) -> tuple[list[Losses], list[_Replay]]:
     """The losses between all samples, and what gives the towers their gradient.
 
     The logit scale, the bias and what such objectives own have got theirs on return, once and for all pairs.
     """
-    firsts = [_embed(run, micro_batch) for micro_batch in micro_batches]
+    firsts = [_embed(run, micro_batch, divisors) for micro_batch in micro_batches]
     images = torch.cat([first.image_embedding for first in firsts]).requires_grad_()
     texts = torch.cat([first.text_embedding for first in firsts]).requires_grad_()
     # pairs may be told by their captions, but hardly by pixels, which would not all fit
     light = batch._replace(texts=batch.texts.to(run.world.device))
 
     def part(model: TrainingModel, _: ForwardPass) -> Losses:
-        return model.losses(StoredPass(model.model, light, images, texts), names)
+        return model.losses(StoredPass(model.model, light, images, texts), divisors, names)
 
-    losses = run.engine(light, part)
+    losses = run.engine(light, divisors, part)
     run.engine.backward(losses.total)
     gradients = zip(*(_split(leaf.grad, micro_batches) for leaf in (images, texts)), strict=True)
     replays = [_Replay(first.random_state, pair) for first, pair in zip(firsts, gradients, strict=True)]
     return [losses._replace(total=losses.total.detach())], replays
 
 
-def _embed(run: Trainer, micro_batch: Batch) -> _First:
+def _embed(run: Trainer, micro_batch: Batch, divisors: Divisors) -> _First:
     state = _random_state(run.world.device)
     with torch.no_grad():
-        images, texts = run.engine(micro_batch.to(run.world.device), _embeddings)
+        images, texts = run.engine(micro_batch.to(run.world.device), divisors, _embeddings)
     return _First(state, images, texts)
 
 
@@ -129,8 +130,8 @@ def _differentiated(
     forward_pass: ForwardPass,
     *,
     replay: _Replay | None,
+    divisors: Divisors,
     names: Sequence[str],
-    share: float,
 ) -> tuple[Tensor, Losses]:
     """The second pass: a scalar whose gradient is this micro-batch's part of the whole, and its part of the losses."""
     products = []
@@ -142,15 +143,20 @@ def _differentiated(
             for embedding, gradient in zip(embeddings, replay.gradients, strict=True)
             if gradient is not None
         ]
-    total, terms = model.losses(forward_pass, names)
-    losses = Losses(share * total.detach(), {name: share * term for name, term in terms.items()})
-    return torch.stack([share * total, *products]).sum(), losses
+    losses = model.losses(forward_pass, divisors, names)
+    total = torch.stack([losses.total, *products]).sum()
+    return total, losses._replace(total=losses.total.detach())
 
 
 def _sum(parts: Sequence[Losses], order: Iterable[str]) -> Losses:
-    terms = {name: torch.stack([part.terms[name] for part in parts if name in part.terms]) for name in order}
+    """Add up parts; terms in the order of the objectives, each before its tasks."""
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, term in part.terms.items():
+            found.setdefault(name, []).append(term)
+    names = [name for objective in order for name in found if name.partition("/")[0] == objective]
     total = torch.stack([part.total for part in parts]).sum()
-    return Losses(total, {name: values.sum() for name, values in terms.items()})
+    return Losses(total, {name: torch.stack(found[name]).sum() for name in names})
 
 
 def _random_state(device: torch.device) -> _RandomState:

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from kernels.sigmoid_loss import exchange_seconds
 from siglip_train import engine as engines
 from siglip_train import optim
 from siglip_train.batch import Batch
 from siglip_train.checkpoint import Checkpoints, Progress
 from siglip_train.distributed.collectives import mean_over_ranks
+from siglip_train.distributed.ring import exchange_seconds
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.metrics import MetricWriter, ProgressDisplay, memory_gib, peak_flops
+from siglip_train.objectives.training_model import Divisors
 from siglip_train.optim import OptimConfig
 from siglip_train.runtime import StopSignal
 
@@ -154,10 +155,22 @@ def _save(run: Trainer, progress: Progress) -> None:
 
 def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
     """One forward, backward and optimizer step; also whether any rank was asked to stop. All ranks."""
-    losses = run.engine(batch.to(run.world.device))
+    losses = run.engine(batch.to(run.world.device), divisors(run, batch))
     stop = agree(run, losses.total, step)
     run.engine.backward(losses.total)
     return StepReport(losses.total.detach(), losses.terms, update_weights(run, step)), stop
+
+
+def divisors(run: Trainer, batch: Batch) -> Divisors:
+    """What this rank's sum of each task is divided by: its global count, at least 1, over the number of ranks.
+
+    The engine takes the mean of gradients over ranks, so the gradient is that of the mean over the global batch. One
+    small all-reduce before the first backward, for which the host does not wait. All ranks.
+    """
+    counts = run.engine.module.counts(batch)
+    values = torch.tensor(list(counts.values()), dtype=torch.float64).to(run.world.device, non_blocking=True)
+    dist.all_reduce(values)
+    return dict(zip(counts, (values.clamp(min=1) / run.world.world_size).unbind(), strict=True))
 
 
 def update_weights(run: Trainer, step: int) -> float:
@@ -170,6 +183,7 @@ def update_weights(run: Trainer, step: int) -> float:
         norm = engines.gradient_norm(run.engine)
     if not norm < float("inf"):
         raise UserError(f"the gradient norm at step {step} is {norm}; {_last_good(run)}")
+    run.engine.module.after_step()
     return norm
 
 
@@ -201,17 +215,12 @@ def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
 
 
 def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
-    model = run.engine.module.model
-    scale, bias = (
-        engines.scalar(run.engine, parameter) for parameter in (model.logit_scale, model.logit_bias)
-    )
+    added = run.engine.module.metrics(lambda parameter: engines.scalar(run.engine, parameter))
     losses = {"train/loss": report.total.item()}
     losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
     return {
         **mean_over_ranks(losses),
-        # infinite where math.exp would raise, so that the next step can end the run by name
-        "train/logit_scale": torch.tensor(scale, dtype=torch.float64).exp().item(),
-        "train/logit_bias": bias,
+        **{f"train/{name}": value for name, value in added.items()},
         "train/grad_norm": report.gradient_norm,
         "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),
     }

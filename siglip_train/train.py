@@ -88,7 +88,7 @@ def run(values: dict[str, Any], experiment: str | None = None) -> None:
         state=progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    flops = _flops_per_pair(config, model.model)
+    flops = _flops_per_pair(config, model.model) + model.flops_per_sample()
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )

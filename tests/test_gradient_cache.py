@@ -46,7 +46,8 @@ class TextNorm(Objective):
         if self.noise:
             self.drawn.append(torch.rand(3))
             pooled = pooled * (1 + self.noise * self.drawn[-1][0])
-        return (self.head(pooled).square() + forward_pass.image.tokens.square().mean(dim=1)).mean()
+        by_sample = (self.head(pooled).square() + forward_pass.image.tokens.square().mean(dim=1)).mean(dim=1)
+        return {"samples": by_sample.sum()}
 
 
 class ImagePairs(Objective):
@@ -60,7 +61,7 @@ class ImagePairs(Objective):
 
     def forward(self, forward_pass):
         images = forward_pass.image_embedding
-        return (images @ images.T).exp().mean() * self.power.sum()
+        return {"samples": (images @ images.T).exp().mean(dim=1).sum() * self.power.sum()}
 
 
 class PlainEngine:
@@ -288,7 +289,7 @@ class TokenPairs(Objective):
     pairs_samples = True
 
     def forward(self, forward_pass):
-        return forward_pass.image.tokens.mean()
+        return {"samples": forward_pass.image.tokens.sum()}
 
 
 @pytest.mark.usefixtures("one_process")

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import sigmoid_loss
-from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange
+from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exchange_seconds
 from kernels.sigmoid_loss.exchange.cost_model import Form
 from siglip_train.distributed.collectives import is_distributed
+
+__all__ = ["Ring", "exchange_seconds", "parse_exchange"]
 
 log = logging.getLogger(__name__)
 
@@ -29,50 +30,32 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Ring:
-    """The sigmoid loss over the texts of all ranks; of a single process, without any exchange.
+    """The group and the exchange over which `kernels.sigmoid_loss` meets the texts of a run's ranks.
 
-    exchange: `auto` (the fastest by a cost model), `ring`, `node_ring` (`node_ring:8` with 8 ranks a
-    node), `grid:4x2` (rows x columns of ranks) or `all_gather`; README of kernels/sigmoid_loss. dtype: `bf16` halves
-    what is sent and rounds it. Raises ValueError for others, and for a form that does not fit the number of ranks,
-    where there are several.
+    exchange: `auto` (the fastest by a cost model), `ring`, `node_ring` (`node_ring:8` with 8 ranks a node), `grid:4x2`
+    (rows x columns of ranks) or `all_gather`; README of kernels/sigmoid_loss. dtype: `bf16` halves what is sent and
+    rounds it. Raises ValueError for others, and for a form that does not fit the number of ranks, where there are
+    several.
     """
 
     def __init__(self, exchange: str, dtype: str) -> None:
-        self._exchange = parse_exchange(exchange, dtype)
+        self.exchange = parse_exchange(exchange, dtype)
         self._is_announced = False
         if is_distributed():
-            check_exchange(self._exchange, _all_ranks())
+            check_exchange(self.exchange, _all_ranks())
 
-    def sigmoid_loss(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        *,
-        ids: Tensor | None = None,
-        same_id_weight: float = 0.0,
-    ) -> Tensor:
-        """`kernels.sigmoid_loss` of images and texts `[B, E]` of this rank; ids `[B]`: of its pairs.  # all ranks
+    def group(self, images: Tensor, *, has_ids: bool) -> dist.ProcessGroup | None:
+        """All ranks; None for a single process, which exchanges nothing. images: `[B, E]` of this rank.
 
-        The first call on several ranks says in the log what it sends, and how.
+        The first call on several ranks says in the log what is sent, and how.
         """
-        group = _all_ranks() if is_distributed() else None
-        if group is not None and not self._is_announced:
-            chosen = choose_exchange(self._exchange, images, group, has_ids=ids is not None)
+        if not is_distributed():
+            return None
+        if not self._is_announced:
+            chosen = choose_exchange(self.exchange, images, _all_ranks(), has_ids=has_ids)
             log.info("exchange of texts between ranks: %s", chosen)
             self._is_announced = True
-        return sigmoid_loss(
-            images,
-            texts,
-            scale,
-            bias,
-            image_ids=ids,
-            text_ids=ids,
-            same_id_weight=same_id_weight,
-            group=group,
-            exchange=self._exchange,
-        )
+        return _all_ranks()
 
 
 def parse_exchange(name: str, dtype: str) -> Exchange:

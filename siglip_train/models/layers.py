@@ -77,17 +77,25 @@ class Attention(nn.Module):
         for linear in (self.query, self.key, self.value, self.out):
             init_xavier(linear, generator)
 
-    def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, context: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
         """Read `context` `[B, K, D]` for each of `queries` `[B, Q, D]` -> `[B, Q, D]`.
 
-        mask: `[B, K]` bool, True = may be read. Only keys are masked: a query without any key would be NaN.
+        mask: bool, True = may be read: of keys `[B, K]`, or of keys for each query `[B, Q, K]`. causal: query i reads
+        keys 0..i alone, of those that the mask leaves. A query that may read no key would be NaN.
         """
+        # without a mask None and the flag are passed on as they are, which keeps the fused kernels available
+        if mask is not None:
+            mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+            if causal:
+                mask = mask & mask.new_ones(queries.shape[1], context.shape[1]).tril()
         mixed = functional.scaled_dot_product_attention(
             self._split(self.query(queries)),
             self._split(self.key(context)),
             self._split(self.value(context)),
-            # None is passed on as None, which keeps the fused kernels available
-            attn_mask=None if mask is None else mask[:, None, None, :],
+            attn_mask=mask,
+            is_causal=causal and mask is None,
         )  # [B, H, Q, D / H]
         return self.out(mixed.transpose(1, 2).flatten(2))
 

@@ -1,17 +1,20 @@
-"""What an objective is: a small module that turns the forward pass of a batch into one scalar."""
+"""What an objective is: a small module that turns the forward pass of a batch into a sum for each task."""
 
 import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from siglip_train.batch import Batch
 from siglip_train.objectives.forward_pass import ForwardPass
 
 
 class Losses(NamedTuple):
     """What a training step gives back. A NamedTuple, as ZeRO-3 does not see into a dataclass.
 
-    total: weighted sum, to differentiate. terms: every objective's own value, unweighted and detached, by name.
+    total: what this rank differentiates; its mean over ranks is the weighted sum of the objectives. terms: each
+    objective's own value, unweighted and detached, by name, and beside it each task of those that have several, as
+    `objective/task`; they too become global values as means over ranks.
     """
 
     total: Tensor
@@ -19,11 +22,16 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A term of the loss. Its heads, where it has any, are its submodules.
+    """A term of the loss: of each of its tasks, the mean over the samples of the global batch that take part in it.
+
+    Heads and running averages of its own are submodules and buffers: they are trained, saved and resumed with the
+    model. Every rank runs every pass in every micro-batch, with samples of weight zero if need be: under ZeRO-3 the
+    others would wait for a rank that leaves one out.
 
     weight: factor of this term in the total. Raises ValueError unless it is finite and above 0.
-    pairs_samples: whether samples are compared with one another, so that the loss of a batch is not the mean of the
-        losses of its parts. Such an objective asks the forward pass for embeddings alone.
+    pairs_samples: whether samples are compared with one another, so that the sums of a batch are not those of its
+        parts. Such an objective asks the forward pass for embeddings alone.
+    task_weights: factors of its tasks within the term, 1 where none is given.
     """
 
     pairs_samples = False
@@ -35,7 +43,23 @@ class Objective(nn.Module):
                 f"weight is {weight}: give a finite number above 0, or leave the objective out of the config"
             )
         self.weight = weight
+        self.task_weights: dict[str, float] = {}
 
-    def forward(self, forward_pass: ForwardPass) -> Tensor:
-        """Return this term, unweighted: a scalar, the mean over this rank's samples."""
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many of this rank's samples take part in each task, from the batch alone: all of them in one task."""
+        return {"samples": batch.size}
+
+    def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """Return the sum over this rank's samples for each task of `counts`: scalars, 0 where none takes part."""
         raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Do what follows an optimizer step that has changed the weights.  # all ranks"""
+
+    def metrics(self) -> dict[str, float]:
+        """More numbers for the log, `train/<objective>/<name>`, read after a step that is logged.  # all ranks"""
+        return {}
+
+    def flops_per_sample(self) -> float:
+        """Operations of a step, forward and backward, for each sample, beside those of the towers."""
+        return 0.0

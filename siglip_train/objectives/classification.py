@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import record_function
 
+from siglip_train.batch import Batch
 from siglip_train.errors import UserError
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -48,12 +49,23 @@ class Classification(Objective):
         features = forward_pass.image_pooled if is_pooled else forward_pass.image_average  # [B, D]
         return self.classifier(features).float()
 
-    def forward(self, forward_pass: ForwardPass) -> Tensor:
-        """Return the mean over this rank's images. Raises `UserError` for a label outside 0..C-1, and for none."""
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count this rank's images."""
+        return {"images": batch.size}
+
+    def flops_per_sample(self) -> float:
+        """Three products with the classifier's weights."""
+        return 6.0 * self.classifier.in_features * self.classifier.out_features
+
+    def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """Return the sum over this rank's images. Raises `UserError` for a label outside 0..C-1, and for none."""
         labels = self._checked_labels(forward_pass)
         logits = self.logits(forward_pass)
         with record_function("objective/classification"):
-            return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            loss = functional.cross_entropy(
+                logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
+            )
+        return {"images": loss}
 
     def _checked_labels(self, forward_pass: ForwardPass) -> Tensor:
         labels, keys = forward_pass.batch.labels, forward_pass.batch.keys

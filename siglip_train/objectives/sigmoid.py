@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from kernels import sigmoid_loss
+from siglip_train.batch import Batch
 from siglip_train.distributed.ring import Ring
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -39,20 +41,28 @@ class SigmoidLoss(Objective):
         self._same_text_weight = same_text_weight
         self._ring = Ring(exchange, exchange_dtype)
 
-    def forward(self, forward_pass: ForwardPass) -> Tensor:
-        """Return the sum over all texts, mean over this rank's images.  # all ranks"""
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count this rank's images."""
+        return {"images": batch.size}
+
+    def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """Return the sum over this rank's images and the texts of all ranks.  # all ranks"""
         model = forward_pass.model
         images, texts = forward_pass.image_embedding, forward_pass.text_embedding
         ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.texts)
         with record_function("objective/sigmoid"):
-            return self._ring.sigmoid_loss(
+            mean = sigmoid_loss(
                 images,
                 texts,
                 model.logit_scale.exp(),
                 model.logit_bias,
-                ids=ids,
+                image_ids=ids,
+                text_ids=ids,
                 same_id_weight=self._same_text_weight,
+                group=self._ring.group(images, has_ids=ids is not None),
+                exchange=self._ring.exchange,
             )
+        return {"images": mean * len(images)}
 
 
 def text_ids(tokens: Tensor) -> Tensor:

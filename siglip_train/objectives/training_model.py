@@ -1,15 +1,23 @@
 """The model and its objectives as one module: what the engine wraps and the loop calls."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siglip_train.batch import Batch
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Losses, Objective
 from siglip_train.objectives.forward_pass import ForwardPass
+
+# by `objective/task`: what a task's sum on this rank is divided by, so that the mean over ranks of the quotients is the
+# mean over the samples of the global batch
+Divisors = Mapping[str, Tensor]
+
+
+# gives the value of a parameter with one element, whose parts may lie on several ranks
+Scalar = Callable[[nn.Parameter], float]
 
 
 class TrainingModel(nn.Module):
@@ -20,17 +28,71 @@ class TrainingModel(nn.Module):
         self.model = model
         self.objectives = nn.ModuleDict(dict(objectives))
 
-    def forward(self, batch: Batch, part: Callable[["TrainingModel", ForwardPass], Any] | None = None) -> Any:
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many of this rank's samples take part in each task, by `objective/task`."""
+        found = {}
+        for name, objective in self._named():
+            found.update({f"{name}/{task}": count for task, count in objective.counts(batch).items()})
+        return found
+
+    def forward(
+        self,
+        batch: Batch,
+        divisors: Divisors | None = None,
+        part: Callable[["TrainingModel", ForwardPass], Any] | None = None,
+    ) -> Any:
         """Run the passes the objectives ask for and return the `Losses` of `batch`, or what `part` makes of them.
 
         All work goes through here, in parts where need be: ZeRO-3 gathers weights for the forward of a module.
+        divisors: None = the counts of this batch alone, as in a single process.
         """
         forward_pass = ForwardPass(self.model, batch)
-        return self.losses(forward_pass, self.objectives) if part is None else part(self, forward_pass)
+        if part is not None:
+            return part(self, forward_pass)
+        if divisors is None:
+            divisors = {name: torch.tensor(max(1, count)) for name, count in self.counts(batch).items()}
+        return self.losses(forward_pass, divisors)
 
-    def losses(self, forward_pass: ForwardPass, names: Iterable[str]) -> Losses:
-        """Return the losses of the named objectives in the order given; their total is 0 where none is named."""
-        terms = {name: self.objectives[name](forward_pass) for name in names}
-        weighted = [self.objectives[name].weight * term for name, term in terms.items()]
+    def losses(
+        self, forward_pass: ForwardPass, divisors: Divisors, names: Iterable[str] | None = None
+    ) -> Losses:
+        """Return the losses of the named objectives, by default of all, in the order given; without any, 0."""
+        terms: dict[str, Tensor] = {}
+        weighted = []
+        # a loop, not a comprehension: one frame less between the loop and the objective
+        for name, objective in self._named(names):
+            tasks = {
+                task: total / divisors[f"{name}/{task}"].to(total.dtype)
+                for task, total in objective(forward_pass).items()
+            }
+            term = torch.stack(
+                [objective.task_weights.get(task, 1.0) * mean for task, mean in tasks.items()]
+            ).sum()
+            weighted.append(objective.weight * term)
+            terms[name] = term.detach()
+            if len(tasks) > 1:
+                terms.update({f"{name}/{task}": mean.detach() for task, mean in tasks.items()})
         total = torch.stack(weighted).sum() if weighted else self.model.logit_bias.new_zeros(())
-        return Losses(total, {name: term.detach() for name, term in terms.items()})
+        return Losses(total, terms)
+
+    def after_step(self) -> None:
+        """Tell every objective that an optimizer step has changed the weights.  # all ranks"""
+        for _, objective in self._named():
+            objective.after_step()
+
+    def metrics(self, scalar: Scalar) -> dict[str, float]:
+        """Scale and bias of the logits, and what the objectives add to the log.  # all ranks"""
+        scale, bias = scalar(self.model.logit_scale), scalar(self.model.logit_bias)
+        # infinite where math.exp would raise, so that the next step can end the run by name
+        found = {"logit_scale": torch.tensor(scale, dtype=torch.float64).exp().item(), "logit_bias": bias}
+        for name, objective in self._named():
+            found.update({f"{name}/{metric}": value for metric, value in objective.metrics().items()})
+        return found
+
+    def flops_per_sample(self) -> float:
+        """Operations of a step for each sample, beside those of the towers."""
+        return sum(objective.flops_per_sample() for _, objective in self._named())
+
+    def _named(self, names: Iterable[str] | None = None) -> list[tuple[str, Objective]]:
+        chosen = self.objectives if names is None else names
+        return [(name, cast(Objective, self.objectives[name])) for name in chosen]

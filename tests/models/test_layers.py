@@ -148,3 +148,48 @@ def test_initialize_repeats_with_a_generator() -> None:
         initialize(encoder, torch.Generator().manual_seed(3))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def read_by_hand(attention: Attention, queries: Tensor, context: Tensor, readable: Tensor) -> Tensor:
+    """Softmax attention with a `[B, Q, K]` table of what may be read, head by head."""
+    heads = []
+    projected = (attention.query(queries), attention.key(context), attention.value(context))
+    for q, k, v in zip(*(x.chunk(attention.heads, dim=-1) for x in projected), strict=True):
+        logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~readable, -torch.inf)
+        heads.append(logits.softmax(dim=-1) @ v)
+    return attention.out(torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["none", "keys", "queries and keys"])
+def test_every_kind_of_mask_is_softmax_over_what_may_be_read(kind: str, causal: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(16, 2).double()
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    readable = torch.ones(3, 5, 5, dtype=torch.bool)
+    if kind == "keys":
+        # the first key stays, so that no query is without any
+        readable &= torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()[:, None]
+    if kind == "queries and keys":
+        readable &= (torch.rand(3, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
+    mask = {"none": None, "keys": readable[:, 0], "queries and keys": readable}[kind]
+    if causal:
+        readable = readable & torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(
+        attention(x, x, mask, causal=causal), read_by_hand(attention, x, x, readable), rtol=0, atol=1e-14
+    )
+
+
+def test_without_a_mask_the_fused_path_stays_open(monkeypatch) -> None:
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, **options):
+        seen.append((options["attn_mask"], options["is_causal"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    attention, x = Attention(16, 2), torch.randn(2, 4, 16)
+    attention(x, x)
+    attention(x, x, causal=True)
+    assert seen == [(None, False), (None, True)]

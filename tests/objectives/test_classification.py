@@ -33,7 +33,7 @@ def drawn(**options) -> Classification:
 def test_the_loss_is_cross_entropy_with_smoothed_targets(features):
     model, batch = tiny_model(torch.float32), labelled([2, 0, 1, 1])
     objective = drawn(features=features, label_smoothing=0.3)
-    loss = objective(ForwardPass(model, batch))
+    loss = objective(ForwardPass(model, batch))["images"] / batch.size
     image = model.vision(*batch.images)
     x = (image.tokens.sum(1) / 4 if features == "tokens" else image.pooled).double()
     logits = x @ objective.classifier.weight.double().T + objective.classifier.bias.double()

@@ -29,7 +29,7 @@ def gradients(model):
 
 def test_value_and_every_gradient_equal_the_formula():
     batch, model, plain = tiny_batch(7), tiny_model(), tiny_model()
-    loss = SigmoidLoss(weight=1.0)(ForwardPass(model, batch))
+    loss = SigmoidLoss(weight=1.0)(ForwardPass(model, batch))["images"] / batch.size
     expected = formula(plain, batch)
     loss.backward()
     expected.backward()
@@ -53,7 +53,7 @@ def test_pairs_of_equal_texts_count_as_told(weight):
     alike = (batch.texts[:, None] == batch.texts).all(2) & (signs < 0)
     assert alike.sum() == 8
     expected = -(logsigmoid(signs * logits) * torch.where(alike, weight, 1.0)).sum() / 6
-    loss = SigmoidLoss(same_text_weight=weight)(ForwardPass(model, batch))
+    loss = SigmoidLoss(same_text_weight=weight)(ForwardPass(model, batch))["images"] / batch.size
     assert_close(loss.detach(), expected.detach(), 1e-14)
 
 
