@@ -14,6 +14,8 @@ _PROGRAMS = {
     "siglip-eval": "evaluate",
     "siglip_train.train": "train",
     "siglip_train.evaluate": "evaluate",
+    "siglip-convert": "convert",
+    "siglip-data": "data",
 }
 _PLACEHOLDERS = {
     "experiment=NAME": "experiment=quickstart",
@@ -24,7 +26,7 @@ _FOLDERS = ("benchmarks", "conf", "data_tools", "kernels", "siglip_train", "test
 
 
 class Command(NamedTuple):
-    """A command line; `program` is train or evaluate."""
+    """A command line: `program` is train, evaluate, convert or data; overrides are its words."""
 
     file: str
     program: str
@@ -71,30 +73,35 @@ def _of_lines(lines: list[str], file: Path) -> list[Command]:
     for line in lines:
         if not any(program in line for program in _PROGRAMS):
             continue
-        words = shlex.split(line, comments=True)
+        # a remark stands in brackets after some spaces
+        words = shlex.split(re.split(r" {2,}\(", line)[0], comments=True)
         for index, word in enumerate(words):
             if word in _PROGRAMS:
-                found += _expanded(_PROGRAMS[word], _overrides(words[index + 1 :]), file)
+                found += _commands(_PROGRAMS[word], _up_to_shell(words[index + 1 :]), file)
     return found
 
 
-def _expanded(program: str, overrides: list[str], file: Path) -> list[Command]:
-    """A command for each name in the braces of `experiment=finetune_{frozen,lora}`."""
+def _commands(program: str, words: list[str], file: Path) -> list[Command]:
+    where = str(file.relative_to(ROOT))
+    if program in ("convert", "data"):
+        # a program that is only named has no words
+        return [Command(where, program, tuple(words))] if len(words) > 1 else []
+    # a command for each name in the braces of `experiment=finetune_{frozen,lora}`
+    overrides = _overrides(words)
     name = next((override for override in overrides if override.startswith("experiment=")), "")
     others = [override for override in overrides if override != name]
-    where = str(file.relative_to(ROOT))
     return [
         Command(where, program, tuple([one, *others] if one else others)) for one in braceexpand(name) or [""]
     ]
 
 
+def _up_to_shell(words: list[str]) -> list[str]:
+    """Up to where a shell goes on."""
+    ends = (i for i, word in enumerate(words) if word in ("||", "&&", "|", ";", ">"))
+    return words[: next(ends, len(words))]
+
+
 def _overrides(words: list[str]) -> list[str]:
-    """Up to where a shell, or a remark, goes on; without flags and what an ellipsis leaves open."""
-    end = next(
-        (i for i, word in enumerate(words) if word in ("||", "&&", "|", ";") or word.startswith("(")),
-        len(words),
-    )
-    kept = [word for word in words[:end] if re.match(r"[~+]*[\w.@/]+(=|$)", word)]
-    # --cfg job
-    kept = [word for word in kept if "=" in word or word.startswith("~")]
-    return [_PLACEHOLDERS.get(word, word).replace("…", "any") for word in kept if word != "key=value"]
+    """Without flags, and what an ellipsis leaves open."""
+    kept = [word for word in words if re.match(r"(~|[+]*[\w.@/]+=)", word) and word != "key=value"]
+    return [_PLACEHOLDERS.get(word, word).replace("…", "any") for word in kept]

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from data_tools import cli
+from siglip_train import convert
 from siglip_train.models.published import likeness
 from siglip_train.train import OPEN_GROUPS
 from siglip_train.typed import REQUIRED, build
@@ -26,11 +28,21 @@ def opened(command: Command) -> list[str]:
 def test_there_are_commands_of_every_kind() -> None:
     files = {command.file for command in COMMANDS}
     assert "README.md" in files
-    assert {command.program for command in COMMANDS} == {"train", "evaluate"}
+    assert {command.program for command in COMMANDS} == {"train", "evaluate", "convert", "data"}
     assert len([command for command in COMMANDS if command.file == "README.md"]) > 8
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+COMPOSED = [command for command in COMMANDS if command.program in CONFIGS]
+PARSERS = {"convert": convert.build_parser, "data": cli.build_parser}
+PARSED = [command for command in COMMANDS if command.program in PARSERS]
+
+
+@pytest.mark.parametrize("command", PARSED, ids=str)
+def test_a_shown_command_is_what_its_program_takes(command: Command) -> None:
+    PARSERS[command.program]().parse_args(command.overrides)
+
+
+@pytest.mark.parametrize("command", COMPOSED, ids=str)
 def test_a_shown_command_composes_and_its_types_are_right(command: Command) -> None:
     values = composed(*opened(command), program=command.program)
     given = {key: "any" if value == REQUIRED else value for key, value in values.items()}

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from siglip_train.models.siglip import Siglip
-from tests.composing import names, on_meta
+from tests.composing import names, on_meta, sizes
 
 # millions: vision, MAP head, text, token embedding, full; of published sizes from the HuggingFace modules of the same
 PARAMETERS = {
@@ -78,3 +78,11 @@ def test_sizes_follow_from_their_config(name: str) -> None:
 
 def test_every_size_is_covered() -> None:
     assert set(names("model")) == set(PARAMETERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_no_experiment_lies_over_a_model(experiment: str) -> None:
+    for model, expected in PARAMETERS.items():
+        assert sizes(f"experiment={experiment}", f"model={model}") == sizes(f"model={model}"), model
+        assert millions(on_meta(model)) == expected[-1]
