@@ -1,5 +1,6 @@
 """What is installed from a wheel, away from this checkout, has all its files and trains."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
@@ -47,17 +49,30 @@ def test_a_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     assert "conf/experiment/quickstart.yaml" in wanted
 
 
+def show_dependencies(packages: Path) -> None:
+    """Put what the project needs without extras, and what that needs, into an empty environment, as links."""
+    waiting, seen = list(importlib.metadata.requires("siglip-train") or []), set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not wanted or requirement.name in seen:
+            continue
+        seen.add(requirement.name)
+        found = importlib.metadata.distribution(requirement.name)
+        waiting += found.requires or []
+        for name in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not name.endswith(".pth") and not (packages / name).exists():
+                (packages / name).symlink_to(found.locate_file(name))
+
+
 @pytest.mark.slow
-def test_an_installed_wheel_makes_data_trains_and_evaluates_from_another_folder(
+def test_a_wheel_in_an_empty_environment_makes_data_trains_and_evaluates_from_another_folder(
     wheel: Path, tmp_path: Path
 ) -> None:
-    """Dependencies are those of the tests: a line of a .pth shows them, but not the editable install among them."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    (packages / "tests.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
-    )
+    show_dependencies(packages)
     install = ("install", "--no-deps", "--no-index", "--ignore-installed", wheel)
     checked(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     home = tmp_path / "elsewhere"
