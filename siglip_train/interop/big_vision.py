@@ -1,4 +1,4 @@
-"""Read a SigLIP or SigLIP 2 model as big_vision wrote it: one `.npz`, blocks apart or stacked, NaFlex or not.
+"""Read a SigLIP or SigLIP 2 model, or a ViT alone, as big_vision wrote it: one `.npz`, blocks apart or stacked.
 
 Such a file holds arrays alone, so the sizes are read off their shapes. It says neither how pictures are resized
 nor which tokenizer belongs to it: those are what big_vision's own configurations for these models say.
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
+from siglip_train.interop.augreg import as_big_vision, is_augreg
 from siglip_train.interop.names import translate
-from siglip_train.interop.native import Description, ModelFiles, complain
+from siglip_train.interop.native import Description, ModelFiles, check_absent, complain
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
@@ -53,6 +54,7 @@ def read_big_vision(path: Path, skip: Sequence[str] = ()) -> ModelFiles:
     """
     arrays = _unstacked(_read(path), path)
     description = _describe(arrays, path)
+    check_absent(description, path, skip)
     tensors = {name: _as_ours(name, array) for name, array in arrays.items()}
     if _INNER_POSITIONS in tensors:
         tensors["txt/pos_embedding"] = tensors["txt/pos_embedding"] + tensors.pop(_INNER_POSITIONS)
@@ -66,6 +68,10 @@ def describe_big_vision(path: Path) -> Description:
 
 
 def _describe(arrays: Mapping[str, Tensor], path: Path) -> Description:
+    if not any(name.startswith("txt/") for name in arrays) and "img/pos_embedding" in arrays:
+        return Description(
+            SiglipConfig(_vision(arrays, path)), origin="big_vision", absent=("text.", "logit_")
+        )
     config = _config(arrays, path)
     is_siglip_2 = config.vision.position_grid is not None or config.text.vocab_size == _SIGLIP_2_VOCABULARY
     return Description(config, rules=TextRules(pad="pad" if is_siglip_2 else "eos"), origin="big_vision")
@@ -109,6 +115,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _unstacked(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Blocks of a scanned model apart: `encoderblock/x` of shape `[depth, ...]` becomes `encoderblock_i/x`."""
+    if is_augreg(tensors):
+        tensors = as_big_vision(tensors)
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _STACKED not in name:
@@ -128,6 +136,19 @@ def _config(tensors: Mapping[str, Tensor], path: Path) -> SiglipConfig:
             f"{path} is no SigLIP model of big_vision: it has none of {', '.join(sorted(needed))}"
         )
     complain(path, missing=needed - tensors.keys())
+    return SiglipConfig(
+        _vision(tensors, path),
+        TextConfig(
+            context_length=tensors["txt/pos_embedding"].shape[1],
+            vocab_size=tensors["txt/Embed_0/embedding"].shape[0],
+            projection="txt/head/kernel" in tensors,
+            **_sizes(tensors, "txt/Encoder_0", path),
+        ),
+    )
+
+
+def _vision(tensors: Mapping[str, Tensor], path: Path) -> VisionConfig:
+    complain(path, missing={"img/embedding/kernel", "img/pos_embedding"} - tensors.keys())
     stem, positions = tensors["img/embedding/kernel"], tensors["img/pos_embedding"]
     # a NaFlex tower has a linear stem and keeps its table as an image
     naflex = stem.ndim == 2
@@ -135,19 +156,12 @@ def _config(tensors: Mapping[str, Tensor], path: Path) -> SiglipConfig:
         raise UserError(f"{path}: img/embedding/kernel {list(stem.shape)} is no stem of patches")
     patch_size = math.isqrt(stem.shape[0] // 3) if naflex else stem.shape[0]
     grid = math.isqrt(positions.shape[0] * positions.shape[1])
-    return SiglipConfig(
-        VisionConfig(
-            image_size=_image_size(grid, patch_size),
-            patch_size=patch_size,
-            position_grid=grid if naflex else None,
-            **_sizes(tensors, "img/Transformer", path),
-        ),
-        TextConfig(
-            context_length=tensors["txt/pos_embedding"].shape[1],
-            vocab_size=tensors["txt/Embed_0/embedding"].shape[0],
-            projection="txt/head/kernel" in tensors,
-            **_sizes(tensors, "txt/Encoder_0", path),
-        ),
+    return VisionConfig(
+        image_size=_image_size(grid, patch_size),
+        patch_size=patch_size,
+        position_grid=grid if naflex else None,
+        pool="cls" if "img/cls" in tensors else "map",
+        **_sizes(tensors, "img/Transformer", path),
     )
 
 

@@ -13,7 +13,14 @@ from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.interop.files import read_json, read_shapes, read_tensors, section
 from siglip_train.interop.names import translate
-from siglip_train.interop.native import Description, ModelFiles, Resize, stored_rules, tokenizer_in
+from siglip_train.interop.native import (
+    Description,
+    ModelFiles,
+    Resize,
+    check_absent,
+    stored_rules,
+    tokenizer_in,
+)
 from siglip_train.models.layers import LAYER_NORM_EPS, Gelu
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
@@ -134,12 +141,7 @@ def read_huggingface(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:
     Raises `UserError` for a model that differs from SigLIP, or tensors that do not fit the config.
     """
     description = describe_huggingface(folder)
-    lacking = [name for name in description.absent if not name.startswith(tuple(skip))]
-    if lacking:
-        raise UserError(
-            f"{folder} is no whole image-text model: it has no parameters that begin with {', '.join(lacking)}; a "
-            f"training can start from it (init_skip=[{', '.join(lacking)}]), else give the model it was made from"
-        )
+    check_absent(description, folder, skip)
     tensors = read_tensors(folder / "model.safetensors")
     # a buffer in files of older transformers; the labels of a classifier are its own
     left = [name for name in tensors if name.endswith(".position_ids") or name.startswith(_left(description))]

@@ -48,6 +48,13 @@ _MODEL = (
         "visual.trunk.pos_embed",
         "img/pos_embedding",
     ),
+    # neither library's SigLIP has a class token; towers of other origin do
+    Row(
+        "vision.cls_token",
+        "vision_model.embeddings.class_embedding",
+        "visual.trunk.cls_token",
+        "img/cls",
+    ),
     Row(
         "vision.encoder.norm.*",
         "vision_model.post_layernorm.*",

@@ -98,6 +98,16 @@ class _TokenizerConfig:
     text_rules: TextRules | None = None
 
 
+def check_absent(description: Description, path: Path, skip: Sequence[str]) -> None:
+    """Raise a `UserError` where the files at `path` lack parameters that `skip` does not leave out."""
+    lacking = [name for name in description.absent if not name.startswith(tuple(skip))]
+    if lacking:
+        raise UserError(
+            f"{path} is no whole image-text model: it has no parameters that begin with {', '.join(lacking)}; a "
+            f"training can start from it (init_skip=[{', '.join(lacking)}]), else give the model it was made from"
+        )
+
+
 def parameter_shapes(config: SiglipConfig) -> dict[str, torch.Size]:
     """Name and shape of every parameter of a model, without allocating it."""
     with torch.device("meta"):
