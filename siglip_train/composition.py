@@ -49,14 +49,15 @@ def _plain(value: Any) -> Any:
 
 
 def run_hydra(
-    function: Callable[[omegaconf.DictConfig, str | None], None],
+    function: Callable[[omegaconf.DictConfig, omegaconf.DictConfig | None], None],
     *,
     config_name: str,
     config_class: type,
     open_groups: tuple,
 ) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line; hand it and the name of its experiment to `function`.
+    """Compose `conf/<config_name>.yaml` with the command line and hand the result to `function`.
 
+    Beside it, what its experiment composes to without the other overrides of the command line; None without experiment.
     open_groups: prefixes such as `data.sources.` below which the user may invent keys without Hydra's `+`.
     Raises `UserError` for whatever Hydra or OmegaConf find wrong with the command line or a file.
     """
@@ -64,10 +65,13 @@ def run_hydra(
     sys.argv[1:] = [_open(argument, open_groups) for argument in sys.argv[1:]]
     # Hydra would print its own errors with advice about HYDRA_FULL_ERROR and exit with status 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    composed: list[tuple[omegaconf.DictConfig, str | None]] = []
+    composed: list[tuple[omegaconf.DictConfig, omegaconf.DictConfig | None]] = []
 
     def keep(config: omegaconf.DictConfig) -> None:
-        composed.append((config, HydraConfig.get().runtime.choices.get("experiment")))
+        experiment = HydraConfig.get().runtime.choices.get("experiment")
+        # here, where a folder of the user's own experiments is searched too
+        written = hydra.compose(config_name, overrides=[f"experiment={experiment}"]) if experiment else None
+        composed.append((config, written))
 
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_MODULE, config_name=config_name)(keep)()
@@ -75,14 +79,8 @@ def run_hydra(
         # a ValueError where a group is set to null
         raise UserError(_first_cause(error, config_class)) from None
     # outside Hydra, which would print a line of its own for every exception of a job; several with --multirun
-    for config, experiment in composed:
-        function(config, experiment)
-
-
-def as_written(config_name: str, experiment: str) -> omegaconf.DictConfig:
-    """What `experiment=NAME` composes to without the other overrides of the command line."""
-    with hydra.initialize_config_module(CONFIG_MODULE.removeprefix("pkg://"), version_base="1.3"):
-        return hydra.compose(config_name, overrides=[f"experiment={experiment}"])
+    for config, written in composed:
+        function(config, written)
 
 
 def _open(argument: str, open_groups: tuple) -> str:

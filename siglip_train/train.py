@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train import checkpoint, engine, loop
-from siglip_train.composition import as_written, instantiate_all, plain, run_hydra
+from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
@@ -49,15 +49,15 @@ def main() -> None:
         return
     check_kernels_package()
     run_hydra(
-        lambda raw, experiment: run(plain(raw), experiment),
+        lambda raw, written: run(plain(raw), None if written is None else plain(written)),
         config_name="train",
         config_class=Config,
         open_groups=OPEN_GROUPS,
     )
 
 
-def run(values: dict[str, Any], experiment: str | None = None) -> None:
-    """Train as the composed config `values` says, which overrides of the experiment may have gone into. All ranks."""
+def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
+    """Train as the composed config `values` says; written: what its experiment says alone. All ranks."""
     config = parse(values)
     stop = StopSignal().install()
     world = init_world(config.device)
@@ -143,7 +143,7 @@ def run(values: dict[str, Any], experiment: str | None = None) -> None:
         stop=stop,
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision, loader.outlook(config.total_samples), experiment)
+    _announce(config, world, model, precision, loader.outlook(config.total_samples), written)
     if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
         log.info(
             "a sigmoid loss near %.2f is to be expected at the start",
@@ -291,7 +291,7 @@ def _announce(
     model: TrainingModel,
     precision: str,
     data: list[str],
-    experiment: str | None,
+    written: dict[str, Any] | None,
 ) -> None:
     title, note = likeness(config.model)
     size = sum(shape.numel() for shape in parameter_shapes(config.model).values())
@@ -310,8 +310,8 @@ def _announce(
     )
     for line in data:
         log.info(line)
-    if world.is_main and experiment is not None:
-        _say_usual_lr(config, plain(as_written("train", experiment)))
+    if written is not None:
+        _say_usual_lr(config, written)
 
 
 def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:

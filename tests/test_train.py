@@ -316,7 +316,7 @@ def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart
     section = (ROOT / "README.md").read_text().partition("## Train on your own shards")[2]
     command = section.split("```")[1].replace("\\\n", " ")
     composed: list[dict] = []
-    monkeypatch.setattr(train, "run", lambda values, experiment: composed.append(values))
+    monkeypatch.setattr(train, "run", lambda values, written: composed.append(values))
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     train.main()
     config = build(Config, composed[0])
@@ -327,6 +327,22 @@ def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart
     assert "data/tiny" not in str(composed[0])
     assert config.total_samples == 400_000_000
     assert likeness(config.model) == ("SigLIP 2 B/16, 256 px", "as published")
+
+
+def test_what_an_experiment_says_alone_is_known_beside_what_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of an experiment in a folder of the user's."""
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults: [quickstart, _self_]\nglobal_batch_size: 32\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    found: list[tuple] = []
+    monkeypatch.setattr(train, "run", lambda values, written: found.append((values, written)))
+    for arguments in ([f"--config-dir={tmp_path}", "experiment=mine"], []):
+        monkeypatch.setattr(sys, "argv", ["siglip-train", *arguments, "global_batch_size=8"])
+        train.main()
+    (values, written), (_, none) = found
+    assert (values["global_batch_size"], written["global_batch_size"], none) == (8, 32, None)
 
 
 MISTAKES = {
