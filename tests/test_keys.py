@@ -12,6 +12,7 @@ from siglip_train.composition import defaults_of
 from siglip_train.config import Config
 from siglip_train.evaluate import EvaluateConfig
 from siglip_train.keys import Key, classes_of, keys_of, meanings_of
+from tests.conftest import ROOT
 
 CONFIGS = [Config, EvaluateConfig]
 
@@ -103,6 +104,11 @@ def printed(
     monkeypatch.setenv("COLUMNS", "100")
     command.main()
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_help_points_to_them(name: str) -> None:
+    assert "--keys [PREFIX]" in (ROOT / "conf" / f"{name}.yaml").read_text()
 
 
 def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

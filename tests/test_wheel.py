@@ -81,6 +81,9 @@ def test_a_wheel_in_an_empty_environment_makes_data_trains_and_evaluates_from_an
         python, "-c", "import siglip_train, conf; print(siglip_train.__file__, conf.__file__)", cwd=home
     )
     assert str(ROOT) not in where
+    checked(
+        python, "-c", "import importlib.util; assert importlib.util.find_spec('pytest') is None", cwd=home
+    )
 
     checked(python.with_name("siglip-data"), "make-tiny", "data/tiny", "--samples", "600", cwd=home)
     short = ("global_batch_size=24", "stop_after_steps=2", "data.workers=0", "evaluation.batch_size=32")
