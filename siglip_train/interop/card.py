@@ -83,7 +83,7 @@ def write_card(folder: Path, name: str, config: SiglipConfig, conversion: dict[s
         _KINDS[part].format(classes=classes) + "\n",
         _table(_sizes(config, conversion)),
         *(("## Training\n", _table(facts)) if facts else ()),
-        "## Use\n",
+        f"## Use\n\n`{name}` in the code is the path of this folder.\n",
         *use,
         f"## Conversion\n\n{_comparison(conversion)}\n",
     ]

@@ -44,10 +44,12 @@ def write_fast_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
-        # transformers' processors take these for their own, so that texts come out as long as the model wants them
+        # transformers' processors take these for their own, so that texts come out as long as the model wants them,
+        # which reads the last position; the multiple holds even where somebody asks for padding to the longest text
         "max_length": length,
         "padding": "max_length",
         "truncation": True,
+        "pad_to_multiple_of": length,
         "padding_side": "right",
         "truncation_side": "right",
         "eos_token": end,

@@ -2,6 +2,7 @@
 
 from string import Template
 
+from siglip_train.interop.open_clip import timm_name
 from siglip_train.models.siglip import SiglipConfig
 
 # of transformers' pipeline for zero-shot classification, whatever the model or its caller says
@@ -140,6 +141,20 @@ with torch.no_grad():
 """,
 )
 
+_OPEN_CLIP_MOVED = (
+    "timm, from which open_clip takes vision towers, has no name for this size, so the folder describes its own and "
+    "says where it stands. Wherever it is moved or downloaded to, tell it once:",
+    """
+import json
+from pathlib import Path
+
+folder = Path("$name").resolve()
+config = json.loads((folder / "open_clip_config.json").read_text())
+config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}/trunk"
+(folder / "open_clip_config.json").write_text(json.dumps(config))
+""",
+)
+
 _OPEN_CLIP_IMAGES = (
     "Embeddings of images.",
     """
@@ -235,9 +250,14 @@ def _parts(form: str, config: SiglipConfig, *, has_tokenizer: bool) -> list[tupl
         images = _ONNX_PIXELS if config.vision.position_grid is None else _ONNX_PATCHES
         texts = _ONNX_TEXTS if has_tokenizer else ""
         return [("Embeddings without any of the training code.", _ONNX_BEGIN + images + texts)]
+    if form == "open_clip":
+        is_named = timm_name(config.vision) is not None
+        return [
+            _OPEN_CLIP if has_tokenizer else _OPEN_CLIP_IMAGES,
+            *(() if is_named else (_OPEN_CLIP_MOVED,)),
+        ]
     return {
         "vision": [_VISION, _VISION_FEATURES],
         "classifier": [_CLASSIFIER, _CLASSIFIER_PIPELINE],
-        "open_clip": [_OPEN_CLIP if has_tokenizer else _OPEN_CLIP_IMAGES],
         "native": [_NATIVE if has_tokenizer else _NATIVE_IMAGES],
     }[form]

@@ -4,6 +4,7 @@ That of ONNX graphs, which take long to make, runs where `test_conversion.py` ha
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -21,8 +22,9 @@ from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.loaded_model import LoadedModel
 from siglip_train.interop.native import Description, write_export
-from siglip_train.models.siglip import Siglip
-from siglip_train.models.vision import patchify
+from siglip_train.interop.usage import usage
+from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.vision import VisionConfig, patchify
 from tests.interop.test_classifier import NAMES, build_run
 from tests.models.small import small_config
 
@@ -104,6 +106,13 @@ def check_names(values: Values, loaded: LoadedModel) -> None:
     assert sum(row["score"] for row in values["found"]) == pytest.approx(1)
 
 
+def check_place(values: Values, loaded: LoadedModel) -> None:
+    assert (
+        values["config"]["model_cfg"]["vision_cfg"]["timm_model_name"]
+        == f"local-dir:{values['folder']}/trunk"
+    )
+
+
 # of each form: a word that only this piece of code has, and what its values must be
 PIECES: dict[str, dict[str, Callable[[Values, LoadedModel], None]]] = {
     "hf": {
@@ -114,7 +123,7 @@ PIECES: dict[str, dict[str, Callable[[Values, LoadedModel], None]]] = {
     },
     "vision": {"AutoImageProcessor": check_tokens, "image-feature-extraction": check_features},
     "classifier": {"AutoImageProcessor": check_logits, '"image-classification"': check_names},
-    "open_clip": {"build_zero_shot_classifier": check_averaged},
+    "open_clip": {"build_zero_shot_classifier": check_averaged, "timm_model_name": check_place},
     "native": {"load_model": check_native},
 }
 CASES = [
@@ -217,7 +226,8 @@ def test_without_a_tokenizer_a_card_speaks_of_images_alone(
     pytest.importorskip("transformers")
     home = written(form, NO_TEXTS)
     monkeypatch.chdir(home)
-    (piece,) = code_of(home / "our-model" / "README.md")
+    piece, *others = code_of(home / "our-model" / "README.md")
+    assert ["timm_model_name" in code for code in others] == [True] * (form == "open_clip")
     values: Values = {}
     exec(piece, values)
     (check_features if form == "hf" else check_images)(values, load_model("source"))
@@ -250,3 +260,41 @@ def test_image_processors_of_transformers_resize_as_we_do(
     expected = load_model(home / "source").preprocess(images).patches
     difference = ((patches + 1) * 127.5 - expected).abs().max().item()
     assert difference < levels + 1e-3
+
+
+def test_a_folder_of_open_clip_that_was_moved_is_told_where_it_is(
+    written: Callable[[str, Variant], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    home = written("open_clip", SHORT)
+    shutil.copytree(home / "our-model", tmp_path / "our-model")
+    config = tmp_path / "our-model" / "open_clip_config.json"
+    config.write_text(config.read_text().replace(str(home), str(tmp_path / "as it was")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_clip.create_model("local-dir:our-model")
+    # we look beside the config by ourselves
+    ours = load_model("our-model").model.vision.state_dict()
+    (piece,) = [code for code in code_of(Path("our-model/README.md")) if "timm_model_name" in code]
+    exec(piece, {})
+    theirs = open_clip.create_model("local-dir:our-model").visual.trunk
+    assert torch.equal(theirs.norm.weight, ours["encoder.norm.weight"])
+
+
+def test_a_size_that_timm_has_a_name_for_may_be_moved() -> None:
+    config = SiglipConfig(VisionConfig(image_size=256, gelu="erf"))
+    assert len(usage("open_clip", config, "b16", has_tokenizer=True)) == 1
+
+
+@pytest.mark.parametrize("variant", [SHORT, USUAL, NAFLEX_SHORT], ids=str)
+@pytest.mark.parametrize("options", [{}, {"padding": True}, {"padding": "max_length"}], ids=str)
+def test_a_processor_makes_texts_as_long_as_the_model_wants_them(
+    written: Callable[[str, Variant], Path], variant: Variant, options: dict
+) -> None:
+    """The text tower reads the last position: texts padded to the longest of them would mean something else."""
+    transformers = pytest.importorskip("transformers")
+    home = written("hf", variant)
+    processor = transformers.AutoProcessor.from_pretrained(home / "our-model")
+    texts = [*TEXTS, "a", "on and on " * 40]
+    found = processor(text=texts, return_tensors="pt", **options)["input_ids"]
+    assert torch.equal(found, load_model(home / "source").tokenize(texts))
