@@ -13,6 +13,7 @@ from siglip_train.errors import UserError, said
 from siglip_train.files import write_text
 from siglip_train.integrity import fingerprint
 from siglip_train.interop.runs import LAST, checkpoints_in, last_checkpoint, step_of
+from siglip_train.records import read_text
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
         damaged.append((candidate, fault))
         if not may_fall_back:
             raise UserError(f"resume: the checkpoint {candidate} is damaged: {fault}; choose another")
-        log.warning("the checkpoint %s is damaged: %s; the one before it is tried", candidate, fault)
+        text = f"the checkpoint {candidate} is damaged: {fault}; the one before it is tried"
+        on_main(partial(log.warning, text))
     listed = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
     raise UserError(f"no checkpoint in {candidates[0].parent} is whole ({listed}): copy one back; {_ANEW}")
 
@@ -122,7 +124,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _find(resume: str | None, run_dir: Path) -> _Choice:
-    own = _in_order(run_dir / "checkpoints")
+    own = _newest_first(run_dir / "checkpoints")
     if resume == "auto":
         return _Choice(own)
     if resume is None:
@@ -140,20 +142,18 @@ def _find(resume: str | None, run_dir: Path) -> _Choice:
         return _Choice(own)
     if (path / "state.json").exists():
         return _Choice([path], may_fall_back=False)
-    others = _in_order(path / "checkpoints")
+    others = _newest_first(path / "checkpoints")
     if not others:
         raise UserError(f"resume: {path} is neither a checkpoint nor a run with one")
     return _Choice(others)
 
 
-def _in_order(folder: Path) -> list[Path]:
-    """Checkpoints as they are tried: what LAST names, those before it from the newest on, then any after it."""
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run as they are tried. LAST may name one before: of a run killed before it wrote LAST."""
     there = checkpoints_in(folder)
-    last = last_checkpoint(folder)
-    if there and last is None:
-        log.warning("%s names no checkpoint that is there: the newest whole one is taken", folder / LAST)
-    newest = step_of(last or there[0]) if there else 0
-    return [
-        *(path for path in there if step_of(path) <= newest),
-        *(path for path in there if step_of(path) > newest),
-    ]
+    if there and last_checkpoint(folder) != there[0]:
+        named = read_text(folder / LAST).strip().strip("\0") or "nothing"
+        log.warning(
+            "%s names %s, and %s is later: it is taken where it is whole", folder / LAST, named, there[0].name
+        )
+    return there

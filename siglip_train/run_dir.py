@@ -21,6 +21,7 @@ from siglip_train.files import write_text
 from siglip_train.interop.runs import run_config
 from siglip_train.redact import RedactingFormatter, redacted_values
 from siglip_train.runtime import environment
+from siglip_train.typed import flat
 
 log = logging.getLogger("siglip_train")
 
@@ -106,19 +107,10 @@ def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
     values = redacted_values(values)
     path = run_dir / "config.yaml"
     if path.exists():
-        before, after = _flat(run_config(run_dir)), _flat(values)
+        before, after = flat(run_config(run_dir)), flat(values)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 log.info(
                     "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
                 )
     write_text(path, omegaconf.OmegaConf.to_yaml(values))
-
-
-def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {path: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{path}.{key}" if path else key))
-    return flat

@@ -54,12 +54,6 @@ class StopSignal:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and revision, stored with each run."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -67,8 +61,16 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "revision": _revision(),
         "command": redacted_values(sys.argv),
-        **versions,
+        **{package: package_version(package) for package in PACKAGES},
     }
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def processor_name() -> str:
@@ -85,5 +87,8 @@ def processor_name() -> str:
 def _revision() -> str:
     """The git revision of the checkout this runs from, `-dirty` when it differs."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown, as there is no git"
     return result.stdout.strip() or "not a checkout"

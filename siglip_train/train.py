@@ -36,6 +36,7 @@ from siglip_train.report import write_report
 from siglip_train.resume import choose_checkpoint
 from siglip_train.run_dir import open_run_dir
 from siglip_train.runtime import StopSignal, check_kernels_package, seed_everything
+from siglip_train.same_program import check_same_program
 
 log = logging.getLogger("siglip_train")
 
@@ -61,6 +62,7 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
     config = parse(values)
     stop = StopSignal().install()
     world = init_world(config.device)
+    check_same_program(values, Path(config.tokenizer))
     run_dir = open_run_dir(config.run_dir, world, values)
     seed_everything(config.seed)
 

@@ -78,6 +78,16 @@ def _convert_items(value: Any, inner: tuple, path: str) -> list[Any]:
     return [_convert(item, inner[0], f"{path}[{index}]") for index, item in enumerate(value)]
 
 
+def flat(values: Any, path: str = "") -> dict[str, Any]:
+    """Every value by its whole key, `{"model.vision.width": 768, …}`."""
+    if not isinstance(values, dict):
+        return {path: values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(flat(value, join(path, key)))
+    return found
+
+
 def _convert_union(value: Any, options: tuple, path: str) -> Any:
     if value is None and type(None) in options:
         return None

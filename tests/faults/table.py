@@ -15,7 +15,9 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
     lost: samples that were never trained on. repeated: steps that were taken twice. None = training did not go on.
     """
 
-    def record(fault: str, *, ranks: int, happened: str, lost: int | None, repeated: int | None) -> None:
+    def record(
+        fault: str, *, ranks: int, happened: str, lost: int | None = None, repeated: int | None = None
+    ) -> None:
         assert not lost, f"{fault}: {lost} samples are lost"
         row = [fault, ranks, happened, *("–" if value is None else value for value in (lost, repeated))]
         request.node.user_properties.append(("fault", row))

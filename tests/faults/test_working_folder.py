@@ -36,9 +36,7 @@ def test_the_commands_do_not_look_there_first(folder: Path, record_fault) -> Non
     result = _run(["-m", "siglip_train.train", "experiment=quickstart", "--cfg", "job"], folder)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "global_batch_size" in result.stdout
-    record_fault(
-        "html.py in the working folder: a command", ranks=1, happened="not imported", lost=None, repeated=None
-    )
+    record_fault("html.py in the working folder: a command", ranks=1, happened="not imported")
 
 
 def test_workers_do_not_look_there_first(
