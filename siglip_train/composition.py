@@ -6,6 +6,7 @@ their values as its base config, so that `--cfg job` shows all keys and a typo i
 
 import dataclasses
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import hydra
 import omegaconf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from siglip_train.errors import UserError
@@ -62,7 +64,7 @@ def run_hydra(
     Raises `UserError` for whatever Hydra or OmegaConf find wrong with the command line or a file.
     """
     ConfigStore.instance().store(name=f"{config_name}_defaults", node=defaults_of(config_class))
-    sys.argv[1:] = [_open(argument, open_groups) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_open(readable(argument), open_groups) for argument in sys.argv[1:]]
     # Hydra would print its own errors with advice about HYDRA_FULL_ERROR and exit with status 1
     os.environ["HYDRA_FULL_ERROR"] = "1"
     composed: list[tuple[omegaconf.DictConfig, omegaconf.DictConfig | None]] = []
@@ -81,6 +83,35 @@ def run_hydra(
     # outside Hydra, which would print a line of its own for every exception of a job; several with --multirun
     for config, written in composed:
         function(config, written)
+
+
+def readable(argument: str) -> str:
+    """An override as Hydra can read it, its value in quotes where it cannot: `run_dir=runs/epoch=9`, braces, an é.
+
+    What begins a list, a mapping or a quote was meant for Hydra, and stays. Raises `UserError` that names the key where
+    it cannot be read in quotes either.
+    """
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals or _fault(argument) is None:
+        return argument
+    # backslashes in front of a quote would escape it
+    inside = re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value))
+    quoted = f"{key}='{inside}'"
+    if value[:1] not in ("[", "{", "(", '"', "'") and _fault(quoted) is None:
+        return quoted
+    raise UserError(
+        f"{key.lstrip('+')}: cannot read the value {value} ({_fault(argument)}); a text with special characters stands"
+        f" in quotes of its own, inside those of the shell: '{key}=\"…\"'"
+    )
+
+
+def _fault(argument: str) -> str | None:
+    """What Hydra finds wrong with the form of an override."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _open(argument: str, open_groups: tuple) -> str:
@@ -113,8 +144,17 @@ def _all_keys(values: dict[str, Any], path: str = "") -> list[str]:
 
 
 def plain(config: omegaconf.DictConfig) -> dict[str, Any]:
-    """A composed config as a nested dict, interpolations resolved."""
-    return typing.cast(dict[str, Any], omegaconf.OmegaConf.to_container(config, resolve=True))
+    """A composed config as a nested dict, interpolations resolved, and `~/` the home folder wherever it stands."""
+    return typing.cast(dict[str, Any], _at_home(omegaconf.OmegaConf.to_container(config, resolve=True)))
+
+
+def _at_home(value: Any) -> Any:
+    # a shell expands a tilde only where a word begins with it, which that of key=~/… does not
+    if isinstance(value, dict):
+        return {name: _at_home(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def instantiate(node: dict[str, Any], path: str) -> Any:

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import omegaconf
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
-from siglip_train.composition import defaults_of, instantiate, instantiate_all
+from siglip_train.composition import defaults_of, instantiate, instantiate_all, plain, readable
 from siglip_train.errors import UserError
 from siglip_train.typed import build
 
@@ -98,3 +101,59 @@ def test_targets() -> None:
         with pytest.raises(UserError) as raised:
             instantiate(node, "tasks.x")
         assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("runs/epoch=9", "runs/é", "runs/a#b", "日本", "a;b", "it's", r"it\'é", "é\\", "x y=z", "~/runs"),
+        *("/data/{000..041}.tar", "https://host/a.tar?x=1&y=2"),
+    ],
+)
+def test_values_that_hydra_cannot_read_are_quoted(value: str) -> None:
+    parse = OverridesParser.create().parse_override
+    with pytest.raises(HydraException):
+        parse(f"run_dir={value}")
+    assert parse(readable(f"run_dir={value}")).value() == value
+    assert parse(readable(f"++data.sources.a.shards={value}")).key_or_group == "data.sources.a.shards"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "a=1",
+        "a=[1,2]",
+        "a={b: 1}",
+        'a="é"',
+        "a='é'",
+        "~a.b",
+        "--cfg",
+        "job",
+        "a=/x/*.tar",
+        r"a={json\:b: 1}",
+        "a=a,b",
+        "a=",
+    ],
+)
+def test_what_hydra_reads_stays_as_it_is(argument: str) -> None:
+    assert readable(argument) == argument
+
+
+@pytest.mark.parametrize("value", ["[1,2", "{a", "'x", '"x'])
+def test_what_cannot_be_read_is_named_with_its_remedy(value: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^data\.x: cannot read the value .*in quotes of its own.*'\+data\.x=\"…\"'$"
+    ):
+        readable(f"+data.x={value}")
+
+
+def test_the_home_folder_is_meant_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = omegaconf.OmegaConf.create(
+        {"a": "~/x", "b": ["~/y", "z~/"], "c": {"d": "~", "e": "~other", "f": 1}}
+    )
+    assert plain(config) == {
+        "a": "/home/me/x",
+        "b": ["/home/me/y", "z~/"],
+        "c": {"d": "~", "e": "~other", "f": 1},
+    }
