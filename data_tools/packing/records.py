@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from siglip_train.data.faults import SampleError
+from siglip_train.data.tar_members import read_part
 
 # the record's part that is the picture, whatever its format
 IMAGE = "image"
@@ -48,8 +49,7 @@ class Part(NamedTuple):
         """The bytes. Raises `SampleError`."""
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                return file.read(self.size)
+                return file.read() if self.size < 0 else read_part(file.fileno(), self.offset, self.size)
         except FileNotFoundError as error:
             raise SampleError("missing file", self.path) from error
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte

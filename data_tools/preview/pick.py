@@ -1,6 +1,5 @@
 """Draw random samples of shards; only those are read, and of a large set only some shards are opened."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from siglip_train.data.locations import expand
 from siglip_train.data.shards import RawSample, indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
+from siglip_train.data.tar_members import read_part
 from siglip_train.errors import UserError
 
 # of a remote set every shard opened is a download
@@ -66,6 +66,6 @@ def _open_all(urls: list[str], cache: Path) -> tuple[list[_Open], list[str]]:
 def _members(path: Path, index: TarIndex, row: int) -> dict[str, bytes]:
     with path.open("rb") as file:
         return {
-            extension: os.pread(file.fileno(), int(index.sizes[member]), int(index.offsets[member]))
+            extension: read_part(file.fileno(), int(index.offsets[member]), int(index.sizes[member]))
             for extension, member in index.members(row).items()
         }

@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from data_tools.reading import plain_detail
 from data_tools.verify.checks import Rules, SampleChecks
@@ -16,7 +17,14 @@ from siglip_train.data.locations import is_remote
 from siglip_train.data.manifest import left_out_of, members_of
 from siglip_train.data.shards import RawSample, short_name
 from siglip_train.data.tar import REPEATED_MEMBER, TarIndex, scan
-from siglip_train.data.tar_members import AFTER_THE_END, BLOCK, BROKEN_HEADER, BrokenTarError
+from siglip_train.data.tar_members import (
+    AFTER_THE_END,
+    BLOCK,
+    BROKEN_HEADER,
+    SPARSE,
+    BrokenTarError,
+    read_part,
+)
 from siglip_train.errors import UserError
 
 WHOLE_SHARD = -1
@@ -24,6 +32,7 @@ _DIGEST_BYTES = 8
 # damage of the tar that one sample answers for
 _OF_A_SAMPLE = {
     BROKEN_HEADER: "its checksum, or its long name, is wrong",
+    SPARSE: "its list of parts is in a form that is not read: make the tar without --sparse",
     REPEATED_MEMBER: "two of its members have one name: one may belong to another sample",
 }
 # damage whose end no one knows
@@ -173,7 +182,7 @@ def _gather(index: TarIndex) -> list[_Sample]:
 
 def _read(descriptor: int, index: TarIndex, sample: _Sample, shard: str) -> RawSample:
     members = {
-        extension: os.pread(descriptor, int(index.sizes[member]), int(index.offsets[member]))
+        extension: read_part(descriptor, int(index.offsets[member]), int(index.sizes[member]))
         for extension, member in sample.members.items()
     }
     return RawSample(shard, sample.key, members)
@@ -214,7 +223,8 @@ def _shard_problems(path: Path, index: TarIndex) -> Iterator[Problem]:
 
 def _has_end(path: Path, index: TarIndex) -> bool:
     """Is there a block of zeros behind the members? Hidden files, which belong to no sample, may stand before it."""
-    end = int((index.offsets + index.sizes).max())
+    # of a file with holes the tar has less than its size
+    end = int(np.where(index.offsets < 0, -index.offsets, index.offsets + index.sizes).max())
     with path.open("rb") as file:
         file.seek(-(-end // BLOCK) * BLOCK)
         return any(not block.strip(b"\0") for block in iter(lambda: file.read(BLOCK), b""))

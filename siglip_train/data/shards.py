@@ -18,6 +18,7 @@ from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import cache_folder, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member
+from siglip_train.data.tar_members import read_part
 from siglip_train.errors import UserError
 
 # per process; a window of small shards should fit, or every sample would load an index
@@ -257,7 +258,7 @@ def read_samples(shards: str | list[str], cache_dir: str | Path | None = None) -
         with path.open("rb") as file:
             for sample in range(len(index)):
                 members = {
-                    extension: os.pread(file.fileno(), int(index.sizes[member]), int(index.offsets[member]))
+                    extension: read_part(file.fileno(), int(index.offsets[member]), int(index.sizes[member]))
                     for extension, member in index.members(sample).items()
                 }
                 yield RawSample(short_name(url), index.key(sample), members)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members
+from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members, read_part
 from siglip_train.files import appearing
 
 # the folder of the cache where copies of shards lie
@@ -24,7 +24,7 @@ COPIES = "copies"
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
 # enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TarIndex:
 def read_member(index: TarIndex, descriptor: int, member: int) -> bytes:
     """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
     size = int(index.sizes[member])
-    data = os.pread(descriptor, size, int(index.offsets[member]))
+    data = read_part(descriptor, int(index.offsets[member]), size)
     if len(data) < size:
         raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
     return data

@@ -1,4 +1,4 @@
-"""The members of a plain tar, header after header: ustar, GNU long names, pax. Damage is told, and passed over.
+"""The members of a plain tar, header after header: ustar, GNU long names, pax, holes. Damage is told, and passed over.
 
 The checksum of every header is compared. Where it is wrong, reading goes on at the next header whose checksum is right.
 """
@@ -13,8 +13,13 @@ _FILE_TYPES = (b"0", b"\0", b"7")
 # a GNU long name and pax records, of the member that follows
 _RECORDS = (b"L", b"x")
 _MAGIC, _MAGIC_AT = b"ustar", 257
+# a file with holes, in GNU's own form: more headers may follow it, and no pax records say so
+_OLD_SPARSE = b"S"
 # why something was lost
 TRUNCATED, BROKEN_HEADER, AFTER_THE_END = "truncated", "broken header", "data after the end"
+SPARSE = "file with holes"
+# of a file with holes, all in all: the holes cost nothing in the tar, and everything in memory
+_MAX_SPARSE = 1 << 28
 # the largest prime below 2^16, modulo which Adler-32 sums
 _ADLER = 65_521
 # a long name or pax records, bytes; a wrong size may claim all that follows
@@ -29,7 +34,7 @@ class BrokenTarError(Exception):
 
 
 class Member(NamedTuple):
-    """A regular file: `size` bytes from `offset`."""
+    """A regular file: `size` bytes from `offset`, as `read_part` takes them."""
 
     name: bytes
     offset: int
@@ -44,11 +49,15 @@ class Lost(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What records in front of a header say of its member; is_broken: they cannot be read."""
+    """What records in front of a header say of its member; is_broken: they cannot be read.
+
+    real_size: with its holes, -1 = it has none.
+    """
 
     name: bytes = b""
     size: int = -1
     is_broken: bool = False
+    real_size: int = -1
 
 
 _NOTHING = _Given()
@@ -79,7 +88,7 @@ class Members:
     def _member(self, header: bytes) -> Member | Lost | None:
         """What a header stands before; None for all that is no regular file."""
         kind, data, given = header[156:157], self._position + BLOCK, self._given
-        is_file = kind in _FILE_TYPES
+        is_file = kind in (*_FILE_TYPES, _OLD_SPARSE)
         name = (given.name or _name(header)) if is_file else b""
         size = _size(header, given)
         if not 0 <= size <= self._end - data:
@@ -87,8 +96,9 @@ class Members:
             return Lost(name, TRUNCATED)
         behind = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if is_file:
-            self._go_on(behind)
-            return Lost(name, BROKEN_HEADER) if given.is_broken else Member(name, data, size)
+            more = self._more_headers(data, header[482:483]) if kind == _OLD_SPARSE else 0
+            self._go_on(behind + BLOCK * more)
+            return _found(Member(name, data, size), given, is_readable=kind != _OLD_SPARSE)
         if kind in _RECORDS:
             records = os.pread(self._descriptor, min(size, _MAX_RECORDS), data)
             self._go_on(behind, _records(kind, records, size))
@@ -96,6 +106,14 @@ class Members:
             return Lost(b"", BROKEN_HEADER) if given.is_broken else None
         self._go_on(behind, given if kind in (b"g", b"K") else _NOTHING)
         return None
+
+    def _more_headers(self, data: int, goes_on: bytes) -> int:
+        """How many blocks between a header of GNU's sparse form and the data go on with its list of parts."""
+        count = 0
+        while goes_on not in (b"", b"\0"):
+            goes_on = os.pread(self._descriptor, BLOCK, data + BLOCK * count)[504:505]
+            count += 1
+        return count
 
     def _damage(self, header: bytes) -> Lost | None:
         """What stands where no header is."""
@@ -156,6 +174,15 @@ def is_header(block: bytes) -> bool:
     return negative > 0 and (excess + 256 * negative) % _ADLER == 0
 
 
+def _found(member: Member, given: _Given, *, is_readable: bool) -> Member | Lost:
+    """A regular file, or why it cannot be read."""
+    if given.is_broken:
+        return Lost(member.name, BROKEN_HEADER)
+    if not is_readable or given.real_size > _MAX_SPARSE:
+        return Lost(member.name, SPARSE)
+    return member if given.real_size < 0 else Member(member.name, -member.offset, given.real_size)
+
+
 def _number(field: bytes) -> int:
     if field[0] & 0x80:
         # base 256, for members beyond 8 GiB
@@ -189,9 +216,49 @@ def _records(kind: bytes, data: bytes, size: int) -> _Given:
         return _Given(data.rstrip(b"\0"))
     try:
         records = _pax(data)
-        return _Given(records.get(b"path", b""), int(records.get(b"size", -1)))
+        real_size = int(records.get(b"GNU.sparse.realsize", -1)) if b"GNU.sparse.major" in records else -1
+        # the name in the header, and in path, is one that tells readers who know no holes
+        name = records.get(b"GNU.sparse.name") or records.get(b"path", b"")
+        return _Given(name, int(records.get(b"size", -1)), real_size=real_size)
     except ValueError:
         return _Given(is_broken=True)
+
+
+def read_part(descriptor: int, offset: int, size: int) -> bytes:
+    """The bytes of a member, fewer where the tar has become shorter.
+
+    offset: below 0, that of the list of parts which are no holes, in decimal numbers: how many, then the place and size
+    of each; from the next block on stands what is in them (`tar --format=posix -S`). A wrong list gives no bytes.
+    """
+    if offset >= 0:
+        return os.pread(descriptor, size, offset)
+    content = bytearray(size)
+    try:
+        parts, position = _sparse_parts(descriptor, -offset)
+        for place, length in parts:
+            data = os.pread(descriptor, length, position)
+            if len(data) < length or not 0 <= place <= size - length:
+                return b""
+            content[place : place + length] = data
+            position += length
+    except ValueError:
+        return b""
+    return bytes(content)
+
+
+def _sparse_parts(descriptor: int, offset: int) -> tuple[list[tuple[int, int]], int]:
+    """(place, size) of the parts of a file with holes, and where the first of them lies. Raises ValueError."""
+    text, numbers, wanted = b"", [0], 1
+    position = offset
+    while len(numbers) <= wanted:
+        block = os.pread(descriptor, BLOCK, position)
+        text, position = text + block, position + BLOCK
+        numbers = [int(number) for number in text.split(b"\n")[:-1]]
+        wanted = 2 * numbers[0] if numbers else wanted
+        if len(block) < BLOCK or wanted < 0:
+            raise ValueError("the list of parts has no end")
+    numbers = numbers[1 : wanted + 1]
+    return list(zip(numbers[::2], numbers[1::2], strict=True)), position
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:

@@ -30,6 +30,18 @@ def without(members: list[Member], extension: str) -> list[Member]:
     return [member for member in members if not member[0].endswith(f".{extension}")]
 
 
+def sparse_member(name: str, more: int = 0) -> bytes:
+    """A file of 600 bytes as `tar --format=gnu -S` writes one with holes, with so many blocks of its list behind."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = b"S", 600
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = more > 0
+    header[148:156] = b" " * 8
+    header[148:155] = b"%06o\0" % sum(header)
+    blocks = b"".join(b"1" * 504 + bytes([goes_on]) + b"\0" * 7 for goes_on in range(more)[::-1])
+    return bytes(header) + blocks + b"z" * 600 + b"\0" * 424
+
+
 def write_tar(path: Path, members: Iterable[Member], format: int = tarfile.USTAR_FORMAT) -> Path:
     """A plain tar."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
 """The index of a tar: formats, grouping, damage, reuse."""
 
+import io
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, scan
-from tests.data.shard_files import Member, sample, write_tar
+from siglip_train.data.faults import SampleError
+from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member, scan
+from tests.data.shard_files import Member, sample, sparse_member, write_tar
 
 LONG = "a/" + "long" * 60
 
@@ -238,6 +240,66 @@ def test_a_name_that_damage_has_made_that_of_the_next_sample(tmp_path: Path):
 def test_equal_neighbours_of_one_key_are_kept(tmp_path: Path):
     index = scan(write_tar(tmp_path / "a.tar", [*sample("a", 1), *sample("a", 2)]))
     assert (len(index), index.repeated, index.torn.tolist()) == (2, 1, [])
+
+
+def _with_holes(name: str, parts: dict[int, bytes], size: int) -> tuple[tarfile.TarInfo, bytes]:
+    """A file as `tar --format=posix -S` and bsdtar write it: a list of the parts, then what is in them."""
+    numbers = [len(parts), *(number for place, data in parts.items() for number in (place, len(data)))]
+    listed = "".join(f"{number}\n" for number in numbers).encode()
+    content = listed + b"\0" * (-len(listed) % 512) + b"".join(parts.values())
+    info = tarfile.TarInfo(f"./GNUSparseFile.8440/{name}")
+    info.size = len(content)
+    info.pax_headers = {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": str(size),
+    }  # fmt: skip
+    return info, content
+
+
+def test_files_with_holes(tmp_path: Path):
+    """Their names in the headers are those of a file that other readers are to unpack."""
+    path = tmp_path / "a.tar"
+    parts = [{0: b"start", 3000: b"middle"}, {100 * n: b"x" for n in range(300)}, {}, {700: b"y" * 300}]
+    holed = [_with_holes(f"0000{number}.npy", each, size) for number, (each, size) in
+             enumerate(zip(parts, (5000, 50_000, 700, 1000), strict=True))]  # fmt: skip
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for number, (info, content) in enumerate(holed):
+            for name, data in (*sample(f"0000{number}", number), (info, content)):
+                member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    index = scan(path)
+    assert [index.key(row) for row in range(len(index))] == ["00000", "00001", "00002", "00003"]
+    with tarfile.open(path) as archive, path.open("rb") as file:
+        for row in range(4):
+            assert len(index.members(row)) == 4
+            for extension, member in index.members(row).items():
+                reader = archive.extractfile(f"0000{row}.{extension}")
+                assert reader is not None
+                assert read_member(index, file.fileno(), member) == reader.read()
+
+
+@pytest.mark.parametrize(
+    "change", [(b"2\n0\n5\n", b"9\n0\n5\n"), (b"2\n0\n5\n", b"2\nx\n5\n"), (b"3000\n", b"9000\n")]
+)
+def test_a_wrong_list_of_holes_is_a_bad_sample(tmp_path: Path, change: tuple[bytes, bytes]):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        info, content = _with_holes("a.npy", {0: b"start", 3000: b"middle"}, 5000)
+        archive.addfile(info, io.BytesIO(content.replace(*change)))
+    index = scan(path)
+    with path.open("rb") as file, pytest.raises(SampleError, match="0 of 5000 bytes"):
+        read_member(index, file.fileno(), 0)
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_files_with_holes_in_gnus_own_form_are_named(tmp_path: Path, blocks: int):
+    before, behind = (write_tar(tmp_path / name, sample(name)).read_bytes() for name in "ac")
+    path = tmp_path / "all.tar"
+    end = before.rstrip(b"\0")
+    path.write_bytes(end + b"\0" * (-len(end) % 512) + sparse_member("b.npy", blocks) + behind)
+    index = scan(path)
+    assert [key for key, _ in _contents(path, index)] == ["a", "c"]
+    assert (index.torn.tolist(), index.torn_causes.tolist()) == (["b"], ["file with holes"])
 
 
 @pytest.mark.parametrize("size", [10**12, -512, -1024])
