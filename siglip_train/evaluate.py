@@ -24,7 +24,7 @@ from siglip_train.evals.base import (
     write_evaluations,
 )
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
-from siglip_train.evals.table import result_tables
+from siglip_train.evals.table import left_out, result_tables
 from siglip_train.files import write_text
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
@@ -106,6 +106,7 @@ def run(values: dict[str, Any]) -> None:
         report = _write(output, config, tasks, evaluations)
         console = Console()
         console.print(result_tables(evaluations), soft_wrap=True)
+        console.print(left_out(evaluations), soft_wrap=True)
         console.print(f"written to {output}, report: {report}", soft_wrap=True)
     barrier()
     leave_world()

@@ -35,6 +35,22 @@ def result_tables(evaluations: Mapping[str, Evaluation]) -> str:
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
+def left_out(evaluations: Mapping[str, Evaluation]) -> str:
+    """How many samples could not be used, by task and cause, in a line."""
+    tasks = []
+    for task, evaluation in evaluations.items():
+        counts = evaluation.details.get("counts") or {}
+        causes = {
+            name.partition("/")[2]: count
+            for name, count in counts.items()
+            if name.startswith(("bad/", "excluded/"))
+        }
+        if causes:
+            listed = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+            tasks.append(f"{task} {sum(causes.values())} ({listed})")
+    return f"samples left out: {'; '.join(tasks) or 'none'}"
+
+
 def _number(metric: str, value: float) -> str:
     if metric == "n":
         return f"{value:.0f}"
@@ -43,14 +59,16 @@ def _number(metric: str, value: float) -> str:
 
 
 def _print_parts(console: Console, task: str, metrics: Mapping[str, float]) -> None:
-    """Print a row a language or group, from metrics named `part/metric`."""
-    names = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
+    """Print a row a language or group, from metrics named `part/metric`; the part may have slashes, as in `pt/BR`."""
+    parts = [name.rpartition("/")[::2] for name in metrics if "/" in name]
+    names = list(dict.fromkeys(metric for _, metric in parts))
     if not names:
         return
     # short headings and no vertical rules, because six columns must fit 80 characters
     headings = (name.replace("_retrieval_", "\n") for name in names)
     kind = "language" if "retrieval" in names[0] else "group"
     table = Table(kind, *headings, title=task, box=box.SIMPLE_HEAD, pad_edge=False)
-    for language in dict.fromkeys(name.split("/")[0] for name in metrics if "/" in name):
-        table.add_row(language, *(f"{metrics[f'{language}/{name}']:.4f}" for name in names))
+    for part in dict.fromkeys(part for part, _ in parts):
+        values = (metrics.get(f"{part}/{name}") for name in names)
+        table.add_row(part, *("" if value is None else f"{value:.4f}" for value in values))
     console.print(table)

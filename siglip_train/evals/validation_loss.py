@@ -1,5 +1,6 @@
 """The training loss on held-out pairs, at a batch size of its own, so that runs of any batch size compare."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(kw_only=True)
 class ValidationLoss:
@@ -20,8 +23,8 @@ class ValidationLoss:
     The loss grows with the number of negatives, hence the fixed block: the value depends neither on the
     training batch nor on the number of ranks. Blocks follow the data order; the remainder is left out.
 
-    reference_batch: pairs in a block. language: of several captions the first of this language is taken; null = the
-    first.
+    reference_batch: pairs in a block; where there are fewer, all of them are one. language: of several captions the
+    first of this language is taken; null = the first.
     """
 
     shards: str | list[str]
@@ -56,19 +59,24 @@ class ValidationLoss:
             for captions in images.captions
         ]
         rows = [row for row, texts in enumerate(captions) if texts]
-        rows = rows[: len(rows) // self.reference_batch * self.reference_batch]
         if not rows:
             where = f"{self.shards}" + (f" in language {self.language!r}" if self.language else "")
-            raise UserError(
-                f"fewer pairs than reference_batch={self.reference_batch} in {where}: "
-                "lower reference_batch or add pairs"
+            raise UserError(f"no pair in {where}")
+        block = min(self.reference_batch, len(rows))
+        if block < self.reference_batch and encoder.world.is_main:
+            # hours into a run is no time for an error
+            _LOG.warning(
+                "%s holds %d pairs, fewer than reference_batch=%d: the loss is taken among these, and is lower than"
+                " among more",
+                *(self.shards, block, self.reference_batch),
             )
+        rows = rows[: len(rows) // block * block]
         texts = encoder.encode_texts([captions[row][0] for row in rows])
         device = encoder.world.device
         scale, bias = (torch.tensor(value, device=device) for value in encoder.scale_and_bias())
         blocks = zip(
-            images.embeddings[rows].to(device).split(self.reference_batch),
-            texts.to(device).split(self.reference_batch),
+            images.embeddings[rows].to(device).split(block),
+            texts.to(device).split(block),
             strict=True,
         )
         parts = torch.stack([loss_parts(*block, scale, bias) for block in blocks]).mean(dim=0)  # [2]
