@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from PIL import Image
 
 from data_tools.stats.texts import encodable
 from siglip_train.data.faults import SampleError
+from siglip_train.data.images import without_texts
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample
 from siglip_train.data.tar import TarIndex
+from siglip_train.data.tar_members import read_part
 
 # Pillow names the object in memory that it cannot read: another in every run
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
@@ -25,7 +26,7 @@ def read_rows(path: Path, name: str, index: TarIndex, rows: Iterable[int]) -> It
     with path.open("rb") as file:
         for row in rows:
             members = {
-                extension: os.pread(file.fileno(), int(index.sizes[member]), int(index.offsets[member]))
+                extension: read_part(file.fileno(), int(index.offsets[member]), int(index.sizes[member]))
                 for extension, member in index.members(row).items()
             }
             yield RawSample(name, index.key(row), members)
@@ -43,7 +44,7 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
     if not data:
         raise SampleError("empty image", "0 bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(without_texts(data))) as image:
             return image.format or "unknown", *image.size
     except Image.DecompressionBombError as error:
         raise SampleError("image too large", str(error)) from error

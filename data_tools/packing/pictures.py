@@ -6,18 +6,22 @@ from typing import NamedTuple
 from PIL import Image
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import decode
+from siglip_train.data.images import decode, has_16_bits, without_texts
 
 FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height
 
 
 class PictureOptions(NamedTuple):
-    """resize: longest the shorter side may be, pixels. format: one of FORMATS. quality: of jpg and webp."""
+    """resize: longest the shorter side may be, pixels. format: one of FORMATS. quality: of jpg and webp.
+
+    grey_bits: those of 16 that grey pictures use, None = all.
+    """
 
     resize: int | None = None
     format: str = "keep"
     quality: int = 90
+    grey_bits: int | None = None
 
 
 class Picture(NamedTuple):
@@ -36,11 +40,12 @@ def prepare(data: bytes, options: PictureOptions) -> Picture:
     (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`, also for a JPEG damaged in
     its middle: encoded anew, no one could tell.
     """
-    image = decode(data, strict=True)
+    image = decode(data, strict=True, grey_bits=options.grey_bits or 16)
     before = image.size
     own = _own_extension(data)
     size = shrunk(before, options.resize)
-    if options.format == "keep" and own and size == before:
+    is_scaled = options.grey_bits is not None and has_16_bits(data)
+    if options.format == "keep" and own and size == before and not is_scaled:
         return Picture(own, data, before, before)
     if size != before:
         image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased by Pillow
@@ -63,7 +68,7 @@ def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
     is_scaled: it may be of another size than the picture, which was shrunk since, as boxes may.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
+        with Image.open(io.BytesIO(without_texts(data)), formats=["PNG"]) as mask:
             mask.load()
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error

@@ -10,12 +10,14 @@ from PIL import Image
 from data_tools.facts import are_corners, boxes, read_facts
 from siglip_train.data.evaluation import labels_of
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import decode
-from siglip_train.data.samples import Field
+from siglip_train.data.images import decode, has_16_bits, without_texts
+from siglip_train.data.samples import Field, no_caption
 from siglip_train.data.shards import RawSample
 from siglip_train.data.tokenizer import load_tokenizer
 
 _MASK = "mask.png"
+# of 255: what data of 14 bits or fewer stay below
+_DARK = 64
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class SampleChecks:
                 readable = False
                 yield error
         if not texts and readable:
-            yield SampleError("empty caption", f"no text in {', '.join(self.rules.text)}")
+            yield no_caption(self.fields, sample)
         yield from self._lengths(texts)
 
     def _lengths(self, texts: list[str]) -> Iterator[SampleError]:
@@ -153,7 +155,9 @@ class SampleChecks:
         size = None
         if data is not None:
             try:
-                size = decode(data, strict=True).size
+                picture = decode(data, strict=True)
+                size = picture.size
+                yield from _dark_faults(data, picture)
                 yield from self._extremes(*size)
                 yield from _size_faults(facts, *size)
             except SampleError as error:
@@ -166,6 +170,18 @@ class SampleChecks:
             yield SampleError("small picture", f"{width} x {height}, shortest side {self.rules.min_side}")
         if max(width, height) > self.rules.max_aspect * min(width, height):
             yield SampleError("extreme aspect", f"{width} x {height}, limit {self.rules.max_aspect:g} to 1")
+
+
+def _dark_faults(data: bytes, picture: Image.Image) -> Iterator[SampleError]:
+    """Levels of 12 bits in a picture of 16 are a sixteenth of what they should be, and no one can see it in numbers."""
+    if not has_16_bits(data):
+        return
+    highest = max(high for _, high in picture.getextrema())  # type: ignore[misc]
+    if highest < _DARK:
+        yield SampleError(
+            "dark 16-bit picture",
+            f"no level above {highest} of 255: if its data have fewer bits, siglip-data pack --grey-bits scales them",
+        )
 
 
 def _size_faults(facts: Mapping[str, Any], width: int, height: int) -> Iterator[SampleError]:
@@ -186,7 +202,7 @@ def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
 def _mask_faults(data: bytes, size: tuple[int, int] | None) -> Iterator[SampleError]:
     """size: of the picture, None where it is not known."""
     try:
-        with Image.open(io.BytesIO(data)) as mask:
+        with Image.open(io.BytesIO(without_texts(data))) as mask:
             mask.load()
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         yield SampleError("broken mask", f"{type(error).__name__}: {error}")

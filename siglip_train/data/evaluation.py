@@ -25,7 +25,7 @@ from siglip_train.data.folders import benchmark_folder, class_folder, class_fold
 from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
 from siglip_train.data.locations import check_local, short_name
 from siglip_train.data.pipeline import extensions
-from siglip_train.data.samples import Field
+from siglip_train.data.samples import Field, no_caption
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted
 from siglip_train.data.survey import survey
@@ -190,7 +190,7 @@ class _Batches(Dataset):
 def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
     found = text.texts(sample)
     if not found:
-        raise SampleError("empty caption", f"no text in {text.text}")
+        raise no_caption([text], sample)
     language = ""
     if "json" in sample.members and not all(key for key, _ in found):
         fields = (Field.parse(name).first(sample) for name in _LANGUAGE_FIELDS)

@@ -34,6 +34,7 @@ _CROP_ATTEMPTS = 10
 _LEAST_REDUCTION = 1.5
 # first bytes of the common formats: otherwise Pillow tries half a dozen plugins on every picture
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP"))
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 class Encoded:
@@ -42,13 +43,16 @@ class Encoded:
     strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks, as training and
     `siglip-data` do; evaluation takes it, as others' does. Only simplejpeg tells, so that nothing changes without it,
     nor for CMYK. Raises `SampleError` for what cannot be decoded completely
-    and for more than `max_pixels` pixels.
+    and for more than `max_pixels` pixels. grey_bits: those of 16 that grey pictures use.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False) -> None:
+    def __init__(
+        self, data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False, grey_bits: int = 16
+    ) -> None:
         if not data:
             raise SampleError("empty image", "0 bytes")
-        self._data = data
+        self._data = without_texts(data)
+        self._grey_bits = grey_bits
         self._strict = strict
         self._by_pillow: Image.Image | None = None
         self.size = _turbo_size(data) or self._opened().size
@@ -84,7 +88,7 @@ class Encoded:
         with _broken_image():
             image.draft("RGB", (width // divisor, height // divisor))
             image.load()
-            return to_rgb(image)
+            return to_rgb(image, self._grey_bits)
 
     def _opened(self) -> Image.Image:
         if self._by_pillow is None:
@@ -93,14 +97,34 @@ class Encoded:
         return self._by_pillow
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False) -> Image.Image:
+def decode(
+    data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False, grey_bits: int = 16
+) -> Image.Image:
     """Decode JPEG, PNG, WebP, ... to an RGB picture.
 
-    Transparent pixels are put over white; 16-bit grey keeps its upper 8 bits; CMYK, palettes and 1-bit follow
-    Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
+    Transparent pixels are put over white; 16-bit grey keeps its upper 8 of `grey_bits` bits; CMYK, palettes and 1-bit
+    follow Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
     Raises `SampleError` as `Encoded` does, which also says what `strict` means.
     """
-    return Encoded(data, max_pixels, strict=strict).image()
+    return Encoded(data, max_pixels, strict=strict, grey_bits=grey_bits).image()
+
+
+def without_texts(data: bytes) -> bytes:
+    """A PNG without the texts beside its pixels, of which Pillow refuses much; anything else as it is."""
+    if not data.startswith(b"\x89PNG") or not any(kind in data for kind in _PNG_TEXTS[1:]):
+        return data
+    parts, position = [data[:8]], 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if data[position + 4 : position + 8] not in _PNG_TEXTS:
+            parts.append(data[position:end])
+        position = end
+    return b"".join(parts)
+
+
+def has_16_bits(data: bytes) -> bool:
+    """Is it a PNG with 16 bits a channel?"""
+    return data.startswith(b"\x89PNG") and data[24:25] == b"\x10"
 
 
 def _turbo_size(data: bytes) -> tuple[int, int] | None:
@@ -140,8 +164,8 @@ def _broken_image() -> Iterator[None]:
         raise SampleError("broken image", f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any colour mode to RGB: transparency over white, 16-bit grey to its upper 8 bits."""
+def to_rgb(image: Image.Image, grey_bits: int = 16) -> Image.Image:
+    """Any colour mode to RGB: transparency over white, 16-bit grey to the upper 8 of `grey_bits` bits."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
@@ -150,7 +174,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit levels at 255 instead of scaling them
-        levels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        levels = np.clip(np.asarray(image).astype(np.int64) >> (grey_bits - 8), 0, 255)
         image = Image.fromarray(levels.astype(np.uint8))
     return image.convert("RGB")
 

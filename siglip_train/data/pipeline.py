@@ -26,7 +26,7 @@ from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.pieces import Piece, Pieces, Report, Share, Source
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
-from siglip_train.data.select import Selection
+from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import ShardReader, ShardSet, Wanted
 from siglip_train.data.survey import Progress, check_room, survey
 from siglip_train.data.tokenizer import Tokenizer
@@ -466,13 +466,25 @@ def _check_alike(config: DataConfig) -> None:
             )
 
 
+def _no_sample(name: str, shards: ShardSet) -> str:
+    """What a source without a complete sample holds, and what it was to hold."""
+    wanted = shards.wanted
+    why = causes(shards.excluded) or (
+        "they are empty" if wanted.select == EVERYTHING else "select leaves none"
+    )
+    first = next((f"; the first, {bad.shard}/{bad.key}: {bad.detail}" for bad in shards.excluded if bad.detail),
+                 f"; first shard: {shards.urls[0]}")  # fmt: skip
+    text = f", and as text (.text) {' or '.join(wanted.text)}" if wanted.text else ""
+    return (
+        f"source {name}: none of its {len(shards.urls)} shards holds a sample with image and text ({why}){first}; asked"
+        f" for are as image (data.sources.{name}.image) {', '.join(wanted.image)}{text}"
+    )
+
+
 def _check_sizes(names: list[str], shard_sets: list[ShardSet], mixture: Mixture) -> None:
     for name, shards, quota in zip(names, shard_sets, mixture.per_batch(), strict=True):
         if len(shards) == 0:
-            raise UserError(
-                f"source {name}: none of its {len(shards.urls)} shards holds a sample with image and text"
-                f" ({causes(shards.excluded) or 'they are empty'}); first shard: {shards.urls[0]}"
-            )
+            raise UserError(_no_sample(name, shards))
         if len(shards) < quota:
             raise UserError(
                 f"source {name} has {len(shards)} complete samples, fewer than the {quota} of one global batch;"

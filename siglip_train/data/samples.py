@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +121,17 @@ def class_label(label: Field, sample: RawSample) -> int:
         raise SampleError("bad label", f"{label.text} is {value!r}, not an integer") from None
 
 
+def no_caption(fields: Sequence[Field], sample: RawSample) -> SampleError:
+    """The fault of a sample whose fields can be read and hold no text: they are empty, or hold something else."""
+    for field in fields:
+        value = next((value for _, value in field.values(sample) if not isinstance(value, str | None)), None)
+        if value is not None:
+            return SampleError(
+                "caption is no text", f"{field.text} is {value!r:.60}; is this the field of captions?"
+            )
+    return SampleError("empty caption", f"no text in {', '.join(field.text for field in fields)}")
+
+
 class CaptionChoice:
     """Draws the caption of a training sample.
 
@@ -155,6 +166,4 @@ class CaptionChoice:
                 return texts[int(rng.integers(len(texts))) if len(texts) > 1 else 0][1]
             left.pop(place)
             weights = np.delete(weights, place)
-        raise failure or SampleError(
-            "empty caption", f"no text in {', '.join(field.text for field in self.fields)}"
-        )
+        raise failure or no_caption(self.fields, sample)

@@ -279,8 +279,14 @@ def _index_of(url: str, path: Path, cache: ShardCache) -> TarIndex:
 def _complete(index: TarIndex, wanted: Wanted, name: str, path: Path) -> tuple[int, list[BadSample]]:
     image, meant, complete = complete_samples(index, wanted)
     excluded = [
-        BadSample(name, index.key(int(sample)), "no image" if image[sample] < 0 else "no text")
-        for sample in np.flatnonzero(meant & ~complete)
+        BadSample(
+            name,
+            index.key(int(sample)),
+            "no image" if image[sample] < 0 else "no text",
+            # of a million the log names a few
+            f"it holds {', '.join(index.members(int(sample)))}" if place < _NAMED else "",
+        )
+        for place, sample in enumerate(np.flatnonzero(meant & ~complete))
     ]
     excluded += damaged_samples(name, path, index)
     return int(complete.sum()), excluded

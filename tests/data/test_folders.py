@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
+from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader, check_found
 from siglip_train.data.folders import benchmark_folder, class_folder_names
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.select import Selection
@@ -109,6 +110,55 @@ def test_a_broken_picture_in_a_folder_is_counted_and_named(tmp_path: Path, caplo
     list(loader)
     assert loader.counts == {"seen": 2, "bad/broken image": 1}
     assert "bad sample val/cat/a: broken image" in caplog.text
+
+
+def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Whatever Pillow reads is read, what it does not read is a broken one, and other files are named."""
+    Image.init()
+    kinds = {"gif": "GIF", "TIF": "TIFF", "jfif": "JPEG", "jp2": "JPEG2000", "Avif": "AVIF"}
+    for ending, kind in kinds.items():
+        path = tmp_path / "val" / "cat" / f"{ending}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # AVIF and JPEG 2000 are not in every build of Pillow
+        if kind in Image.SAVE:
+            picture(0).save(path, kind)
+    (tmp_path / "val" / "cat" / "raw.cr2").write_bytes(b"raw")
+    (tmp_path / "val" / "cat" / "later.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    written = len(list((tmp_path / "val" / "cat").iterdir())) - 2
+    loader = build_evaluation_loader(
+        EvaluationSource(str(tmp_path / "val"), label="cls"), TRANSFORM, batch_size=9
+    )
+    (batch,) = loader
+    assert int((batch.index >= 0).sum()) == written >= 3
+    assert loader.counts["bad/broken image"] == 1
+    assert loader.counts["excluded/no image by its ending"] == 1
+    assert "val/cat/raw.cr2: no image by its ending" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Test",), ("train", "test", "validation")])
+def test_splits_are_no_classes(tmp_path: Path, names: tuple[str, ...]):
+    root = pictures(tmp_path / "set", [f"{name}/{kind}/a.png" for name in names for kind in ("cat", "owl")])
+    for look in (check_found, lambda source: rows(source)):
+        with pytest.raises(UserError, match=f"holds the splits {', '.join(sorted(names))}, not classes"):
+            look(EvaluationSource(str(root), label="cls"))
+    assert len(rows(EvaluationSource(str(root / names[0]), label="cls"))) == 2
+    # a train is a class among others
+    pictures(root, ["car/a.png"])
+    assert class_folder_names(str(root)) == dict(enumerate(sorted([*names, "car"])))
+
+
+def test_text_files_about_a_set(tmp_path: Path):
+    """Windows writes a mark in front, and old programs other encodings."""
+    root = benchmark_set(tmp_path / "set")
+    (root / "classnames.txt").write_bytes("\ufeffcat\nö\n".encode())
+    folder = benchmark_folder(str(root))
+    assert folder is not None
+    assert folder.classnames == ["cat", "ö"]
+    (root / "classnames.txt").write_bytes("cat\nfée\n".encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"classnames.txt is not UTF-8 \(line 2, byte 0xe9\): save it as UTF-8"
+    ):
+        _ = folder.classnames
 
 
 def test_a_folder_of_classes_has_no_captions(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Decoding, colour modes, resize parity, patches."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from siglip_train.data import images
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import ImageTransform, decode, patchify
+from siglip_train.data.images import ImageTransform, decode, patchify, without_texts
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
 
@@ -147,6 +148,31 @@ def test_transparency_is_over_white():
 def test_sixteen_bits_are_scaled_not_clipped():
     levels = np.full((4, 4), 0x4080, dtype=np.uint16)
     assert _centre(encoded(Image.fromarray(levels))) == (0x40, 0x40, 0x40)
+
+
+def test_fewer_bits_than_sixteen_are_scaled_on_request():
+    levels = np.full((4, 4), 0x0408, dtype=np.uint16)
+    assert _centre(encoded(Image.fromarray(levels))) == (4, 4, 4)
+    assert decode(encoded(Image.fromarray(levels)), grey_bits=12).getpixel((0, 0)) == (0x40, 0x40, 0x40)
+
+
+@pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+def test_a_png_with_much_text_is_a_picture(place: int, kind: bytes):
+    """Programs that make pictures write how they made them beside the pixels."""
+    text = zlib.compress(b"prompt " * 300_000)
+    content = b"key\0\0" + text if kind == b"zTXt" else b"key\0\1\0\0\0" + text
+    chunk = len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+    data = encoded(picture(size=(40, 30)), "png")
+    place %= len(data)
+    with_text = data[:place] + chunk + data[place:]
+    with pytest.raises(ValueError, match="Decompressed data too large"):
+        Image.open(io.BytesIO(with_text)).load()
+    np.testing.assert_array_equal(np.asarray(decode(with_text)), np.asarray(decode(data)))
+    assert without_texts(data) is data
+    # a chunk that is cut off ends the file where it is cut off
+    cut = with_text[: place + 30]
+    assert len(without_texts(cut)) <= len(cut)
 
 
 def test_cmyk_jpeg():

@@ -14,6 +14,7 @@ from PIL import Image
 
 from siglip_train.data.images import ImageTransform, decode
 from siglip_train.data.pipeline import DataConfig, Loader, Share, SourceConfig, build_loader
+from siglip_train.data.select import Selection
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
@@ -295,6 +296,7 @@ def _sources(name: str, tmp_path: Path) -> Any:
     return {
         "empty": str(tmp_path / "empty.tar"),
         "no text": str(tmp_path / "no-text.tar"),
+        "no selected": {"x": SourceConfig(shard.shards, select=Selection(keys="nothing"))},
         "broken": str(tmp_path / "broken.tar"),
         "missing": str(tmp_path / "missing-{0..3}.tar"),
         "few": {"few": shard},
@@ -308,7 +310,12 @@ def _sources(name: str, tmp_path: Path) -> Any:
     ("name", "message"),
     [
         ("empty", r"none of its 1 shards holds a sample.*empty\.tar"),
-        ("no text", r"none of its 1 shards holds a sample.*1 no text.*no-text\.tar"),
+        (
+            "no text",
+            r"none of its 1 shards holds a sample.*\(1 no text\); the first, no-text\.tar/a: it holds png, json;"
+            r" asked for are as image \(data\.sources\..*\.image\) jpg.*, and as text \(\.text\) txt$",
+        ),
+        ("no selected", r"none of its 1 shards holds a sample.*\(select leaves none\)"),
         ("broken", r"cannot read shard .*broken\.tar"),
         ("missing", r"no shard matches .*missing-0\.tar"),
         ("few", "source few has 3 complete samples, fewer than the 6"),

@@ -61,6 +61,9 @@ def test_first_value_of_a_field():
         ({"txt": b" \n", "json": b"{}"}, "empty caption"),
         ({"txt": bytes(20) + b"\n", "json": b"{}"}, "empty caption"),
         ({"txt": b"", "json": b"[1, 2]"}, "empty caption"),
+        ({"txt": b"", "json": b'{"name": null}'}, "empty caption"),
+        ({"txt": b"", "json": b'{"name": [[], 42]}'}, "caption is no text"),
+        ({"txt": b"", "json": b'{"name": {"en": false}}'}, "caption is no text"),
     ],
     ids=str,
 )

@@ -128,7 +128,7 @@ def test_bytes_do_not_depend_on_workers(photos: Path, tmp_path: Path, capsys: py
     assert {name.split("/")[0] for name in one} == {"train", "validation", "pack.json", "skipped.tsv"}
     with tarfile.open(tmp_path / "one" / "train" / "00000.tar") as archive:
         assert {(entry.mtime, entry.uid, entry.gid, entry.uname) for entry in archive} == {(0, 0, 0, "")}
-    assert "none skipped" in capsys.readouterr().out.splitlines()[-1]
+    assert "nothing skipped" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,9 @@ from .stores import STORES
 FETCHING = ("wget", "hf", "npm", "git", "img2dataset")
 # what a shell line of a recipe begins with
 OFFLINE = ("mkdir", "(printf", "unzip", "cd", "for")
+# as small as the data; processes that are started would import torch anew each
+ONE = ["--workers", "1"]
+FEWER = {"tokenizer": ["--vocab-size", "300"], "pack": ONE, "verify": ONE, "filter": ONE}
 NAMES = [recipe.name for recipe in RECIPES]
 
 
@@ -107,13 +110,7 @@ def carry_out(commands: tuple[str, ...], place: Path) -> None:
         program, *arguments = shlex.split(command, comments=True) or ["#"]
         if program == "siglip-data":
             in_a_shell(lines, place)
-            # processes that are started would import torch anew each
-            main(
-                [
-                    *arguments,
-                    *(["--vocab-size", "300"] if arguments[0] == "tokenizer" else ["--workers", "1"]),
-                ]
-            )
+            main([*arguments, *FEWER.get(arguments[0], [])])
         elif program in OFFLINE or program.startswith("("):
             lines.append(command)
         else:
@@ -166,6 +163,8 @@ def read_in_evaluation(overrides: list[str]) -> None:
     nodes = {name: node for name, node in values["tasks"].items() if node is not None}
     for node in nodes.values():
         node |= {"bootstrap": 0} if "bootstrap" in node else {}
+        # 80,000 prompts would take a minute
+        node |= {"templates": ["a {}"]} if node.get("templates") == "openai" else {}
         # a penalty chosen on a part of a dozen images means nothing
         node.get("methods", {}).pop("linear", None)
         if "few_shot" in node.get("methods", {}):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,7 @@ from data_tools.verify import survey
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import verify_shard
 from siglip_train.data.locations import expand
+from tests.data.shard_files import sparse_member
 from tests.data_tools.conftest import Sample, read_split
 
 Members = dict[str, bytes]
@@ -32,6 +34,13 @@ COCO = Path(__file__).resolve().parents[3] / "shared" / "data" / "captions_coco"
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, (width, height), 0).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def twelve_bits() -> bytes:
+    """Levels up to 4095, as cameras give them, in a picture that goes up to 65535."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -85,6 +94,7 @@ EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "picture gone": ("no image", lambda m: without(m, picture_kind(m))),
     "caption gone": ("no text", lambda m: without(m, "txt")),
     "blank": ("empty caption", lambda m: {**m, "txt": b" \n"}),
+    "12 bits": ("dark 16-bit picture", lambda m: with_picture(m, twelve_bits())),
     "zeros": ("empty caption", lambda m: {**m, "txt": bytes(40)}),
     "latin": ("not utf-8", lambda m: {**m, "txt": b"\xff\xfe\xfa"}),
     "chatter": ("long caption", lambda m: {**m, "txt": b"a red circle " * 80}),
@@ -191,6 +201,13 @@ class Planting:
         whole[140] = ord("7")
         self.overwrite("header.tar", whole)
 
+        sample = self.take(1)
+        whole = self.write("sparse.tar", named(sample), ("with", "file with holes"))
+        end = next(
+            place for place in range(0, len(whole), 512) if not whole[place : place + 1024].strip(b"\0")
+        )
+        self.overwrite("sparse.tar", whole[:end] + sparse_member("with.npy") + whole[end:])
+
         self.write("empty.tar", [], ("", "empty shard"))
         self.overwrite("no.tar", b"<html>404</html>" * 100)
         self.planted.add(("no.tar", "", "broken tar"))
@@ -291,7 +308,20 @@ def test_every_fault_of_the_readme_is_planted(damaged: Planting) -> None:
     listed = {cause for row in rows if len(row) > 3 and row[2].strip() in ("shard", "sample")
               for cause in re.findall("`(.*?)`", row[1])}  # fmt: skip
     assert len(listed) > 25
-    assert listed == {cause for _, _, cause in damaged.planted}
+    # of json alone, which the planted faults are not asked for
+    assert listed == {cause for _, _, cause in damaged.planted} | {"caption is no text"}
+
+
+def test_numbers_in_place_of_captions_are_named(clean: Path, tmp_path: Path) -> None:
+    sample = read_split(clean)[0]
+    facts = with_facts(without(sample.members, "txt"), captions=[42], text="one")
+    write_tar(tmp_path / "in.tar", named([Sample("a", facts)]))
+    status, report = verify(tmp_path / "in.tar", tmp_path, "--text", "json:captions")
+    assert status == 1
+    assert [(each["cause"], each["detail"]) for each in report["problems"]] == [
+        ("caption is no text", "json:captions is 42; is this the field of captions?")
+    ]
+    assert verify(tmp_path / "in.tar", tmp_path, "--text", "json:captions", "json:text")[0] == 0
 
 
 def test_the_report_does_not_depend_on_workers(clean: Path, tmp_path: Path) -> None:
