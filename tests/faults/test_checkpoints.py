@@ -170,6 +170,7 @@ def test_all_damaged_ends_the_run_and_nothing_is_overwritten(
     record_fault("every checkpoint damaged", ranks=2, happened="both ranks end with one line")
 
 
+@pytest.mark.fault_by_default
 def test_resume_null_beside_checkpoints_is_refused(
     run_dir: Path, straight_run: Path, go_on: Callable, record_fault: Callable
 ) -> None:
