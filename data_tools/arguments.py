@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from siglip_train.data.images import MAX_PIXELS
+
 
 def positive(text: str) -> int:
     """An integer from 1 on, for argparse."""
@@ -31,6 +33,17 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, which `cache_folder` turns into the folder."""
     parser.add_argument(
         "--cache-dir", metavar="FOLDER", help="for downloads and unpacked shards, as in data.cache_dir"
+    )
+
+
+def add_max_pixels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--max-pixels`."""
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width x height; a picture with more counts as bad, as in data.max_image_pixels (%(default)s)",
     )
 
 

@@ -1,10 +1,10 @@
 """What the json member of a sample says: read for tools that look at more than the caption."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from siglip_train.data.faults import SampleError
+from siglip_train.data.samples import read_json
 
 # `objects` is the shard format's own name; other sets say `boxes`
 _BOX_FIELDS = ("objects", "boxes")
@@ -23,12 +23,7 @@ def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
     """The json member, {} where there is none. Raises `SampleError` unless it is one object."""
     if "json" not in members:
         return {}
-    try:
-        facts = json.loads(members["json"])
-    except UnicodeDecodeError as error:
-        raise SampleError("not utf-8", f"json: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise SampleError("broken json", str(error)) from error
+    facts = read_json(members["json"])
     if not isinstance(facts, dict):
         raise SampleError("broken json", f"not an object but a {type(facts).__name__}")
     return facts

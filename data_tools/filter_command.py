@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_cache_dir, add_workers, positive
+from data_tools.arguments import add_cache_dir, add_max_pixels, add_workers, positive
 from data_tools.filtering.decide import Joint
 from data_tools.filtering.look import Wanted
 from data_tools.filtering.report import DROPPED, print_tables
@@ -55,6 +55,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         "--languages", nargs="+", default=[], metavar="LANGUAGE", help='"unknown": where none is given'
     )
     rules.add_argument("--min-side", type=positive, metavar="PIXELS", help="of the shorter side")
+    add_max_pixels(rules)
     rules.add_argument("--max-aspect", type=float, metavar="RATIO", help="long side / short side")
     rules.add_argument("--min-chars", type=positive, metavar="N", help="characters of a caption")
     rules.add_argument("--max-chars", type=positive, metavar="N", help="characters of a caption")
@@ -139,5 +140,6 @@ def _options(arguments: argparse.Namespace) -> FilterOptions:
         texts=arguments.dedup_texts is not None,
         spec=arguments.balance,
         facts=weigh,
+        max_pixels=arguments.max_pixels,
     )
     return FilterOptions(wanted, Joint(arguments.dedup_images, arguments.dedup_texts, weigh))

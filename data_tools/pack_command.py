@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_workers, folder_name, positive, share
+from data_tools.arguments import add_max_pixels, add_workers, folder_name, positive, share
 from data_tools.packing.pictures import FORMATS, PictureOptions
 from data_tools.packing.plan import SKIPPED, Packed, PackOptions, pack
 from data_tools.packing.records import SourceOptions
@@ -58,6 +58,7 @@ def add_command(commands: Any) -> None:
                         help="of jpg and webp that are encoded anew, 1 to 100 (%(default)s)")  # fmt: skip
     parser.add_argument("--grey-bits", type=int, choices=range(8, 16), metavar="8..15",
                         help="of the 16 of grey pictures, those in use: 12 of many cameras and scanners")  # fmt: skip
+    add_max_pixels(parser)
     parser.add_argument("--shard-samples", type=positive, default=defaults.shard_samples,
                         help="records a shard (%(default)s)")  # fmt: skip
     parser.add_argument("--validation-share", type=share, default=defaults.validation_share,
@@ -82,7 +83,9 @@ def _run(arguments: argparse.Namespace) -> None:
             key_column=arguments.key_column,
             caption_template=arguments.caption_template,
         ),
-        pictures=PictureOptions(arguments.resize, arguments.format, arguments.quality, arguments.grey_bits),
+        pictures=PictureOptions(
+            arguments.resize, arguments.format, arguments.quality, arguments.grey_bits, arguments.max_pixels
+        ),
         shard_samples=arguments.shard_samples,
         validation_share=arguments.validation_share,
         split=arguments.split,

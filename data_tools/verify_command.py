@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data_tools.arguments import add_cache_dir, add_workers, positive, share
+from data_tools.arguments import add_cache_dir, add_max_pixels, add_workers, positive, share
 from data_tools.progress import progress
 from data_tools.verify.checks import Rules
 from data_tools.verify.outcome import Outcome
@@ -46,6 +46,7 @@ def add_command(commands: Any) -> None:
         "--context-length", type=positive, help=f"tokens with the end ({defaults.context_length})"
     )
     parser.add_argument("--min-side", type=positive, default=defaults.min_side, help="pixels (%(default)s)")
+    add_max_pixels(parser)
     parser.add_argument(
         "--max-aspect", type=float, default=defaults.max_aspect, help="long / short side (%(default)s)"
     )
@@ -94,6 +95,7 @@ def _rules(arguments: argparse.Namespace) -> Rules:
         text=tuple(arguments.text),
         label=arguments.label,
         min_side=arguments.min_side,
+        max_pixels=arguments.max_pixels,
         max_aspect=arguments.max_aspect,
         tokenizer=arguments.tokenizer,
         context_length=arguments.context_length or Rules.context_length,

@@ -22,7 +22,7 @@ from data_tools.reading import picture_header, plain_detail, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
 from siglip_train.data.faults import BadSample
-from siglip_train.data.images import decode
+from siglip_train.data.images import MAX_PIXELS, decode
 from siglip_train.data.locations import short_name
 from siglip_train.data.shards import damaged_samples, indexed_tar
 from siglip_train.files import appearing
@@ -30,7 +30,10 @@ from siglip_train.files import appearing
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is looked for. spec: the file of `--balance`; facts: must `json` be one object, or absent?"""
+    """What is looked for. spec: the file of `--balance`; facts: must `json` be one object, or absent?
+
+    max_pixels: of a picture; one with more is broken.
+    """
 
     rules: RuleOptions
     headers_only: bool = False
@@ -38,6 +41,7 @@ class Wanted:
     texts: bool = False
     spec: str | None = None
     facts: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 class LookTask(NamedTuple):
@@ -170,9 +174,9 @@ class _Collector:
             self.shows[row] = [trait.is_shown(looked.sample, looked.captions) for trait in traits]
             self.digests[row] = digest(looked.sample.key.encode())
         if wanted.headers_only:
-            picture_header(looked.picture)
+            picture_header(looked.picture, wanted.max_pixels)
             return
-        image = decode(looked.picture, strict=True)
+        image = decode(looked.picture, wanted.max_pixels, strict=True)
         if wanted.images:
             self.hashes[row], self.colours[row] = fingerprint(image)
 

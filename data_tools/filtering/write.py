@@ -35,7 +35,7 @@ def write_shard(task: WriteTask) -> int:
     """Write one shard, complete or not at all; return 1. Raises `UserError`."""
     source, index = indexed_tar(task.url, task.cache)
     with appearing(task.path) as partial, tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
-        samples = read_rows(source, short_name(task.url), index, task.rows.tolist())
+        samples = read_rows(source, short_name(task.url), index, task.rows.tolist(), longest=None)
         for place, sample in enumerate(samples):
             members = sample.members
             if task.weights is not None:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from data_tools.reading import read_mask
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import decode, has_16_bits, without_texts
+from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits
 
 FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height
@@ -15,13 +16,15 @@ Size = tuple[int, int]  # width, height
 class PictureOptions(NamedTuple):
     """resize: longest the shorter side may be, pixels. format: one of FORMATS. quality: of jpg and webp.
 
-    grey_bits: those of 16 that grey pictures use, None = all.
+    grey_bits: those of 16 that grey pictures use, None = all. max_pixels: of a picture as it comes; one with more is
+    skipped.
     """
 
     resize: int | None = None
     format: str = "keep"
     quality: int = 90
     grey_bits: int | None = None
+    max_pixels: int = MAX_PIXELS
 
 
 class Picture(NamedTuple):
@@ -40,7 +43,7 @@ def prepare(data: bytes, options: PictureOptions) -> Picture:
     (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`, also for a JPEG damaged in
     its middle: encoded anew, no one could tell.
     """
-    image = decode(data, strict=True, grey_bits=options.grey_bits or 16)
+    image = decode(data, options.max_pixels, strict=True, grey_bits=options.grey_bits or 16)
     before = image.size
     own = _own_extension(data)
     size = shrunk(before, options.resize)
@@ -67,13 +70,7 @@ def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
 
     is_scaled: it may be of another size than the picture, which was shrunk since, as boxes may.
     """
-    try:
-        with Image.open(io.BytesIO(without_texts(data)), formats=["PNG"]) as mask:
-            mask.load()
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error
-    if mask.mode not in ("L", "P"):
-        raise SampleError("broken mask", f"it is {mask.mode}, not a map of 8 bits")
+    mask = read_mask(data)
     if mask.size != picture.size_before and not is_scaled:
         raise SampleError("mask of another size", f"{mask.size}, the picture {picture.size_before}")
     if mask.size == picture.size:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from siglip_train.data.faults import SampleError
+from siglip_train.data.limits import USUAL_LIMITS
 from siglip_train.data.tar_members import read_part
 
 # the record's part that is the picture, whatever its format
@@ -47,6 +48,8 @@ class Part(NamedTuple):
 
     def read(self) -> bytes:
         """The bytes. Raises `SampleError`."""
+        if self.size > USUAL_LIMITS.member_bytes:
+            raise SampleError("file too large", f"{self.size} bytes, limit {USUAL_LIMITS.member_bytes}")
         try:
             with open(self.path, "rb") as file:
                 return file.read() if self.size < 0 else read_part(file.fileno(), self.offset, self.size)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_tools.facts import read_facts
 from data_tools.packing.coco_masks import Drawing
 from data_tools.packing.columns import value_at
 from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
@@ -19,6 +20,7 @@ from data_tools.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, capt
 from data_tools.reading import plain_detail
 from data_tools.whole_file import temporary, write_whole
 from siglip_train.data.faults import SampleError
+from siglip_train.data.samples import read_text
 
 
 class Skipped(NamedTuple):
@@ -113,9 +115,9 @@ def sample_members(
 def _text_and_facts(record: Record, caption_column: str | None) -> tuple[str, dict[str, Any]]:
     facts, text = dict(record.facts), record.text
     if "json" in record.parts:
-        facts = {**_json_object(record.parts["json"].read()), **facts}
+        facts = {**read_facts({"json": record.parts["json"].read()}), **facts}
     if "txt" in record.parts and caption_column is None:
-        text = _decoded(record.parts["txt"].read()).strip()
+        text = read_text(record.parts["txt"].read())
     if text or "json" not in record.parts:
         return text, facts
     fault = None
@@ -134,13 +136,6 @@ def _text_and_facts(record: Record, caption_column: str | None) -> tuple[str, di
 
 def _others(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((extension, parts[extension]) for extension in sorted(parts.keys() - {IMAGE, "txt", "json"}))
-
-
-def _decoded(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SampleError("not utf-8", str(error)) from error
 
 
 def _utf8(text: str) -> bytes:
@@ -162,17 +157,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    text = _decoded(data)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("broken json", str(error)) from error
-    if not isinstance(content, dict):
-        raise SampleError("broken json", "it is no object")
-    return content
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

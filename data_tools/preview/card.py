@@ -1,14 +1,12 @@
 """One sample as HTML: its picture with boxes and mask, its captions, where it comes from; all text is escaped."""
 
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from PIL import Image
-
 from data_tools.facts import boxes, language, read_facts
 from data_tools.preview.overlay import colour, css, data_url, draw_boxes, draw_mask
+from data_tools.reading import read_mask
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.samples import Field
@@ -69,13 +67,10 @@ def _mask(
     if "mask.png" not in members:
         return "", ""
     try:
-        with Image.open(io.BytesIO(members["mask.png"])) as mask:
-            mask.load()
-            if mask.mode not in ("L", "P"):
-                raise ValueError(f"mode {mask.mode} is no class map")
-            overlay, histogram = draw_mask(mask, *size), mask.histogram()
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        faults.append(f"broken mask: {error}")
+        mask = read_mask(members["mask.png"])
+        overlay, histogram = draw_mask(mask, *size), mask.histogram()
+    except SampleError as error:
+        faults.append(str(error))
         return "", ""
     names = facts.get("classes")
     names = names if isinstance(names, dict) else {}

@@ -7,8 +7,7 @@ import numpy as np
 
 from siglip_train.data.locations import expand
 from siglip_train.data.shards import RawSample, indexed_tar, short_name
-from siglip_train.data.tar import TarIndex
-from siglip_train.data.tar_members import read_part
+from siglip_train.data.tar import TarIndex, member_for_tools
 from siglip_train.errors import UserError
 
 # of a remote set every shard opened is a download
@@ -66,6 +65,6 @@ def _open_all(urls: list[str], cache: Path) -> tuple[list[_Open], list[str]]:
 def _members(path: Path, index: TarIndex, row: int) -> dict[str, bytes]:
     with path.open("rb") as file:
         return {
-            extension: read_part(file.fileno(), int(index.offsets[member]), int(index.sizes[member]))
+            extension: member_for_tools(index, file.fileno(), member)
             for extension, member in index.members(row).items()
         }

@@ -1,6 +1,5 @@
 """What can be wrong inside one sample: member names, captions, picture, mask, boxes."""
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from PIL import Image
 
 from data_tools.facts import are_corners, boxes, read_facts
+from data_tools.reading import read_mask
 from siglip_train.data.evaluation import labels_of
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import decode, has_16_bits, without_texts
+from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits
 from siglip_train.data.samples import Field, no_caption
 from siglip_train.data.shards import RawSample
 from siglip_train.data.tokenizer import load_tokenizer
@@ -25,14 +25,15 @@ class Rules:
     """What a good sample is.
 
     image: extensions in order of preference. text: fields that hold captions, () = none is wanted. label: the field of
-    the class, None = none is wanted. min_side: pixels. max_aspect: long side over short side. tokenizer: path, None =
-    lengths are not looked at. context_length: tokens, with the end.
+    the class, None = none is wanted. min_side: pixels. max_pixels: of a picture. max_aspect: long side over
+    short side. tokenizer: path, None = lengths are not looked at. context_length: tokens, with the end.
     """
 
     image: tuple[str, ...]
     text: tuple[str, ...] = ("txt",)
     label: str | None = None
     min_side: int = 16
+    max_pixels: int = MAX_PIXELS
     max_aspect: float = 10.0
     tokenizer: str | None = None
     context_length: int = 64
@@ -155,7 +156,7 @@ class SampleChecks:
         size = None
         if data is not None:
             try:
-                picture = decode(data, strict=True)
+                picture = decode(data, self.rules.max_pixels, strict=True)
                 size = picture.size
                 yield from _dark_faults(data, picture)
                 yield from self._extremes(*size)
@@ -202,12 +203,9 @@ def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
 def _mask_faults(data: bytes, size: tuple[int, int] | None) -> Iterator[SampleError]:
     """size: of the picture, None where it is not known."""
     try:
-        with Image.open(io.BytesIO(without_texts(data))) as mask:
-            mask.load()
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        yield SampleError("broken mask", f"{type(error).__name__}: {error}")
+        mask = read_mask(data)
+    except SampleError as error:
+        yield error
         return
-    if mask.mode not in ("L", "P"):
-        yield SampleError("broken mask", f"mode {mask.mode}, but a class map has one channel of 8 bits")
     if size is not None and mask.size != size:
         yield SampleError("mask size", "{} x {}, but the picture {} x {}".format(*mask.size, *size))

@@ -16,15 +16,8 @@ from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import is_remote
 from siglip_train.data.manifest import left_out_of, members_of
 from siglip_train.data.shards import RawSample, short_name
-from siglip_train.data.tar import REPEATED_MEMBER, TarIndex, scan
-from siglip_train.data.tar_members import (
-    AFTER_THE_END,
-    BLOCK,
-    BROKEN_HEADER,
-    SPARSE,
-    BrokenTarError,
-    read_part,
-)
+from siglip_train.data.tar import REPEATED_MEMBER, TarIndex, member_for_tools, scan
+from siglip_train.data.tar_members import AFTER_THE_END, BLOCK, BROKEN_HEADER, SPARSE, BrokenTarError
 from siglip_train.errors import UserError
 
 WHOLE_SHARD = -1
@@ -182,8 +175,7 @@ def _gather(index: TarIndex) -> list[_Sample]:
 
 def _read(descriptor: int, index: TarIndex, sample: _Sample, shard: str) -> RawSample:
     members = {
-        extension: read_part(descriptor, int(index.offsets[member]), int(index.sizes[member]))
-        for extension, member in sample.members.items()
+        extension: member_for_tools(index, descriptor, member) for extension, member in sample.members.items()
     }
     return RawSample(shard, sample.key, members)
 

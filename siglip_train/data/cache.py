@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from siglip_train.data.failed import FailedShards, Failure, UnavailableShardError
 from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, version_of
 from siglip_train.data.gunzip import gunzip, is_gzip
+from siglip_train.data.limits import MAX_INDEX_BYTES, USUAL_LIMITS, Limits, OversizedError
 from siglip_train.data.locations import cache_folder, is_remote, short_name
 from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.room import NoRoomError, Part, Room
@@ -63,6 +64,8 @@ def local_tar(shard: str, folder: Path) -> Path:
         return ShardCache(folder).local_tar(shard)
     except UnavailableShardError as error:
         raise UserError(f"cannot read shard {shard}: {error.detail}") from error
+    except OversizedError as error:
+        raise UserError(f"cannot read shard {shard}: {error}") from error
 
 
 def was_damaged(path: Path) -> bool:
@@ -81,6 +84,7 @@ class ShardCache:
 
     since: shards that failed before are tried anew. cancelled: asked while waiting for a remote shard. tries_first:
     tries failed shards again as soon as they are due; others leave it some time, as they would make samples wait.
+    limits: of what shards and their members may take.
     """
 
     folder: Path
@@ -90,6 +94,7 @@ class ShardCache:
     since: float = field(default_factory=time.time)
     events: deque[Event] = field(default_factory=deque)
     tries_first: bool = False
+    limits: Limits = USUAL_LIMITS
 
     def __post_init__(self) -> None:
         """Name the folders."""
@@ -98,11 +103,15 @@ class ShardCache:
 
     @classmethod
     def at(
-        cls, folder: str | None, limit_gib: float | None = None, patience: Patience = USUAL
+        cls,
+        folder: str | None,
+        limit_gib: float | None = None,
+        patience: Patience = USUAL,
+        limits: Limits = USUAL_LIMITS,
     ) -> "ShardCache":
         """The cache in a folder that a user names, None = the usual one. Raises `UserError`."""
         limit = None if limit_gib is None else int(limit_gib * 2**30)
-        return cls(cache_folder(folder), limit, patience)
+        return cls(cache_folder(folder), limit, patience, limits=limits)
 
     def name(self, shard: str) -> str:
         """What the cache calls a shard, whatever its version."""
@@ -140,7 +149,7 @@ class ShardCache:
         return [self.events.popleft() for _ in range(len(self.events))]
 
     def read_small(self, url: str) -> bytes:
-        """A file that fits into memory. Raises `FetchError`, `UserError`."""
+        """An index of shards, which fits into memory. Raises `FetchError`, `UserError`."""
         content = _Memory()
         Fetch(url, content, self.patience, lambda: None, self.events.append, self.cancelled).run()
         return content.getvalue()
@@ -158,8 +167,8 @@ class ShardCache:
     def local_tar(self, shard: str, known: Known = UNKNOWN) -> Path:
         """A plain tar with the content of a shard, fetched or unpacked where that has not been done.
 
-        Raises `UnavailableShardError` for a remote shard that cannot be had or has failed before, `UserError` for
-        what another attempt would not change, `CancelledError`.
+        Raises `UnavailableShardError` for a remote shard that cannot be had or has failed before, `OversizedError` for
+        a local one beyond the limits, `UserError` for what else another attempt would not change, `CancelledError`.
         """
         try:
             path = self.path(shard, known)
@@ -186,7 +195,7 @@ class ShardCache:
         with self.room.lock(name), Part(self.room, name, "unpacked", never) as part:
             if (present := existing(path)).exists():
                 return present
-            return _kept(part, path, intact=gunzip(Path(shard), part))
+            return _kept(part, path, intact=gunzip(Path(shard), part, self.limits))
 
     def _fetched(self, shard: str, path: Path, known: Known) -> Path:
         name = self.name(shard)
@@ -200,9 +209,10 @@ class ShardCache:
                 self.failed.hold(name, failure)
             try:
                 return self._copy_of_changed(shard, known) or self._fetch(shard, name, known)
-            except (FetchError, DamagedError, NoRoomError, OSError) as error:
+            except (FetchError, DamagedError, OversizedError, NoRoomError, OSError) as error:
                 # noted before the lock is free, or the next process would try as patiently
-                reason = str(error) if isinstance(error, (FetchError, DamagedError)) else said(error)
+                is_said = isinstance(error, (FetchError, DamagedError, OversizedError))
+                reason = str(error) if is_said else said(error)
                 raise self._failure(shard, reason) from error
 
     def _copy_of_changed(self, shard: str, known: Known) -> Path | None:
@@ -234,7 +244,7 @@ class ShardCache:
             path = self._place(shard, (known.version or "") if known.is_promise else version)
             if not is_gzip(part.path):
                 return _kept(part, path, intact=True)
-            intact = gunzip(part.path, unpacked)
+            intact = gunzip(part.path, unpacked, self.limits)
             unpacked.finish()
             # an index that was made from afar has seen nothing but the unpacked copy
             known.check(part.path, unpacked.path)
@@ -262,6 +272,11 @@ class ShardCache:
 
 class _Memory(io.BytesIO):
     """A target of a fetch that is no file."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > MAX_INDEX_BYTES:
+            raise UserError(f"it is longer than {MAX_INDEX_BYTES} bytes")
+        return super().write(data)
 
     def begin(self, position: int, length: int) -> None:  # noqa: ARG002
         self.seek(position)

@@ -9,6 +9,8 @@ _LOG = logging.getLogger(__name__)
 
 # below so many samples the share of bad ones says nothing
 _MIN_SAMPLES = 200
+# of a message: it may show what a stranger has written, at any length
+_MAX_DETAIL = 500
 # bad samples of one cause: the first are all logged, then every hundredth
 _LOGGED, _LOGGED_EVERY = 20, 100
 
@@ -34,8 +36,8 @@ class BadSample(NamedTuple):
     def of(cls, shard: str, key: str, error: Exception) -> "BadSample":
         """The sample that failed with `error`; what no one foresaw is a "read error"."""
         if isinstance(error, SampleError):
-            return cls(shard, key, error.cause, error.detail)
-        return cls(shard, key, "read error", f"{type(error).__name__}: {error}")
+            return cls(shard, key, error.cause, error.detail[:_MAX_DETAIL])
+        return cls(shard, key, "read error", f"{type(error).__name__}: {error}"[:_MAX_DETAIL])
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.key}: {self.cause}" + (f" ({self.detail})" if self.detail else "")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from siglip_train.data.limits import USUAL_LIMITS, Limits, OversizedError
+
 _MAGIC = b"\x1f\x8b"
 # of the packed stream at a time, which unpacks to a thousand times as much at most
 _CHUNK = 1 << 14
@@ -17,14 +19,30 @@ class _Out(Protocol):
     def write(self, data: bytes) -> Any: ...
 
 
+class _Counted:
+    def __init__(self, out: _Out, limit: int, refusal: str) -> None:
+        self._out, self._left, self._refusal = out, limit, refusal
+
+    def write(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise OversizedError(self._refusal)
+        self._out.write(data)
+
+
 def is_gzip(path: Path) -> bool:
     """Does the file begin as gzip streams do?"""
     with path.open("rb") as stream:
         return stream.read(2) == _MAGIC
 
 
-def gunzip(path: Path, out: _Out) -> bool:
-    """Write what is in one gzip stream, or several in a row; False where it is damaged or breaks off."""
+def gunzip(path: Path, out: _Out, limits: Limits = USUAL_LIMITS) -> bool:
+    """Write what is in one gzip stream, or several in a row; False where it is damaged or breaks off.
+
+    Raises `OversizedError` before more is written than the limits allow.
+    """
+    size = path.stat().st_size
+    out = _Counted(out, limits.unpacked(size), limits.refusal(size))
     unpacker = zlib.decompressobj(wbits=_GZIP)
     for chunk in _chunks(path):
         data = chunk

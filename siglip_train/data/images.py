@@ -25,13 +25,15 @@ except ImportError:
     simplejpeg = None
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-# Pillow refuses larger pictures by itself, before it allocates them
-MAX_PIXELS = 178_956_970
+# assumption: hardly a photograph on the web has more, and half a megabyte of PNG can claim any number
+MAX_PIXELS = 50_000_000
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
 # what is left to the antialiased resize after a reduced decode: from here on both ways to the small picture differ by
 # less than bilinear and bicubic do (benchmarks/NOTES.md)
 _LEAST_REDUCTION = 1.5
+# the marker of a scan: each goes over the whole picture, and takes a few bytes; cameras and editors write at most 20
+_SCAN, _MAX_SCANS = b"\xff\xda", 200
 # first bytes of the common formats: otherwise Pillow tries half a dozen plugins on every picture
 _MAGIC = ((b"\xff\xd8", "JPEG"), (b"\x89PNG", "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP"))
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -43,7 +45,7 @@ class Encoded:
     strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks, as training and
     `siglip-data` do; evaluation takes it, as others' does. Only simplejpeg tells, so that nothing changes without it,
     nor for CMYK. Raises `SampleError` for what cannot be decoded completely
-    and for more than `max_pixels` pixels. grey_bits: those of 16 that grey pictures use.
+    and for more than `max_pixels` pixels, before they take memory. grey_bits: those of 16 that grey pictures use.
     """
 
     def __init__(
@@ -59,6 +61,13 @@ class Encoded:
         width, height = self.size
         if width * height > max_pixels:
             raise SampleError("image too large", f"{width} x {height} pixels, limit {max_pixels}")
+        if data.startswith(b"\xff\xd8") and data.count(_SCAN) > _MAX_SCANS:
+            raise SampleError("image too large", f"a JPEG of more than {_MAX_SCANS} scans")
+
+    @property
+    def format(self) -> str:
+        """Pillow's name of it."""
+        return self._opened().format or "unknown"
 
     def image(self) -> Image.Image:
         """The picture in RGB."""
@@ -150,8 +159,8 @@ def _formats(data: bytes) -> list[str]:
 @functools.cache
 def _other_formats() -> list[str]:
     Image.init()
-    # a page of PostScript is a program, which Pillow hands to Ghostscript
-    return [name for name in Image.ID if name != "EPS"]
+    # what people store pictures in: of the others one is a program (EPS), and some hold a picture larger than they say
+    return [name for name in ("GIF", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.ID]
 
 
 @contextlib.contextmanager
@@ -174,7 +183,7 @@ def to_rgb(image: Image.Image, grey_bits: int = 16) -> Image.Image:
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit levels at 255 instead of scaling them
-        levels = np.clip(np.asarray(image).astype(np.int64) >> (grey_bits - 8), 0, 255)
+        levels = np.clip(np.asarray(image) >> (grey_bits - 8), 0, 255)
         image = Image.fromarray(levels.astype(np.uint8))
     return image.convert("RGB")
 

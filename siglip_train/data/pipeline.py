@@ -18,6 +18,7 @@ from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.fetch import Event
 from siglip_train.data.images import MAX_PIXELS, ImageTransform
+from siglip_train.data.limits import Limits
 from siglip_train.data.locations import lasting_name, short_name, unsigned
 from siglip_train.data.mixture import Mixture, StageConfig, stages_of
 from siglip_train.data.order import Order, SourceOrder
@@ -74,7 +75,10 @@ class DataConfig:
     below 1, a random crop of at least this share of the area is taken in place of the whole image.
     reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
-    max_image_pixels: larger pictures count as bad. cache_dir: for downloads, unpacked shards and shard indexes.
+    max_image_pixels: larger pictures count as bad, before they take memory: 50 million pixels take 150 MB, those of
+    a PNG with transparency 800 (assumption). max_member_mib: so do members of a tar. max_unpack_ratio, max_unpack_gib:
+    a packed shard may unpack to so many times its size beyond 64 MiB, and to so much; one that would counts as bad if
+    it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards and shard indexes.
     prefetch: pieces of up to 256 samples that each worker holds ready, in shared memory.
     stall_seconds: workers that give nothing for so long, or die, are replaced; not watched with workers=0, where this
     process itself reads.
@@ -96,6 +100,9 @@ class DataConfig:
     reduced_jpeg: bool = True
     max_bad_share: float = 0.01
     max_image_pixels: int = MAX_PIXELS
+    max_member_mib: float = Limits.member_mib
+    max_unpack_ratio: float = Limits.unpack_ratio
+    max_unpack_gib: float = Limits.unpack_gib
     cache_dir: str | None = None
     prefetch: int = 4
     stall_seconds: float = STALL_SECONDS
@@ -115,6 +122,10 @@ class DataConfig:
             raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
         if min(self.fetch_timeout_seconds, 1 if self.cache_limit_gib is None else self.cache_limit_gib) <= 0:
             raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
+        if min(self.max_image_pixels, self.max_member_mib, self.max_unpack_ratio, self.max_unpack_gib) <= 0:
+            raise ValueError(
+                "max_image_pixels, max_member_mib, max_unpack_ratio and max_unpack_gib must be above 0"
+            )
         if self.embedding_dir is not None and (self.flip or self.min_crop_area < 1):
             raise ValueError(
                 "embedding_dir keeps what the tower makes of whole pictures, so they cannot be cropped or mirrored: set"
@@ -406,6 +417,7 @@ def build_loader(
         config.cache_dir,
         config.cache_limit_gib,
         Patience(config.fetch_timeout_seconds, config.fetch_attempts),
+        Limits(config.max_unpack_ratio, config.max_unpack_gib, config.max_member_mib),
     )
     shard_sets = survey(
         [source.shards for source in sources],

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from siglip_train.data.faults import SampleError
+from siglip_train.data.limits import MAX_TEXT_BYTES
 from siglip_train.data.shards import RawSample
 from siglip_train.errors import UserError
 
@@ -46,7 +47,7 @@ class Field(NamedTuple):
         if self.member not in sample.members:
             return iter(())
         if not self.path:
-            return iter([("", _decoded(sample.members[self.member]))])
+            return iter([("", read_text(sample.members[self.member]))])
         try:
             return iter(list(_leaves(_json(sample.members["json"]), self.path, "")))
         except RecursionError as error:
@@ -87,7 +88,14 @@ def _leaves(node: Any, path: tuple[str, ...], key: str) -> Iterator[tuple[str, A
         yield key, node
 
 
-def _decoded(data: bytes) -> str:
+def _check_length(data: bytes, what: str) -> None:
+    if len(data) > MAX_TEXT_BYTES:
+        raise SampleError(f"{what} too long", f"{len(data)} bytes, limit {MAX_TEXT_BYTES}")
+
+
+def read_text(data: bytes) -> str:
+    """What a text member holds, without space around it. Raises `SampleError`."""
+    _check_length(data, "text")
     try:
         # -sig: what Windows writes begins with a byte order mark
         return data.decode("utf-8-sig").strip()
@@ -100,15 +108,19 @@ def _encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-# a sample's json is asked for its caption, its language and its label
-@functools.lru_cache(1)
-def _json(data: bytes) -> Any:
+def read_json(data: bytes) -> Any:
+    """What a json member holds. Raises `SampleError`."""
+    _check_length(data, "json")
     try:
         return json.loads(data)
     except UnicodeDecodeError as error:
-        raise SampleError("not utf-8", str(error)) from error
+        raise SampleError("not utf-8", f"json: {error}") from error
     except (ValueError, RecursionError) as error:
         raise SampleError("broken json", str(error)) from error
+
+
+# a sample's json is asked for its caption, its language and its label
+_json = functools.lru_cache(1)(read_json)
 
 
 def class_label(label: Field, sample: RawSample) -> int:

@@ -17,8 +17,7 @@ from siglip_train.data.cache import Known, ShardCache, local_tar, was_damaged
 from siglip_train.data.faults import BadSample
 from siglip_train.data.locations import cache_folder, expand, is_remote, short_name
 from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member
-from siglip_train.data.tar_members import read_part
+from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, member_for_tools, read_member
 from siglip_train.errors import UserError
 
 # per process; a window of small shards should fit, or every sample would load an index
@@ -184,7 +183,8 @@ class ShardReader:
         if image:
             places["image"] = next(present[extension] for extension in wanted.image if extension in present)
         with self._descriptor(shard, path) as descriptor:
-            members = {name: read_member(index, descriptor, place) for name, place in places.items()}
+            limit = self.shards.cache.limits.member_bytes
+            members = {name: read_member(index, descriptor, place, limit) for name, place in places.items()}
         return RawSample(short_name(self.shards.urls[shard]), index.key(row), members)
 
     def key(self, shard: int, sample: int) -> str:
@@ -258,7 +258,7 @@ def read_samples(shards: str | list[str], cache_dir: str | Path | None = None) -
         with path.open("rb") as file:
             for sample in range(len(index)):
                 members = {
-                    extension: read_part(file.fileno(), int(index.offsets[member]), int(index.sizes[member]))
+                    extension: member_for_tools(index, file.fileno(), member)
                     for extension, member in index.members(sample).items()
                 }
                 yield RawSample(short_name(url), index.key(sample), members)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
 from siglip_train.data.fetch import FetchError
+from siglip_train.data.limits import OversizedError
 from siglip_train.data.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
 from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.room import rounded
@@ -233,6 +234,9 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
         return _away(task.url, cache, error.detail)
     except FetchError as error:
         return _away(task.url, cache, str(error))
+    except OversizedError as error:
+        # as bad as a sample, and there may be a thousand good shards beside it
+        return _Shard(Path(), excluded=(BadSample(short_name(task.url), "?", "shard too large", str(error)),))
     except OSError as error:
         failure = said(error)
     except UserError as error:

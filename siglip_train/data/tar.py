@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_train.data.faults import SampleError
+from siglip_train.data.limits import USUAL_LIMITS
 from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members, read_part
 from siglip_train.files import appearing
 
@@ -23,6 +24,8 @@ from siglip_train.files import appearing
 COPIES = "copies"
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
+# their table takes 150 bytes of memory each; all of ImageNet in one tar has 4 million
+_MAX_MEMBERS = 16_000_000
 # enters the name of a kept index: raise it when its content changes
 _INDEX_VERSION = 4
 
@@ -72,13 +75,25 @@ class TarIndex:
         return found
 
 
-def read_member(index: TarIndex, descriptor: int, member: int) -> bytes:
-    """The bytes of a member. Raises `SampleError` where the tar has become shorter since its scan."""
+def read_member(
+    index: TarIndex, descriptor: int, member: int, limit: int = USUAL_LIMITS.member_bytes
+) -> bytes:
+    """The bytes of a member. Raises `SampleError` for more than `limit`, and where the tar has become shorter."""
     size = int(index.sizes[member])
+    if size > limit:
+        raise SampleError("member too large", f"{size} bytes, limit {limit} (data.max_member_mib)")
     data = read_part(descriptor, int(index.offsets[member]), size)
     if len(data) < size:
         raise SampleError(TRUNCATED, f"{len(data)} of {size} bytes")
     return data
+
+
+def member_for_tools(
+    index: TarIndex, descriptor: int, member: int, limit: int | None = USUAL_LIMITS.member_bytes
+) -> bytes:
+    """What is there of a member, up to `limit` bytes, None = all; one that is cut is broken to whoever decodes it."""
+    size = int(index.sizes[member])
+    return read_part(descriptor, int(index.offsets[member]), size if limit is None else min(size, limit))
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
@@ -227,6 +242,8 @@ def scan(path: Path) -> TarIndex:
         for found in Members(descriptor, end):
             if isinstance(found, Member):
                 builder.add(*found)
+                if len(builder.rows) > _MAX_MEMBERS:
+                    raise BrokenTarError(f"it holds more than {_MAX_MEMBERS:,} members: split it")
             else:
                 builder.lose(*found)
     except OSError as error:

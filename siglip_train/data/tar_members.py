@@ -248,17 +248,17 @@ def read_part(descriptor: int, offset: int, size: int) -> bytes:
 
 def _sparse_parts(descriptor: int, offset: int) -> tuple[list[tuple[int, int]], int]:
     """(place, size) of the parts of a file with holes, and where the first of them lies. Raises ValueError."""
-    text, numbers, wanted = b"", [0], 1
-    position = offset
-    while len(numbers) <= wanted:
-        block = os.pread(descriptor, BLOCK, position)
-        text, position = text + block, position + BLOCK
-        numbers = [int(number) for number in text.split(b"\n")[:-1]]
-        wanted = 2 * numbers[0] if numbers else wanted
-        if len(block) < BLOCK or wanted < 0:
-            raise ValueError("the list of parts has no end")
-    numbers = numbers[1 : wanted + 1]
-    return list(zip(numbers[::2], numbers[1::2], strict=True)), position
+    text = os.pread(descriptor, _MAX_RECORDS, offset)
+    count, _, rest = text.partition(b"\n")
+    wanted = 2 * int(count)
+    if not 0 <= wanted <= len(rest):
+        raise ValueError("the list of parts has no end")
+    *numbers, behind = rest.split(b"\n", wanted)
+    if len(numbers) < wanted:
+        raise ValueError("the list of parts has no end")
+    position = offset + (len(text) - len(behind) + BLOCK - 1) // BLOCK * BLOCK
+    values = [int(number) for number in numbers]
+    return list(zip(values[::2], values[1::2], strict=True)), position
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:

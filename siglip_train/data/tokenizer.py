@@ -19,6 +19,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # the names in use where no tokenizer_config.json stands beside a tokenizer.json
 _EOS_NAMES = ("</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+# characters of a caption: what comes later is beyond any context, and a text of megabytes would take gigabytes
+_READ = 1 << 16
 _FOLDER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "*.model")
 
 
@@ -139,7 +141,7 @@ class Tokenizer:
         """Texts to int64 `[n, context_length]`."""
         rows = torch.full((len(texts), self.context_length), self.pad_id, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = self.encoder.encode(self.rules.clean(text))[: self.context_length - 1]
+            ids = self.encoder.encode(self.rules.clean(text[:_READ]))[: self.context_length - 1]
             row[: len(ids) + 1] = torch.tensor([*ids, self.eos_id])
         return rows
 
