@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from siglip_train import loop, train
+from siglip_train import train
 from siglip_train.checkpoint import Progress
 from siglip_train.config import Config
 from siglip_train.data.tokenizer import TextRules
@@ -281,18 +280,6 @@ def test_a_loss_that_is_not_finite_stops_with_rank_and_step(small_run: list[str]
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert "finite on rank 0 at step" in message or "gradient norm at step" in message
-
-
-def test_a_scale_beyond_all_floats_is_infinite_and_does_not_end_the_run_by_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(loop.engines, "scalar", lambda engine, parameter: 800.0)
-    model = SimpleNamespace(logit_scale=None, logit_bias=None)
-    trainer = SimpleNamespace(
-        engine=SimpleNamespace(module=SimpleNamespace(model=model)), optim=SimpleNamespace(clip_norm=1.0)
-    )
-    report = loop.StepReport(total=torch.tensor(1.0), terms={}, gradient_norm=1.0)
-    assert loop._loss_metrics(trainer, report)["train/logit_scale"] == math.inf
 
 
 def test_the_loss_of_initial_values_is_announced_where_scale_and_bias_have_them() -> None:

@@ -4,6 +4,7 @@ It needs nothing but its own class. On 2 and 4 ranks, at every ZeRO stage, with 
 and after a resume it gives the losses and the average of one process.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,7 @@ def test_what_an_objective_adds_is_in_the_log_and_in_the_cost_of_a_step() -> Non
     found = model.metrics(lambda parameter: parameter.item())
     assert found == {"logit_scale": pytest.approx(10.0), "logit_bias": -10.0, "scored/average": 0.0}
     assert model.flops_per_sample() == 6.0 * whole.CONFIG.vision.width
+
+
+def test_a_scale_beyond_all_floats_is_infinite_and_does_not_end_the_run_by_itself() -> None:
+    assert training_model().metrics(lambda parameter: 800.0)["logit_scale"] == math.inf
