@@ -6,7 +6,6 @@ from typing import Any
 
 from data_tools.arguments import add_cache_dir, positive
 from data_tools.preview.card import card
-from data_tools.preview.page import page
 from data_tools.preview.pick import pick
 from data_tools.whole_file import check_targets, write_whole
 from siglip_train.data.locations import cache_folder
@@ -14,6 +13,7 @@ from siglip_train.data.pipeline import SourceConfig, extensions
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
 from siglip_train.redact import redacted
+from siglip_train.report.render import render
 
 EXAMPLE = """example:
   siglip-data preview 'data/web/{000..099}.tar' samples.html --text txt json:captions.* --samples 96
@@ -54,7 +54,9 @@ def _run(arguments: argparse.Namespace) -> None:
     samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
     for reason in unreadable:
         print(f"left out: {reason}")
+    cards = [card(sample, image, text) for sample in samples]
+    title = redacted(arguments.shards)
     write_whole(
-        arguments.page, page(redacted(arguments.shards), [card(sample, image, text) for sample in samples])
+        arguments.page, render("preview.html", package="data_tools.preview", title=title, cards=cards)
     )
-    print(f"wrote {arguments.page}: {len(samples)} samples of {redacted(arguments.shards)}")
+    print(f"wrote {arguments.page}: {len(samples)} samples of {title}")

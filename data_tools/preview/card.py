@@ -1,16 +1,17 @@
-"""One sample as HTML: its picture with boxes and mask, its captions, where it comes from; all text is escaped."""
+"""What the page shows of one sample: its image with boxes and mask, its captions, where it comes from."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.facts import boxes, language, read_facts
-from data_tools.preview.overlay import colour, css, data_url, draw_boxes, draw_mask
+from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
 from data_tools.reading import read_mask
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample
+from siglip_train.report.thumbnail import data_url
 
 _SIDE = 256
 # below it pixels are shown as pixels, since browsers blur
@@ -18,84 +19,78 @@ _SMALL = 128
 _LEGEND = 12
 
 
-def card(sample: RawSample, image: Sequence[str], text: Sequence[Field]) -> str:
-    """A `figure`; what cannot be read says so in place of itself. image: extensions in order of preference."""
-    faults: list[str] = []
+@dataclass
+class Card:
+    """One sample for `templates/preview.html`; what cannot be read says so in `faults`.
+
+    url, masks: the image and its class map as data URLs, "" without; width, height: pixels of both.
+    legend: (colour, class) of the largest classes; captions: (language or "", text).
+    """
+
+    places: list[str]
+    url: str = ""
+    width: int = 0
+    height: int = 0
+    masks: str = ""
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    boxes: list[PlacedBox] = field(default_factory=list)
+    captions: list[tuple[str, str]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def is_small(self) -> bool:
+        """Are the pixels to be seen as such?"""
+        return max(self.width, self.height) < _SMALL
+
+
+def card(sample: RawSample, image: Sequence[str], text: Sequence[Field]) -> Card:
+    """Read a sample. image: extensions in order of preference."""
+    made = Card([part for part in (sample.key, sample.shard) if part])
+    facts: dict[str, Any] = {}
     try:
         facts = read_facts(sample.members)
     except SampleError as error:
-        facts = {}
-        faults.append(str(error))
-    picture, size = _picture(sample.members, facts, image, faults)
-    captions = _captions(sample, facts, text, faults)
-    broken = "".join(f'<p class="fault">{escape(fault)}</p>' for fault in dict.fromkeys(faults))
-    places = " · ".join(escape(part) for part in (sample.key, sample.shard, size) if part)
-    return (
-        f'<figure>{picture}<figcaption>{broken}{captions}<p class="place">{places}</p></figcaption></figure>'
-    )
+        made.faults.append(str(error))
+    try:
+        _add_image(made, sample.members, facts, image)
+    except SampleError as error:
+        made.faults.append(str(error))
+    _add_captions(made, sample, facts, text)
+    made.faults = list(dict.fromkeys(made.faults))
+    return made
 
 
-def _picture(
-    members: Mapping[str, bytes], facts: Mapping[str, Any], image: Sequence[str], faults: list[str]
-) -> tuple[str, str]:
-    """(the picture and what lies over it, its size in words)"""
+def _add_image(
+    made: Card, members: Mapping[str, bytes], facts: Mapping[str, Any], image: Sequence[str]
+) -> None:
     data = next((members[extension] for extension in image if extension in members), None)
     if data is None:
-        faults.append("no image")
-        return "", ""
-    try:
-        picture = decode(data)
-    except SampleError as error:
-        faults.append(str(error))
-        return "", ""
-    size = f"{picture.width}\u00a0×\u00a0{picture.height}"
+        made.faults.append("no image")
+        return
+    picture = decode(data)
+    made.places.append(f"{picture.width}\u00a0×\u00a0{picture.height}")
     picture.thumbnail((_SIDE, _SIDE))
-    width, height = picture.size
-    crisp = ' class="crisp"' if max(width, height) < _SMALL else ""
-    layers = f'<img{crisp} src="{data_url(picture, "JPEG")}" alt="">'
-    mask, legend = _mask(members, facts, picture.size, faults)
-    layers += mask + draw_boxes(list(boxes(facts)), width, height)
-    # tall pictures are made narrow, not the page long
-    style = f"aspect-ratio: {width} / {height}; max-width: calc(320px * {width / height:.4f})"
-    return f'<div class="frame" style="{style}">{layers}</div>{legend}', size
-
-
-def _mask(
-    members: Mapping[str, bytes], facts: Mapping[str, Any], size: tuple[int, int], faults: list[str]
-) -> tuple[str, str]:
-    """(the overlay, its legend)"""
+    made.url, (made.width, made.height) = data_url(picture), picture.size
+    made.boxes = placed(list(boxes(facts)), *picture.size)
     if "mask.png" not in members:
-        return "", ""
-    try:
-        mask = read_mask(members["mask.png"])
-        overlay, histogram = draw_mask(mask, *size), mask.histogram()
-    except SampleError as error:
-        faults.append(str(error))
-        return "", ""
+        return
+    mask = read_mask(members["mask.png"])
+    made.masks, pixels = mask_url(mask, picture.size), mask.histogram()
     names = facts.get("classes")
     names = names if isinstance(names, dict) else {}
-    largest = sorted((number for number in range(1, 256) if histogram[number]), key=lambda n: -histogram[n])
-    chips = "".join(
-        f'<span><i style="background: {css(colour(number))}"></i>{escape(str(names.get(str(number), number)))}</span>'
-        for number in largest[:_LEGEND]
+    largest = sorted(
+        (number for number in range(1, 256) if pixels[number]), key=lambda number: -pixels[number]
     )
-    return f'<img class="mask" src="{overlay}" alt="">', f'<p class="legend">{chips}</p>'
+    made.legend = [(css(number), str(names.get(str(number), number))) for number in largest[:_LEGEND]]
 
 
-def _captions(sample: RawSample, facts: Mapping[str, Any], text: Sequence[Field], faults: list[str]) -> str:
-    lines = []
-    for field in text:
+def _add_captions(made: Card, sample: RawSample, facts: Mapping[str, Any], text: Sequence[Field]) -> None:
+    lines: dict[tuple[str, str], None] = {}
+    for each in text:
         try:
-            texts = field.texts(sample)
+            # the json says the language of `txt`; a mapping says its own
+            spoken = language(facts) if each.member == "txt" else ""
+            lines |= dict.fromkeys((key or spoken, value) for key, value in each.texts(sample))
         except SampleError as error:
-            faults.append(str(error))
-            continue
-        # the json says the language of `txt`; a mapping says its own
-        lines += [(key or (language(facts) if field.member == "txt" else ""), value) for key, value in texts]
-    return "".join(_caption(name, value) for name, value in dict.fromkeys(lines))
-
-
-def _caption(name: str, value: str) -> str:
-    tag = f'<b class="language">{escape(name)}</b> ' if name else ""
-    spoken = f' lang="{escape(name)}"' if name else ""
-    return f'<p>{tag}<span dir="auto"{spoken}>{escape(value)}</span></p>'
+            made.faults.append(str(error))
+    made.captions = list(lines)

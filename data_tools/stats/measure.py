@@ -9,7 +9,6 @@ from pathlib import Path
 from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
-from data_tools.stats.thumbnail import thumbnail
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.images import decode
 from siglip_train.data.locations import short_name
@@ -17,6 +16,7 @@ from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, damaged_samples, indexed_tar
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
+from siglip_train.report.thumbnail import thumbnail
 
 # as in data.sources, in order of preference
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -111,7 +111,7 @@ class _Counted:
     def show(self) -> None:
         """Keep the sample for the report, unless it has no readable picture."""
         with contextlib.suppress(SampleError):
-            url = thumbnail(decode(self.picture or b""))
+            url = thumbnail(decode(self.picture or b""), 192)
             captions = tuple(self.texts[:_SHOWN_CAPTIONS])
             self.tally.shown.append(Shown(self.sample.name, *self.size, url, captions))
 

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.stats.charts import percent, short
 from data_tools.stats.summary import Summary
+from siglip_train.report.numbers import percent, short
 
 _COLUMNS = ("mean", "min", "p5", "median", "p95", "p99", "max")
 _LISTED = 8
@@ -40,7 +40,7 @@ def _distributions(summary: Summary) -> Table:
     }
     for name, numbers in rows.items():
         if numbers["count"]:
-            table.add_row(name, *(short(numbers[column]) for column in _COLUMNS))
+            table.add_row(name, *(short(numbers[column], 3) for column in _COLUMNS))
     return table
 
 
@@ -49,7 +49,7 @@ def _facts(summary: Summary) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     facts = {
         "samples": f"{summary['samples']:,}",
-        "shards": f"{summary['shards']['read']:,}, {short(summary['shards']['bytes'] / 1e6)} MB",
+        "shards": f"{summary['shards']['read']:,}, {short(summary['shards']['bytes'] / 1e6, 3)} MB",
         "formats": _shares(pictures["formats"], pictures["number"]),
         "languages": _shares(
             {name: each["captions"] for name, each in captions["languages"].items()}, captions["number"]
@@ -63,7 +63,7 @@ def _facts(summary: Summary) -> Table:
         f"{decoding['megabytes_per_second_and_core']:.1f} MB/s per core ({decoding['pictures']} pictures)",
     }
     if "tokens" in captions:
-        share = percent(captions["over_context_length_share"], 1)
+        share = percent(captions["over_context_length_share"])
         facts[f"over {captions['context_length']} tokens"] = f"{captions['over_context_length']:,} ({share})"
     for name, value in facts.items():
         if value:
@@ -82,7 +82,7 @@ def _repeated(duplicates: Summary) -> str:
         return "none"
     about = "about " if duplicates["is_estimate"] else ""
     return (
-        f"{about}{duplicates['repeated']:,} ({percent(duplicates['share'], 1)}), "
+        f"{about}{duplicates['repeated']:,} ({percent(duplicates['share'])}), "
         f"the most frequent {duplicates['most_alike']:,} times"
     )
 

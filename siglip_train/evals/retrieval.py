@@ -12,9 +12,9 @@ from siglip_train.data.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
-from siglip_train.evals.gallery import spread
 from siglip_train.evals.ranking import best_ranks, recall_at
 from siglip_train.evals.retrieval_details import Texts, found_images, found_texts, similarity
+from siglip_train.report.thumbnail import spread
 
 _CUT_OFFS = (1, 5, 10)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from siglip_train.evals.base import ImageSet
-from siglip_train.evals.gallery import thumbnail
 from siglip_train.evals.ranking import top
+from siglip_train.report.thumbnail import thumbnail
 
 
 class Texts(NamedTuple):

@@ -21,7 +21,6 @@ from siglip_train.evals.accuracy import (
 )
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.bootstrap import check_resamples
-from siglip_train.evals.gallery import spread, thumbnail
 from siglip_train.evals.label_sets import (
     Truth,
     labelled_truth,
@@ -33,6 +32,7 @@ from siglip_train.evals.label_sets import (
 )
 from siglip_train.evals.ranking import best_ranks_in_sets, is_target, top
 from siglip_train.models.siglip import class_embeddings
+from siglip_train.report.thumbnail import spread, thumbnail
 
 
 @dataclass(kw_only=True)

@@ -1,25 +1,56 @@
-"""Line charts as inline SVG: scales, ticks, grid, one line a series, values on hover. Pure functions."""
+"""Line charts, histograms and bar charts as inline SVG, with values on hover. Pure functions."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
-from html import escape
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from markupsafe import Markup
+
+from siglip_train.report.numbers import log_ticks, ticks
+from siglip_train.report.render import render
 
 WIDTH, HEIGHT = 520, 244
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 36
 
 # a line of more points than pixels only makes the file larger
 MOST_POINTS = 400
 MOST_HOVER_POINTS = 80
+# of a bar chart: the space for names, in pixels and in characters, and for counts
+_NAME_WIDTH, _NAME_CHARACTERS, _COUNT_WIDTH = 210, 26, 96
 
 YScale = Literal["linear", "log if wide"]
+Point = tuple[float, float]
 
 
 class Series(NamedTuple):
     """A named line. points: (x, y) in ascending x; a y that is not finite leaves a gap."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
+
+    @property
+    def finite(self) -> list[Point]:
+        """The points that can be drawn."""
+        return [point for point in self.points if math.isfinite(point[1])]
+
+    @property
+    def hover(self) -> list[Point]:
+        """The points that tell their values."""
+        return self.finite[:: math.ceil(len(self.finite) / MOST_HOVER_POINTS)]
+
+
+class Bin(NamedTuple):
+    """Numbers of low <= x < high, in the last bin also x = high."""
+
+    low: float
+    high: float
+    number: int
+
+    @property
+    def whole(self) -> float | None:
+        """The only whole number inside, where the bin stands over one."""
+        return self.low + 0.5 if self.high - self.low == 1 and self.low % 1 == 0.5 else None
 
 
 class Scale(NamedTuple):
@@ -39,145 +70,96 @@ class Scale(NamedTuple):
     def _position(self, value: float) -> float:
         return math.log10(value) if self.is_log else value
 
+    def ticks(self, *, is_whole: bool = False) -> list[float]:
+        """Give round values along the scale."""
+        if self.is_log:
+            return log_ticks(self.low, self.high)
+        return ticks(self.low, self.high, is_whole=is_whole)
 
-def line_chart(title: str, series: Sequence[Series], *, y: YScale = "linear", x_name: str = "step") -> str:
-    """Give an `<figure>` with the chart and its legend; an empty string where there is nothing to draw.
+
+def line_chart(title: str, series: Sequence[Series], *, y: YScale = "linear", x_name: str = "step") -> Markup:
+    """Give a `<figure>` with the chart and its legend; an empty string where there is nothing to draw.
 
     y "log if wide": logarithmic where all values are positive and span more than two orders of magnitude.
     """
-    finite = [
-        Series(line.name, kept)
-        for line in series
-        if (kept := [p for p in line.points if math.isfinite(p[1])])
-    ]
-    if not finite:
-        return ""
-    x_scale, y_scale = _scales([point for line in finite for point in line.points], y)
-    # gaps are drawn from all points, so only lines without any finite value are dropped
-    names = {line.name for line in finite}
-    lines = [
-        _line(index, Series(line.name, thinned(line.points, MOST_POINTS)), x_scale, y_scale, x_name)
-        for index, line in enumerate(line for line in series if line.name in names)
-    ]
-    legend = "".join(
-        f'<span><i class="c{index % 8}"></i>{escape(line.name)} <b>{short(line.points[-1][1])}</b></span>'
-        for index, line in enumerate(finite)
-    )
-    log_note = " <small>log scale</small>" if y_scale.is_log else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}{log_note}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{_axes(x_scale, y_scale, x_name)}{''.join(lines)}</svg>"
-        f'<div class="legend">{legend}</div></figure>'
-    )
+    lines = [Series(line.name, thinned(line.points, MOST_POINTS)) for line in series if line.finite]
+    if not lines:
+        return Markup()
+    xs, ys = zip(*(point for line in series for point in line.finite), strict=True)
+    is_log = y == "log if wide" and min(ys) > 0 and max(ys) / min(ys) > 100
+    low, high = (min(ys) / 1.3, max(ys) * 1.3) if is_log else _range(min(ys), max(ys), 0.06)
+    x_scale = _across(*_range(min(xs), max(xs), 0.0))
+    y_scale = Scale(low, high, HEIGHT - BOTTOM, TOP, is_log)
+    drawn = [(line, _path(line.points, x_scale, y_scale)) for line in lines]
+    note = "log scale" if is_log else ""
+    return _chart("line", title, note, x_scale, y_scale, x_name=x_name, lines=drawn)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Give about `count` round values (1, 2, 5 times a power of ten) within low..high."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+def histogram(title: str, bins: Sequence[Bin], note: str, unit: str, *, is_log: bool = False) -> Markup:
+    """Give a `<figure>` with a bar for each bin, which border on one another."""
+    x_scale = _across(bins[0].low, bins[-1].high, is_log=is_log)
+    y_scale = Scale(0, max(each.number for each in bins), HEIGHT - BOTTOM, TOP)
+    return _chart("bins", title, note, x_scale, y_scale, x_name=unit, bins=bins)
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Give the powers of ten within low..high, at most about six."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    stride = max(1, (last - first) // 5)
-    return [10.0**power for power in range(first, last + 1, stride)]
+def plain_figure(title: str, text: str) -> Markup:
+    """Give a `<figure>` that says in words what needs no drawing."""
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>').format(title, text)
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+def bar_chart(title: str, rows: Sequence[tuple[str, int]], whole: int, note: str = "") -> Markup:
+    """Give a `<figure>` with a bar a row, each with its count and its share of `whole`; "" without rows."""
+    if not rows:
+        return Markup()
+    scale = Scale(0, max(count for _, count in rows), 0, WIDTH - _NAME_WIDTH - _COUNT_WIDTH)
+    bars = [(name, _clipped(name), count, max(scale(count), 1)) for name, count in rows]
+    return render("bars.html", title=title, note=note, bars=bars, whole=whole, left=_NAME_WIDTH, width=WIDTH)
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
     """Give at most about `most` points: of each stretch the lowest and the highest, so spikes survive."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
-    kept = []
+    kept: list[Point] = []
     for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        finite = [index for index in stretch if math.isfinite(points[index][1])]
-        ends = (
-            {min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
-            if finite
-            else {start}
-        )
-        kept += [points[index] for index in sorted(ends)]
-    if kept[-1] != points[-1]:
-        kept.append(points[-1])
-    return kept
+        stretch = points[start : start + size]
+        finite = Series("", stretch).finite or [stretch[0]]
+        kept += sorted({min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])})
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def short(value: float) -> str:
-    """Give a number in at most about six characters: 12.5k, 0.0312, 1e-05."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    size = abs(value)
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
-    return f"{value:.4g}" if size >= 1e-3 else f"{value:.2g}"
-
-
-def _scales(points: Sequence[tuple[float, float]], y: YScale) -> tuple[Scale, Scale]:
-    xs, ys = zip(*points, strict=True)
-    is_log = y == "log if wide" and min(ys) > 0 and max(ys) / min(ys) > 100
-    x_low, x_high = _room(min(xs), max(xs), 0.0)
-    y_low, y_high = (min(ys) / 1.3, max(ys) * 1.3) if is_log else _room(min(ys), max(ys), 0.06)
-    return (
-        Scale(x_low, x_high, LEFT, WIDTH - RIGHT),
-        Scale(y_low, y_high, HEIGHT - BOTTOM, TOP, is_log),
+def _chart(kind: str, title: str, note: str, x: Scale, y: Scale, **values: Any) -> Markup:
+    return render(
+        "chart.html", kind=kind, title=title, note=note, x=x, y=y, width=WIDTH, height=HEIGHT, **values
     )
 
 
-def _room(low: float, high: float, margin: float) -> tuple[float, float]:
+def _across(low: float, high: float, *, is_log: bool = False) -> Scale:
+    return Scale(low, high, LEFT, WIDTH - RIGHT, is_log)
+
+
+def _range(low: float, high: float, margin: float) -> tuple[float, float]:
     if low == high:
-        half = abs(low) * 0.1 or 1.0
-        return low - half, high + half
+        margin, high, low = 0.0, high + (abs(high) * 0.1 or 1.0), low - (abs(low) * 0.1 or 1.0)
     extra = (high - low) * margin
     return low - extra, high + extra
 
 
-def _axes(x_scale: Scale, y_scale: Scale, x_name: str) -> str:
-    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    y_ticks = (log_ticks if y_scale.is_log else ticks)(y_scale.low, y_scale.high)
-    parts = []
-    for value in y_ticks:
-        y = y_scale(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x_scale.low, x_scale.high):
-        x = x_scale(value)
-        parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{short(value)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
-    parts.append(f'<text class="name" x="{right}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_name)}</text>')
-    return "".join(parts)
-
-
-def _line(index: int, line: Series, x_scale: Scale, y_scale: Scale, x_name: str) -> str:
-    drawn = _path(line.points, x_scale, y_scale)
-    finite = [point for point in line.points if math.isfinite(point[1])]
-    stride = math.ceil(len(finite) / MOST_HOVER_POINTS)
-    dots = "".join(
-        f'<circle cx="{x_scale(x):.1f}" cy="{y_scale(y):.1f}" r="{4 if len(finite) > 30 else 2.5}">'
-        f"<title>{escape(line.name)} {short(y)} at {escape(x_name)} {x:,.0f}</title></circle>"
-        for x, y in finite[::stride]
-    )
-    # many dots would hide the line: they then show on hover only
-    kind = "hover" if len(finite) > 30 else "dots"
-    return f'<g class="c{index % 8}"><path d="{drawn}"/><g class="{kind}">{dots}</g></g>'
-
-
-def _path(points: Sequence[tuple[float, float]], x_scale: Scale, y_scale: Scale) -> str:
+def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
     commands, is_down = [], False
     for x, y in points:
-        if not math.isfinite(y):
-            is_down = False
-            continue
-        commands.append(f"{'L' if is_down else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}")
-        is_down = True
+        if math.isfinite(y):
+            commands.append(f"{'L' if is_down else 'M'}{x_scale(x):.1f} {y_scale(y):.1f}")
+        is_down = math.isfinite(y)
     return "".join(commands)
+
+
+def _clipped(name: str) -> str:
+    room = _NAME_CHARACTERS
+    for place, character in enumerate(name):
+        # Chinese characters, for example, are twice as wide
+        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if room < 0:
+            return name[: max(place - 1, 0)] + "…"
+    return name

@@ -15,10 +15,12 @@ from PIL import Image
 
 from data_tools import stats_command
 from data_tools.cli import main
-from data_tools.stats.charts import bar_chart, binned, histogram, log_ticks, ticks
 from data_tools.stats.counters import Distinct, Distribution, Frequent
+from data_tools.stats.histogram import binned, histogram
 from data_tools.stats.measure import measure_shard
 from data_tools.stats.texts import normalised, words
+from siglip_train.report.charts import bar_chart
+from siglip_train.report.numbers import log_ticks, ticks
 
 from .conftest import OPTIONS
 

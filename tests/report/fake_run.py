@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from siglip_train.evals.gallery import thumbnail
+from siglip_train.report.thumbnail import thumbnail
 
 HOSTILE = '<script>alert("x")</script> & "quoted"'
 CAPTIONS = [

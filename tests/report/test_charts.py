@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from siglip_train.report.charts import Scale, Series, line_chart, log_ticks, short, thinned, ticks
+from siglip_train.report.charts import Scale, Series, line_chart, thinned
+from siglip_train.report.numbers import log_ticks, short, ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-12, -10), (3.1, 3.2), (1, 600), (0, 1e-6), (-1e9, 2e9)])
@@ -48,7 +49,7 @@ def test_short_numbers(value, text):
 
 
 def drawing(chart: str) -> ElementTree.Element:
-    return ElementTree.fromstring(re.search("<svg.*</svg>", chart).group())
+    return ElementTree.fromstring(re.search("<svg.*</svg>", chart, re.DOTALL).group())
 
 
 def test_a_chart_is_well_formed_and_names_its_values():

@@ -108,6 +108,24 @@ def test_an_evaluation_without_details_or_with_nan_is_shown(tmp_path):
     assert "50.0 %" in text
 
 
+def test_a_diverged_model_is_shown_too(tmp_path):
+    """Numbers that are not finite are null in the JSON of an evaluation."""
+
+    def without_numbers(content):
+        if isinstance(content, dict):
+            return {key: without_numbers(value) for key, value in content.items()}
+        if isinstance(content, list):
+            return [without_numbers(value) for value in content]
+        return None if isinstance(content, float) else content
+
+    write_fake_run(tmp_path, steps=3)
+    for path in (tmp_path / "evaluations").iterdir():
+        path.write_text(json.dumps(without_numbers(json.loads(path.read_text()))))
+    _, _, text = read(write_report(tmp_path))
+    assert "Images found for a caption" in text
+    assert "nan" in text
+
+
 def test_an_empty_folder_and_no_folder(tmp_path):
     _, _, text = read(write_report(tmp_path))
     assert tmp_path.name in text

@@ -4,7 +4,7 @@ import io
 import pytest
 from PIL import Image
 
-from siglip_train.evals.gallery import spread, thumbnail
+from siglip_train.report.thumbnail import spread, thumbnail
 
 
 @pytest.mark.parametrize(
