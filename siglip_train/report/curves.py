@@ -79,7 +79,7 @@ def _names(rows: Iterable[Row], prefix: str) -> list[str]:
 
 def _points(rows: Iterable[Row], name: str, of: str | None = None) -> list[Point]:
     """The values of a metric, or their shares of the metric `of`, by step."""
-    values = ((row.get("step"), row.get(name), row.get(of) if of else 1) for row in rows)
+    values: list[Any] = [(row.get("step"), row.get(name), row.get(of) if of else 1) for row in rows]
     return sorted(
         (float(step), value / whole)
         for step, value, whole in values
