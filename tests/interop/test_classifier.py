@@ -162,7 +162,7 @@ def mistakes(folder: Path) -> dict[str, tuple[Path, list[str], str]]:
         "pooled": (pooled, classifier, "(features: pooled, model.vision.pool is map)"),
         "class token": (token, classifier, "model.vision.pool is cls; HuggingFace's SigLIP has no class token"),
         "names": (one, [*classifier, "--classnames", str(folder / "names.txt")], "2 class names, but the head has 3"),
-        "no names": (one, [*classifier, "--classnames", "nowhere"], "cannot read the class names in nowhere"),
+        "no names": (one, [*classifier, "--classnames", "nowhere"], "the class names: cannot read nowhere"),
         "config": (changed, classifier, "objectives.kind in"),
         "target": (one, ["--to", "onnx", "--part", "classifier"], "part classifier has a form in hf only"),
         "part": (one, ["--to", "hf", "--objective", "kind"], "--objective and --classnames are for"),
