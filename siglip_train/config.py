@@ -7,6 +7,7 @@ from typing import Any, Literal
 from siglip_train.checkpoint import CheckpointConfig
 from siglip_train.data.pipeline import DataConfig
 from siglip_train.data.tokenizer import TextRules
+from siglip_train.distributed.setup import DistributedConfig
 from siglip_train.engine import EngineConfig
 from siglip_train.errors import UserError
 from siglip_train.metrics import LogConfig
@@ -85,6 +86,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def total_steps(self) -> int:

@@ -17,6 +17,14 @@ class UserError(Exception):
     """
 
 
+class PeerError(Exception):
+    """The failure of another rank, which ends this one: the message names it; status: the exit status of all."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 def said(error: BaseException) -> str:
     """An error in a line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -24,6 +32,8 @@ def said(error: BaseException) -> str:
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a `UserError` that leaves an entry point into one line on stderr and exit status 2; Ctrl-C into 130.
+
+    The same for the failure of another rank, with its exit status.
 
     141, without a word, where who reads the output has gone, as of a program that the signal of it ends.
     """
@@ -38,6 +48,9 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             print(f"error: {redacted(str(error))}", file=sys.stderr)  # noqa: T201
             raise SystemExit(2) from None
+        except PeerError as error:
+            print(f"error: {redacted(str(error))}", file=sys.stderr)  # noqa: T201
+            raise SystemExit(error.status) from None
         except KeyboardInterrupt:
             print("interrupted; every file that was written is complete", file=sys.stderr)  # noqa: T201
             raise SystemExit(130) from None

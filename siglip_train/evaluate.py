@@ -12,7 +12,7 @@ from rich.console import Console
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.data.workers import Workers, worker_count
 from siglip_train.distributed.collectives import barrier
-from siglip_train.distributed.setup import init_world, leave_world
+from siglip_train.distributed.setup import DistributedConfig, init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import (
     Encoder,
@@ -31,6 +31,7 @@ from siglip_train.interop.runs import read_heads, run_config
 from siglip_train.keys import print_keys
 from siglip_train.records import to_json
 from siglip_train.report import write_evaluation_report, write_report
+from siglip_train.supervision import Supervision, supervised
 from siglip_train.trust import check_read_back
 from siglip_train.typed import build
 
@@ -89,7 +90,12 @@ def run(values: dict[str, Any]) -> None:
     output = _writable_output(config)
     check_all(tasks, "tasks")
     _make_benchmark_dir(config)
-    world = init_world(config.device)
+    with supervised(DistributedConfig(), None) as watch:
+        _evaluate(config, tasks, output, watch)
+
+
+def _evaluate(config: EvaluateConfig, tasks: dict[str, Evaluator], output: Path, watch: Supervision) -> None:
+    world = init_world(config.device, met=watch.met)
     loaded = load_model(config.checkpoint, device=str(world.device), tokenizer=config.tokenizer)
     encoder = Encoder(
         model=loaded.model,
@@ -99,6 +105,7 @@ def run(values: dict[str, Any]) -> None:
         precision=_precision(config.precision, world.device),
         batch_size=config.batch_size,
         workers=worker_count(config.workers),
+        on_batch=watch.standing.move,
         heads={name: head.to(world.device) for name, head in read_heads(Path(config.checkpoint)).items()},
     )
     evaluations = run_all(tasks, encoder)

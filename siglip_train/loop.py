@@ -1,9 +1,11 @@
 """The training loop: for each batch, step, log, save, evaluate. It knows an engine, an iterator and callables."""
 
 import logging
+import socket
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from statistics import mean
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,14 +15,16 @@ from siglip_train import engine as engines
 from siglip_train import optim
 from siglip_train.batch import Batch
 from siglip_train.checkpoint import Checkpoints, Progress
-from siglip_train.distributed.collectives import mean_over_ranks
+from siglip_train.distributed.collectives import gather_objects, mean_over_ranks
+from siglip_train.distributed.peers import Standing
 from siglip_train.distributed.ring import exchange_seconds
 from siglip_train.distributed.setup import World
+from siglip_train.distributed.slow_ranks import SlowRank, Times, largest
 from siglip_train.errors import UserError
 from siglip_train.metrics import MetricWriter, ProgressDisplay, memory_gib, peak_flops
 from siglip_train.objectives.training_model import Divisors
 from siglip_train.optim import OptimConfig
-from siglip_train.runtime import StopSignal
+from siglip_train.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +89,8 @@ class Trainer(NamedTuple):
     writer: MetricWriter | None
     display: ProgressDisplay
     stop: StopSignal
+    standing: Standing
+    slow_rank: SlowRank
     evaluate: Callable[[int], dict[str, float]]
 
 
@@ -96,9 +102,13 @@ def train(run: Trainer, progress: Progress) -> Progress:
     timer = _Timer(run)
     watch: optim.UnusedParameters | None = optim.UnusedParameters(run.engine.module)
     batches: Iterable[Batch] = iter(run.loader)
+    at, first = run.standing.at, progress.step + 1
     while progress.step < run.schedule.last_step:
         with timer.waiting_for_data():
+            at("data", progress.step + 1)
             batch = next(batches)  # type: ignore[call-overload]
+        # which compiles, and makes connections
+        at("first step" if progress.step + 1 == first else "step")
         lr = _set_learning_rates(run, progress.samples_seen)
         torch.manual_seed(_seed_of_step(run, progress.step))
         report, stop = run.take_step(run, batch, progress.step + 1)
@@ -109,6 +119,7 @@ def train(run: Trainer, progress: Progress) -> Progress:
             _warn_of_unused(watch)
             watch = None
         metrics = None
+        at("metrics")
         if progress.step % run.schedule.log_every == 0 or progress.step == run.schedule.last_step:
             metrics = {**_loss_metrics(run, report), "train/lr": lr, **timer.metrics()}
             counts = {f"data/{name}": float(count) for name, count in run.loader.total_counts().items()}
@@ -150,6 +161,7 @@ def _warn_of_unused(watch: optim.UnusedParameters) -> None:
 
 
 def _save(run: Trainer, progress: Progress) -> None:
+    run.standing.at("checkpoint")
     run.checkpoints.save(run.engine, progress._replace(loader=run.loader.state()))
 
 
@@ -233,6 +245,7 @@ def _evaluation_due(run: Trainer, step: int) -> bool:
 
 def _evaluate(run: Trainer, progress: Progress) -> bool:
     """Evaluate and record; False when a stop signal ended it early. All ranks."""
+    run.standing.at("evaluation")
     try:
         metrics = run.evaluate(progress.step)
     except StopTraining:
@@ -282,21 +295,23 @@ class _Timer:
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         seconds = (time.perf_counter() - self._begin) / self._steps
-        values = mean_over_ranks(
-            {
-                "step": seconds,
-                "data": self._waited / self._steps,
-                "exchange": exchange_seconds() / self._steps,
-            }
+        ranks = gather_objects(
+            Times(socket.gethostname(), seconds, self._waited / self._steps, exchange_seconds() / self._steps)
         )
         self._restart()
-        rate = schedule.global_batch_size / values["step"]
+        if world.is_main:
+            self._run.slow_rank.seen(ranks)
+        step = mean(times.step for times in ranks)
+        data = mean(times.data for times in ranks)
+        exchange = mean(times.exchange for times in ranks)
+        rate = schedule.global_batch_size / step
         flops = rate * schedule.flops_per_pair / world.world_size
         metrics = {
-            "train/step_time": values["step"],
-            "train/data_time": values["data"],
-            "train/exchange_time": values["exchange"],
-            "train/compute_time": values["step"] - values["data"] - values["exchange"],
+            "train/step_time": step,
+            "train/data_time": data,
+            "train/exchange_time": exchange,
+            "train/compute_time": step - data - exchange,
+            **{f"train/{name}": value for name, value in largest(ranks).items()},
             "train/samples_per_second": rate,
             "train/samples_per_second_per_rank": rate / world.world_size,
             "train/tflops_per_rank": flops / 1e12,

@@ -1,7 +1,9 @@
 """Where numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request; progress on screen."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +95,7 @@ class ProgressDisplay:
         self._is_main = is_main
         self._total = total_steps
         self._start = start_step
-        self._bar = None
+        self._bar: Progress | None = None
         if is_main and is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]train"),
@@ -107,23 +109,27 @@ class ProgressDisplay:
     def start(self) -> None:
         """Training begins now."""
         self._begin = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
+        with self._while_there_is_a_terminal() as bar:
+            if bar is not None:
+                bar.start()
 
     def step(self, step: int, metrics: dict[str, float] | None) -> None:
         """Advance; `metrics` are the logged ones of this step, None at a step that is not logged."""
         if not self._is_main:
             return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        with self._while_there_is_a_terminal() as bar:
+            if bar is not None:
+                bar.update(self._task, completed=step)
         if metrics is None:
             return
         text = (
             f"loss {metrics['train/loss']:.4f}  {metrics['train/samples_per_second']:.0f} samples/s  "
             f"data wait {100 * metrics['train/data_time'] / metrics['train/step_time']:.0f} %"
         )
+        with self._while_there_is_a_terminal() as bar:
+            if bar is not None:
+                bar.update(self._task, description=text)
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
             log.debug("step %d  %s", step, text)
         else:
             log.info("step %d/%d  %s  ETA %s", step, self._total, text, self._remaining(step))
@@ -135,5 +141,14 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+        with self._while_there_is_a_terminal() as bar:
+            if bar is not None:
+                bar.stop()
+
+    @contextlib.contextmanager
+    def _while_there_is_a_terminal(self) -> Iterator[Progress | None]:
+        """The bar; from the moment on that its terminal is lost there is none."""
+        try:
+            yield self._bar
+        except OSError:
+            self._bar = None

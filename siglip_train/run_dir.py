@@ -4,29 +4,28 @@ import fcntl
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import omegaconf
-from rich.console import Console
-from rich.logging import RichHandler
 
+from siglip_train.distributed import flight_recorder
 from siglip_train.distributed.collectives import broadcast_object
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.files import write_text
 from siglip_train.interop.runs import run_config
-from siglip_train.redact import RedactingFormatter, redacted_values
+from siglip_train.rank_log import RankLog
+from siglip_train.redact import redacted_values
 from siglip_train.runtime import environment
 from siglip_train.typed import flat
 
 log = logging.getLogger("siglip_train")
 
 
-def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Path:
+def open_run_dir(wanted: str | None, world: World, values: dict[str, Any], rank_log: RankLog) -> Path:
     """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks.
 
     wanted: null = a folder named by date and time. values: the composed config. Raises `UserError` on every rank where
@@ -40,20 +39,24 @@ def open_run_dir(wanted: str | None, world: World, values: dict[str, Any]) -> Pa
     if world.is_main:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _claim(_start_logging(run_dir), run_dir)
+            _claim(rank_log.open(run_dir), run_dir)
             _write_config(run_dir, {**values, "run_dir": str(run_dir)})
             write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
         except UserError as error:
             failure = str(error)
         except OSError as error:
             failure = f"run_dir: cannot write to {run_dir}: {error}"
-    else:
-        logging.basicConfig(level=logging.WARNING, format=f"[rank {world.rank}] %(message)s")
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(RedactingFormatter(f"[rank {world.rank}] %(message)s"))
     failure = broadcast_object(failure)
     if failure is not None:
+        # it may be another run's, whose log is not the place to say so
+        rank_log.forget()
         raise UserError(failure)
+    if not world.is_main:
+        try:
+            rank_log.open(run_dir)
+        except OSError as error:
+            log.warning("rank %d has no log, as it cannot write to %s: %s", world.rank, run_dir, error)
+    flight_recorder.write_into(run_dir / "logs")
     return run_dir
 
 
@@ -81,25 +84,6 @@ def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
         ) from None
     except OSError as error:
         log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
-
-
-def _start_logging(run_dir: Path) -> logging.FileHandler:
-    """Messages go to log.txt in full, and to the screen: through rich on a terminal, as plain lines otherwise."""
-    to_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
-    to_file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-    to_file.setLevel(logging.DEBUG)
-    to_screen: logging.Handler
-    if sys.stderr.isatty():
-        to_screen = RichHandler(console=Console(stderr=True), show_path=False, level=logging.INFO)
-        to_screen.setFormatter(RedactingFormatter("%(message)s"))
-    else:
-        to_screen = logging.StreamHandler()
-        to_screen.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        to_screen.setLevel(logging.INFO)
-    log.setLevel(logging.DEBUG)
-    log.handlers = [to_file, to_screen]
-    log.propagate = False
-    return to_file
 
 
 def _write_config(run_dir: Path, values: dict[str, Any]) -> None:

@@ -1,13 +1,11 @@
-"""What surrounds a run: seeds, signals, the environment report, and the check that `kernels` is ours."""
+"""What surrounds a run: seeds, the environment report, and the check that `kernels` is ours."""
 
 import platform
 import random
-import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,22 +32,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # for libraries that draw from the global state
     torch.manual_seed(seed)
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 (Slurm's and a preempting cloud's notice), to be asked at a safe point."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def install(self) -> "StopSignal":
-        """Take over the two signals of this process."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,8 @@ from siglip_train.data.pieces import Share
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
-from siglip_train.distributed.setup import World, init_world, leave_world
+from siglip_train.distributed.setup import World, init_world, leave_world, use_timeout_everywhere
+from siglip_train.distributed.slow_ranks import SlowRank
 from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
@@ -35,8 +36,9 @@ from siglip_train.optim import build_optimizer, lr_for_batch
 from siglip_train.report import write_report
 from siglip_train.resume import choose_checkpoint
 from siglip_train.run_dir import open_run_dir
-from siglip_train.runtime import StopSignal, check_kernels_package, seed_everything
+from siglip_train.runtime import check_kernels_package, seed_everything
 from siglip_train.same_program import check_same_program
+from siglip_train.supervision import Supervision, supervised
 
 log = logging.getLogger("siglip_train")
 
@@ -60,10 +62,14 @@ def main() -> None:
 def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
     """Train as the composed config `values` says; written: what its experiment says alone. All ranks."""
     config = parse(values)
-    stop = StopSignal().install()
-    world = init_world(config.device)
+    with supervised(config.distributed, config.run_dir) as watch:
+        _run(config, values, written, watch)
+
+
+def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None, watch: Supervision) -> None:
+    world = init_world(config.device, config.distributed, met=watch.met)
     check_same_program(values, Path(config.tokenizer))
-    run_dir = open_run_dir(config.run_dir, world, values)
+    run_dir = open_run_dir(config.run_dir, world, values, watch.log)
     seed_everything(config.seed)
 
     tokenizer, transform = _text_and_image_input(config)
@@ -95,6 +101,7 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )
     wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
+    use_timeout_everywhere(config.distributed)
     if saved is not None:
         checkpoint.restore_optimizer(wrapped, saved)
 
@@ -113,7 +120,7 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
         batch_size=config.evaluation.batch_size,
         workers=config.data.worker_count,
         scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
-        on_batch=_leave_if_stopped(stop),
+        on_batch=_on_batch(watch),
         heads=dict(model.objectives.items()),
     )
     trainer = loop.Trainer(
@@ -142,7 +149,9 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
             is_main=world.is_main,
             is_terminal=sys.stderr.isatty(),
         ),
-        stop=stop,
+        stop=watch.stop,
+        standing=watch.standing,
+        slow_rank=SlowRank(config.distributed.slow_rank_excess, config.distributed.slow_rank_logs),
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
     _announce(config, world, model, precision, loader.outlook(config.total_samples), written)
@@ -153,6 +162,8 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
         )
     prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
     progress = _train(trainer, progress, prepare)
+    watch.standing.at("end")
+    watch.ended = f"ended: {progress.samples_seen} of {config.total_samples} samples seen"
     if world.is_main:
         _finish(run_dir, progress, config)
     barrier()
@@ -255,14 +266,15 @@ def _micro_batch_size(config: Config, share: Share) -> int:
     return size
 
 
-def _leave_if_stopped(stop: StopSignal) -> Callable[[], None]:
+def _on_batch(watch: Supervision) -> Callable[[], None]:
     """Called between the batches of an evaluation on all ranks, so that a stop signal need not wait for its end."""
 
-    def leave() -> None:
-        if any_rank(stop.received is not None):
+    def moved() -> None:
+        watch.standing.move()
+        if any_rank(watch.stop.received is not None):
             raise loop.StopTraining
 
-    return leave
+    return moved
 
 
 def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step: int) -> dict[str, float]:

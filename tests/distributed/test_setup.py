@@ -18,8 +18,8 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
 JOIN = """
 import json, os
 from siglip_train.distributed.collectives import gather_objects
-from siglip_train.distributed.setup import init_world
-world = init_world(timeout_minutes=1.0)
+from siglip_train.distributed.setup import DistributedConfig, init_world
+world = init_world(config=DistributedConfig(startup_timeout_seconds=60))
 print(json.dumps({
     "place": [world.rank, world.world_size, world.local_rank], "device": world.device.type,
     "ranks": gather_objects(world.rank), "seen by libraries": os.environ["RANK"] + "/" + os.environ["WORLD_SIZE"],
