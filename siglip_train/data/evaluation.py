@@ -29,7 +29,7 @@ from siglip_train.data.samples import Field, no_caption
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import RawSample, ShardReader, Wanted
 from siglip_train.data.survey import survey
-from siglip_train.data.watchdog import watched
+from siglip_train.data.watchdog import Loss, Verdict, watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.errors import UserError
 
@@ -266,9 +266,10 @@ class EvaluationLoader:
             **worker_options(min(self._workers, len(self) - first)),
         )
 
-    def _lost(self, number: int) -> str:
-        places = self._batches.places(self._numbers[number])
-        return f"samples {places.start} to {places.stop - 1} of an evaluation set"
+    def _lost(self, loss: Loss) -> Verdict:
+        places = self._batches.places(self._numbers[loss.number])
+        # every sample counts here, so that none is left out
+        return Verdict(f"samples {places.start} to {places.stop - 1} of an evaluation set")
 
     def report_excluded(self, excluded: list[BadSample]) -> None:
         """Count and log samples left out before reading, because a member is missing or cut off."""

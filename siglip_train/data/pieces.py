@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from siglip_train.data.images import ImageTransform
 from siglip_train.data.locations import short_name
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
+from siglip_train.data.quarantine import CAUSE, Place
 from siglip_train.data.samples import CaptionChoice, Field, class_label
 from siglip_train.data.shards import RawSample, ShardReader, ShardSet
 from siglip_train.data.tokenizer import Tokenizer
@@ -158,8 +160,10 @@ class Pieces(Dataset):
         self.sources, self.mixture, self.share = sources, mixture, share
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
         self.per_batch = -(-share.size // _PIECE)
-        # which position each piece has come to; the main process looks here when a worker is stuck
-        self._reached = torch.full((_TRACKED,), _NOWHERE).share_memory_()
+        # the position that each piece has come to, by which process, and its sample; the main process looks here when
+        # workers are lost
+        self._reached = torch.full((_TRACKED, 2 + len(Place._fields)), _NOWHERE).share_memory_()
+        self.quarantined: frozenset[Place] = frozenset()
         self._space: torch.Tensor | None = None
 
     def shared(self, count: int) -> "Pieces":
@@ -189,18 +193,30 @@ class Pieces(Dataset):
         return begin, end
 
     def where(self, batch: int) -> str:
-        """What a worker that did not finish its piece of this batch was at, for messages."""
+        """What a worker that did not finish its piece of this batch was at, for messages; before `at_hand`."""
         numbers = range(batch * self.per_batch, (batch + 1) * self.per_batch)
         begin, end = self._bounds(numbers[0])[0], self._bounds(numbers[-1])[1]
-        reached = (int(self._reached[number % _TRACKED]) for number in numbers)
-        position = next((position for position in reached if begin <= position < end), None)
-        if position is None:
+        reached = [self._reached[number % _TRACKED].tolist() for number in numbers]
+        at = [(position, Place(*place)) for position, _, *place in reached if begin <= position < end]
+        if not at:
             return f"samples {begin} to {end - 1} of the run"
-        sources, slots = self.mixture.slots(position, position + 1)
-        source = self.sources[int(sources[0])]
-        shard, sample = source.order.locate(int(slots[0]))
-        name = f"{short_name(source.shards.urls[shard])}/{source.reader.key(shard, sample)}"
-        return f"sample {position} of the run, {name} of source {source.name}"
+        position, place = at[0]
+        return f"sample {position} of the run, {self.name(place)}"
+
+    def at_hand(self, batch: int, dead: frozenset[int]) -> list[Place]:
+        """The samples that these processes were at, or, where none has ended, all that this batch waits for."""
+        first = batch * self.per_batch
+        rows = [self._reached[number % _TRACKED].tolist() for number in range(first, first + self.per_batch)]
+        if dead:
+            rows = [row for row in self._reached.tolist() if row[1] in dead]
+        self._reached.fill_(_NOWHERE)
+        return [Place(*place) for position, _, *place in rows if position != _NOWHERE]
+
+    def name(self, place: Place) -> str:
+        """`SHARD/KEY of source NAME`."""
+        source = self.sources[place.source]
+        key = source.reader.key(place.shard, place.number)
+        return f"{short_name(source.shards.urls[place.shard])}/{key} of source {source.name}"
 
     def __getitem__(self, number: int) -> Piece:
         begin, end = self._bounds(number)
@@ -212,8 +228,8 @@ class Pieces(Dataset):
             for position, source, slot in zip(
                 range(begin, end), sources.tolist(), slots.tolist(), strict=True
             ):
-                reached[number % _TRACKED] = position
-                rows.append(self._row(position, self.sources[source], slot, report))
+                reached[number % _TRACKED, :2] = position, os.getpid()
+                rows.append(self._row(position, source, slot, report, reached[number % _TRACKED, 2:]))
         except UserError as error:
             report.failure = str(error)
             return Piece(None, report)
@@ -236,13 +252,19 @@ class Pieces(Dataset):
             out = self._space[number % len(self._space), : len(rows)]
         return self.transform.batch(rows, out), None
 
-    def _row(self, position: int, source: Source, slot: int, report: Report) -> _Row:
+    def _row(self, position: int, number_of_source: int, slot: int, report: Report, at: np.ndarray) -> _Row:
+        """Make the sample of a position; at: takes which one is being read."""
+        source = self.sources[number_of_source]
         rng = sample_generator(self.mixture.seed, position)
         bad, failed = 0, 0
         while bad <= _ATTEMPTS and failed <= _FAILED_DRAWS:
             shard, number = source.order.locate(slot)
-            sample = None
+            at[:] = place = Place(number_of_source, int(shard), int(number))
+            sample, key = None, "?"
             try:
+                if place in self.quarantined:
+                    key = source.reader.key(shard, number)
+                    raise SampleError(CAUSE, "left out")
                 sample = source.reader.read(shard, number, image=source.embeddings is None)
                 row = self._finished(sample, source, (shard, number), rng)
             except UnavailableShardError as error:
@@ -251,7 +273,7 @@ class Pieces(Dataset):
                 last = f"of shard {short_name(source.shards.urls[shard])}, {error.detail}"
             except Exception as error:  # whatever is wrong with one sample must not end the run
                 name = short_name(source.shards.urls[shard])
-                report.bad.append(BadSample.of(name, sample.key if sample else "?", error))
+                report.bad.append(BadSample.of(name, sample.key if sample else key, error))
                 bad += 1
                 last = str(report.bad[-1])
             else:

@@ -25,15 +25,16 @@ from siglip_train.data.order import Order, SourceOrder
 from siglip_train.data.passes import outlook, passes
 from siglip_train.data.patience import USUAL, Patience
 from siglip_train.data.pieces import Piece, Pieces, Report, Share, Source
+from siglip_train.data.quarantine import Place, Quarantine
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.samples import CaptionChoice, Field
 from siglip_train.data.select import EVERYTHING, Selection
 from siglip_train.data.shards import ShardReader, ShardSet, Wanted
 from siglip_train.data.survey import Progress, check_room, survey
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.data.watchdog import STALL_SECONDS, watched
+from siglip_train.data.watchdog import STALL_SECONDS, Loss, Verdict, watched
 from siglip_train.data.workers import Workers, unchanged, worker_count, worker_options
-from siglip_train.distributed.collectives import sum_over_ranks
+from siglip_train.distributed.collectives import gather_objects, sum_over_ranks
 from siglip_train.distributed.cores import cores_of_rank
 from siglip_train.errors import UserError
 
@@ -144,6 +145,7 @@ class Loader:
     samples_seen: of the whole run, over all ranks, in the batches handed out. counts: of this rank, `seen`,
     `bad/<cause>`, `substituted`, `failed/<source>` (samples of unavailable shards), `fetch_retries`, `failed_shards`,
     `shards_back`, `changed_shards` (since they were counted), `workers_replaced` (all of them, so many times),
+    `quarantined` (samples that ended their worker each time; where they would come, they are `bad/ends its worker`),
     `source/<name>`, `language/<name>`. unusable: `excluded/<cause>` for what the shards hold but cannot be used,
     `repeated_keys`, `shards_left_out`; the same on all ranks. fingerprint: changes with the
     samples or their order.
@@ -157,6 +159,7 @@ class Loader:
         self.samples_seen = 0
         self.counts: Counter[str] = Counter()
         self._pieces, self._pin_memory, self._log = pieces, pin_memory, BadSampleLog()
+        self._quarantine = Quarantine()
         if state is not None:
             self._resume(state)
         self.unusable = self._found_unusable()
@@ -191,11 +194,36 @@ class Loader:
             "counts": counts,
             "fingerprint": self.fingerprint,
             "left_out": left_out,
+            "quarantine": [
+                list(found) for found in sorted(set().union(*gather_objects(self._quarantined())))
+            ],
         }
+
+    def _quarantined(self) -> set[tuple[str, str, int]]:
+        """What is left out, in names that last: source, shard, number of the sample in it."""
+        sources = self.sources
+        return {
+            (sources[at].name, lasting_name(sources[at].shards.urls[shard]), number)
+            for at, shard, number in self._quarantine.places
+        }
+
+    def _leave_out(self, names: list[list[Any]]) -> None:
+        """Leave out what the state of an earlier attempt names, where it is still there."""
+        wanted = {(source, shard, number) for source, shard, number in names}
+        shards = {(source, shard) for source, shard, _ in wanted}
+        for at, source in enumerate(self.sources):
+            for shard, url in enumerate(source.shards.urls):
+                if (source.name, lasting_name(url)) in shards:
+                    numbers = {
+                        number for *place, number in wanted if place == [source.name, lasting_name(url)]
+                    }
+                    self._quarantine.add(Place(at, shard, number) for number in numbers)
+        self._pieces.quarantined = self._quarantine.places
 
     def _resume(self, state: dict[str, Any]) -> None:
         size = self._pieces.share.global_batch_size
         self.samples_seen = state["samples_seen"]
+        self._leave_out(state.get("quarantine", []))
         if self._pieces.share.rank == 0:
             # they are sums over the ranks there were, which may have been others
             self.counts.update({name: int(count) for name, count in state["counts"].items()})
@@ -269,9 +297,18 @@ class Loader:
     def _from(self, batch: int) -> DataLoader:
         return _data_loader(self._pieces, batch * self._pieces.per_batch, self.config)
 
-    def _lost(self, batch: int) -> str:
+    def _lost(self, loss: Loss) -> Verdict:
         self.counts["workers_replaced"] += 1
-        return self._pieces.where(batch)
+        where = self._pieces.where(loss.number)
+        found = self._quarantine.ended(self._pieces.at_hand(loss.number, loss.dead))
+        for place in found:
+            self.counts["quarantined"] += 1
+            _LOG.warning(
+                "sample %s has ended its worker three times: it is left out from now on, also after a resume",
+                self._pieces.name(place),
+            )
+        self._pieces.quarantined = self._quarantine.places
+        return Verdict(where, is_mended=bool(found))
 
     def _report(self, events: list[Event]) -> None:
         for event in events:
@@ -290,6 +327,7 @@ class Loader:
             self._log(bad)
         if batch is None:
             raise UserError(next(report.failure for report in reports if report.failure))
+        self._quarantine.got_through()
         self.counts["seen"] += batch.size
         bad_samples = sum(count for name, count in self.counts.items() if name.startswith("bad/"))
         if found and too_many(bad_samples, self.counts["seen"], self.config.max_bad_share):

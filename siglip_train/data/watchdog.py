@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
@@ -31,7 +31,25 @@ _LEAVE_SECONDS = 10.0
 
 
 class WorkersLostError(Exception):
-    """The workers will give nothing more; the message says why."""
+    """The workers will give nothing more; the message says why. dead: those that ended by themselves."""
+
+    def __init__(self, why: str, dead: frozenset[int] = frozenset()) -> None:
+        super().__init__(why)
+        self.dead = dead
+
+
+class Loss(NamedTuple):
+    """Workers are lost while the item `number` is due. dead: processes that ended; empty where nothing came."""
+
+    number: int
+    dead: frozenset[int]
+
+
+class Verdict(NamedTuple):
+    """where: what the lost workers were at. is_mended: that will be left out, so that the count begins anew."""
+
+    where: str
+    is_mended: bool = False
 
 
 Gather = Callable[[Iterator[Any]], Iterator[Any]]
@@ -80,8 +98,10 @@ class _Crew:
     def _check(self, *, patience: float) -> None:
         if not wait([process.sentinel for process in self._processes], timeout=patience):
             return
-        ends = [_end(process) for process in self._processes if not process.is_alive()]
-        raise WorkersLostError(", ".join(ends))
+        dead = [process for process in self._processes if not process.is_alive()]
+        raise WorkersLostError(
+            ", ".join(map(_end, dead)), frozenset(process.pid for process in dead if process.pid)
+        )
 
     def dismiss(self) -> None:
         """Let the workers finish and leave; those that do not are killed."""
@@ -119,7 +139,7 @@ def watched(
     first: int = 0,
     stop: int | None = None,
     *,
-    lost: Callable[[int], str],
+    lost: Callable[[Loss], Verdict],
     stall_seconds: float = STALL_SECONDS,
     gather: Gather = _as_they_come,
 ) -> Generator[Any, None, None]:
@@ -127,8 +147,8 @@ def watched(
 
     Workers that die, or give nothing for `stall_seconds`, are replaced: all of them, as their queues may be damaged.
     gather: makes items of what the DataLoader gives, in a thread where it has workers.
-    lost: called at each loss with the number of the item that is due; says what it is. Raises `UserError` where the
-    third replacement does not get through an item either. Without workers nothing is watched.
+    lost: called at each loss, before others begin. Raises `UserError` where the third replacement does not get through
+    an item either. Without workers nothing is watched.
     """
     loader = make(first)
     if loader.num_workers == 0:
@@ -143,8 +163,9 @@ def watched(
                 item = crew.next(stall_seconds)
             except WorkersLostError as error:
                 crew.kill()
-                losses += 1
-                _report(losses, lost(number), str(error))
+                verdict = lost(Loss(number, error.dead))
+                losses = 0 if verdict.is_mended else losses + 1
+                _report(losses, verdict.where, str(error))
                 crew = _Crew(make(number), gather)
                 continue
             losses = 0

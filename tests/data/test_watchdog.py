@@ -1,5 +1,6 @@
 """Workers that are killed, stopped or stuck are replaced; the batches are those of a run where nothing happened."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from siglip_train.data import quarantine
 from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
 from siglip_train.data.images import ImageTransform
 from siglip_train.data.pieces import Share
@@ -18,7 +20,7 @@ from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
-from tests.data.trap import ODD, Trap
+from tests.data.trap import ODD, Deadly, Trap
 
 # long enough for a worker to start on a busy machine
 STALL = 5.0
@@ -41,7 +43,9 @@ class Build:
     def __init__(self, shards: str, tokenizer: Tokenizer, cache: str) -> None:
         self.shards, self.tokenizer, self.cache = shards, tokenizer, cache
 
-    def __call__(self, transform: ImageTransform | None = None, **options: Any) -> Loader:
+    def __call__(
+        self, transform: ImageTransform | None = None, *, state: dict[str, Any] | None = None, **options: Any
+    ) -> Loader:
         sources = {"all": SourceConfig(self.shards)}
         config = DataConfig(
             sources,
@@ -54,6 +58,7 @@ class Build:
             transform=transform or ImageTransform(16, 8),
             share=Share(4),
             seed=0,
+            state=state,
         )
 
 
@@ -101,15 +106,54 @@ def test_a_worker_stuck_in_a_sample_is_replaced_once(
     assert "sample 21 of the run, 1.tar/21 of source all" in caplog.text
 
 
-def test_a_sample_that_no_worker_gets_through_is_named_and_ends_the_run(build: Build):
-    loader = build(Trap(16, 8), workers=1, stall_seconds=2.5)
-    before = set(multiprocessing.active_children())
+def _trap(kind: str) -> tuple[ImageTransform, dict[str, Any]]:
+    return (Deadly(16, 8), {}) if kind == "kills its worker" else (Trap(16, 8), {"stall_seconds": 2.5})
+
+
+@pytest.mark.parametrize(
+    "kind", ["kills its worker", pytest.param("never comes back", marks=pytest.mark.slow)]
+)
+def test_a_sample_that_ends_its_worker_each_time_is_left_out(
+    build: Build, kind: str, caplog: pytest.LogCaptureFixture, record_fault
+):
+    transform, options = _trap(kind)
+    loader = build(transform, workers=1, max_bad_share=0.5, **options)
     iterator = iter(loader)
-    assert len(_keys(iterator, 5)) == 20
-    message = r"replaced 3 times .* through sample 21 of the run, 1\.tar/21 .*nothing came for 2\.5 seconds"
+    keys = _keys(iterator, 12)
+    assert loader.counts["workers_replaced"] == 3
+    assert loader.counts["quarantined"] == 1
+    # in its place comes another, as for any bad sample; it would have come again in the second pass
+    assert keys.count("1/21") == keys.count("21") == 0
+    assert len(keys) == loader.counts["seen"] == 48
+    assert loader.counts["bad/ends its worker"] == loader.counts["substituted"] == 1
+    (message,) = [r.getMessage() for r in caplog.records if "is left out from now on" in r.getMessage()]
+    assert message.startswith("sample 1.tar/21 of source all has ended its worker three times")
+    state = loader.state()
+    iterator.close()  # type: ignore[attr-defined]
+    # nothing but the position and what is left out decides which samples come: of any number of workers, also of none
+    caplog.clear()
+    state["quarantine"] = json.loads(json.dumps(state["quarantine"]))
+    resumed = build(transform, workers=0, max_bad_share=0.5, state={**state, "samples_seen": 0, "counts": {}})
+    assert _keys(iter(resumed), 24)[:48] == keys
+    assert resumed.counts["bad/ends its worker"] == 2
+    assert resumed.state()["quarantine"] == state["quarantine"]
+    assert "is left out from now on" not in caplog.text
+    record_fault(
+        f"a sample {kind} each time", ranks=1, happened="left out, counted and named", lost=0, repeated=0
+    )
+
+
+def test_where_every_sample_ends_its_worker_the_run_ends(build: Build, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quarantine, "_IN_A_ROW", 1)
+    transform = Deadly(16, 8)
+    transform.always = True
+    loader = build(transform, workers=1)
+    before = set(multiprocessing.active_children())
+    message = (
+        r"replaced 3 times .* through sample \d of the run, 0\.tar/\d\d of source all .*was killed by SIGKILL"
+    )
     with pytest.raises(UserError, match=message):
-        next(iterator)
-    assert loader.samples_seen == 20
+        next(iter(loader))
     deadline = time.monotonic() + 20
     while set(multiprocessing.active_children()) - before:
         assert time.monotonic() < deadline, "workers that are given up are still there"

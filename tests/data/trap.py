@@ -1,5 +1,7 @@
 """A picture that no worker comes back from. Apart from the tests, as workers import it."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -21,4 +23,15 @@ class Trap(ImageTransform):
                 self.caught.touch()
             while True:
                 time.sleep(1)
+        return super().for_training(data, rng, max_pixels)
+
+
+class Deadly(ImageTransform):
+    """Ends the process that decodes the one picture of odd size, as a decoder with a fault does; or of any size."""
+
+    always = False
+
+    def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        if self.always or decode(data).size == ODD:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().for_training(data, rng, max_pixels)
