@@ -32,43 +32,51 @@ class EvaluationConfig:
     every_steps: optimizer steps from one to the next, 0 = at the end only. batch_size: rows that a rank embeds at once.
     tasks: what to measure, by names of your own; each has a `_target_`, which class it is, and that one's keys.
     `+evaluation@evaluation.tasks=NAME` brings those of a file, null leaves one out (or all).
+    held_out: share of the training samples, by a hash of the key, that is not trained on: tasks whose `shards` are null
+    measure it. Nothing is held out where no task does; of a source whose `select` says itself how much, that.
     """
 
     every_steps: int = 0
     batch_size: int = 64
+    held_out: float = 0.0
     tasks: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.every_steps < 0 or self.batch_size < 1:
             raise ValueError("every_steps must not be negative and batch_size must be at least 1")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be a share in 0..1, below 1, got {self.held_out}")
 
 
 @dataclass
 class Config:
     """Everything `siglip-train` takes.
 
-    tokenizer: a sentencepiece `.model`, a `.json` of the tokenizers library, or a folder with one. total_samples: pairs
-    at which the run ends, and its schedule; those of a last partial step are made whole. run_dir: where everything of
-    the run is written, null = `outputs/DATE/TIME`. seed: of weights, order of data, augmentation and dropout. device:
-    auto = a GPU where there is one. precision: of products in the model, weights stay in fp32; auto = bf16 on a GPU,
-    fp32 on a CPU. stop_after_steps: end earlier, with a checkpoint, the schedule as if it went on. resume: auto = from
-    the newest checkpoint in `run_dir`, if any; a run or a checkpoint = from there; null = never. objectives: the terms
-    of the loss, by names of your own; each has a `_target_`, which class it is, and that one's keys. `sigmoid` is there
-    unless it is set to null.
+    tokenizer: a sentencepiece `.model`, a `.json` of the tokenizers library, or a folder with one; null = that of
+    `init_from`, or none where no captions are read. total_samples: pairs at which the run ends, and its schedule;
+    those of a last partial step are made whole. total_epochs: in place of it, how often the run goes through the
+    samples of all sources together. run_dir: where everything of the run is written, null = `outputs/DATE/TIME`.
+    seed: of weights, order of data, augmentation and dropout. device: auto = a GPU where there is one. precision: of
+    products in the model, weights stay in fp32; auto = bf16 on a GPU, fp32 on a CPU. stop_after_steps: end earlier,
+    with a checkpoint, the schedule as if it went on. resume: auto = from the newest checkpoint in `run_dir`, if any;
+    a run or a checkpoint = from there; null = never. objectives: the terms of the loss, by names of your own; each
+    has a `_target_`, which class it is, and that one's keys. `sigmoid` is there unless it is set to null.
 
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
-    init_from: a model to start from, in any format that `load_model` knows. init_skip: beginnings of the names of
-    parameters that it shall not give, `[text., logit_]` for a text tower of one's own, or of tensors of its own that
-    are left over. adapters: LoRA on that model, null = none.
+    init_from: a model to start from, in any format that `load_model` knows; what is null of `model`, `tokenizer`,
+    `text_rules` and `data.resize` is as it has it. init_skip: beginnings of the names of parameters that it shall not
+    give, `[text., logit_]` for a text tower of one's own, or of tensors of its own that are left over. adapters: LoRA
+    on that model, null = none.
     """
 
     model: SiglipConfig
     data: DataConfig
-    tokenizer: str
+    tokenizer: str | None
     global_batch_size: int
-    total_samples: int
+    total_samples: int | None = None
+    total_epochs: float | None = None
     micro_batch_size: int | None = None
     run_dir: str | None = None
     seed: int = 0
@@ -89,9 +97,15 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
+    def samples(self) -> int:
+        """`total_samples`, which total_epochs have become by the time that it is asked for."""
+        assert self.total_samples is not None, "from_data.py counts epochs"
+        return self.total_samples
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole schedule: ceil(total_samples / global_batch_size)."""
-        return -(-self.total_samples // self.global_batch_size)
+        return -(-self.samples // self.global_batch_size)
 
     @property
     def last_step(self) -> int:
@@ -108,12 +122,8 @@ def parse(values: dict[str, Any]) -> Config:
         raise UserError(
             "objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid"
         )
-    if not Path(config.tokenizer).exists():
+    if config.tokenizer is not None and not Path(config.tokenizer).exists():
         raise UserError(f"tokenizer: there is no {config.tokenizer}")
-    if config.init_from is not None and not Path(config.init_from).exists():
-        raise UserError(
-            f"init_from: there is no {config.init_from}; give a run or a folder of a trained model"
-        )
     if config.adapters is not None and config.init_from is None:
         raise UserError("adapters: they adapt a trained model, so init_from=PATH is needed")
     if not config.optim.decay_pretrained and config.init_from is None:
@@ -124,6 +134,8 @@ def parse(values: dict[str, Any]) -> Config:
 def _ask(values: dict[str, Any]) -> None:
     """What every run needs and no recipe can know, in one message, a line each."""
     asked = []
+    if values.get("init_from") == REQUIRED:
+        asked.append("init_from: none given; a run or a folder of a trained model: init_from=PATH")
     if values.get("init_skip") and values.get("init_from") is None:
         asked.append("init_from: none given, of which init_skip leaves out a part: init_from=RUN_OR_FOLDER")
     if values.get("tokenizer", REQUIRED) == REQUIRED:
@@ -139,13 +151,20 @@ def _ask(values: dict[str, Any]) -> None:
 
 
 def _check_sizes(config: Config) -> None:
-    for name in ("global_batch_size", "total_samples"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: must be at least 1, got {getattr(config, name)}")
-    for name in ("stop_after_steps", "micro_batch_size"):
+    if (config.total_samples is None) == (config.total_epochs is None):
+        given = (
+            "neither is given" if config.total_samples is None else "both are given; set one of them to null"
+        )
+        raise UserError(f"total_samples and total_epochs: one of them says how long to train, and {given}")
+    for name in ("global_batch_size", "total_samples", "stop_after_steps", "micro_batch_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise UserError(f"{name}: must be at least 1 or null, got {value}")
+            other = "" if name in ("global_batch_size", "total_samples") else " or null"
+            raise UserError(f"{name}: must be at least 1{other}, got {value}")
+    if config.total_epochs is not None and config.total_epochs <= 0:
+        raise UserError(f"total_epochs: must be above 0, got {config.total_epochs}")
+    if config.total_samples is None:
+        return
     warmup = config.optim.warmup(config.total_samples)
     if warmup >= config.total_samples:
         raise UserError(

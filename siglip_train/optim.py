@@ -57,6 +57,7 @@ class OptimConfig:
     layer_decay: of the learning rate, for each layer down from the top of either tower: the head and the last norm keep
     it, the last block has it once, the first block `depth` times, embeddings once more. decay_pretrained: whether
     weights that `init_from` gave are decayed; False keeps a pretrained tower what it is (SigLIP, section 4.5).
+    lr_by_width: rates by the width of the image tower, of which the widest that fits is taken where lr is null.
     """
 
     lr: float = 1e-3
@@ -70,6 +71,7 @@ class OptimConfig:
     layer_decay: float | None = None
     decay_pretrained: bool = True
     rules: list[ParameterRule] = field(default_factory=list)
+    lr_by_width: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -85,6 +87,13 @@ class OptimConfig:
             raise ValueError(
                 "warmup_samples and weight_decay must not be negative, clip_norm must be above 0"
             )
+        if not all(width.isdigit() and rate > 0 for width, rate in self.lr_by_width.items()):
+            raise ValueError(f"lr_by_width maps widths to rates above 0, got {self.lr_by_width}")
+
+    def lr_for(self, width: int) -> float:
+        """The rate in `lr_by_width` of the widest tower that is not wider than `width`, else of the narrowest."""
+        table = sorted((int(key), rate) for key, rate in self.lr_by_width.items())
+        return max((entry for entry in table if entry[0] <= width), default=table[0])[1]
 
     def warmup(self, total_samples: int) -> int:
         """Samples of warm-up in a run of `total_samples`."""

@@ -4,18 +4,20 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import omegaconf
 
 from siglip_train.distributed import flight_recorder
-from siglip_train.distributed.collectives import broadcast_object
+from siglip_train.distributed.collectives import broadcast_object, on_main
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
-from siglip_train.files import write_text
+from siglip_train.files import put_folder, write_text
+from siglip_train.interop.native import copy_tokenizer
 from siglip_train.interop.runs import run_config
 from siglip_train.rank_log import RankLog
 from siglip_train.redact import redacted_values
@@ -24,33 +26,31 @@ from siglip_train.typed import flat
 
 log = logging.getLogger("siglip_train")
 
+T = TypeVar("T")
 
-def open_run_dir(wanted: str | None, world: World, values: dict[str, Any], rank_log: RankLog) -> Path:
-    """Agree on the run's folder, create it, write config.yaml and environment.json, and start the logs. All ranks.
 
-    wanted: null = a folder named by date and time. values: the composed config. Raises `UserError` on every rank where
-    the folder cannot be written to, is another run's, or where a restart of the launcher would begin another folder.
+def open_run_dir(wanted: str | None, world: World, rank_log: RankLog) -> Path:
+    """Agree on the run's folder, create it, write environment.json, and start the logs. All ranks.
+
+    wanted: null = a folder named by date and time. Raises `UserError` on every rank where the folder cannot be written
+    to, is another run's, or where a restart of the launcher would begin another folder.
     """
     if wanted is None:
         _refuse_a_folder_for_each_attempt(os.environ)
     wanted = wanted or datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     run_dir = Path(broadcast_object(wanted))
-    failure = None
-    if world.is_main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _claim(rank_log.open(run_dir), run_dir)
-            _write_config(run_dir, {**values, "run_dir": str(run_dir)})
-            write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
-        except UserError as error:
-            failure = str(error)
-        except OSError as error:
-            failure = f"run_dir: cannot write to {run_dir}: {error}"
-    failure = broadcast_object(failure)
-    if failure is not None:
+
+    def begin() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _claim(rank_log.open(run_dir), run_dir)
+        write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+
+    try:
+        on_main(lambda: _written(begin, run_dir))
+    except UserError:
         # it may be another run's, whose log is not the place to say so
         rank_log.forget()
-        raise UserError(failure)
+        raise
     if not world.is_main:
         try:
             rank_log.open(run_dir)
@@ -58,6 +58,13 @@ def open_run_dir(wanted: str | None, world: World, values: dict[str, Any], rank_
             log.warning("rank %d has no log, as it cannot write to %s: %s", world.rank, run_dir, error)
     flight_recorder.write_into(run_dir / "logs")
     return run_dir
+
+
+def _written(work: Callable[[], T], run_dir: Path) -> T:
+    try:
+        return work()
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {run_dir}: {error}") from None
 
 
 def _refuse_a_folder_for_each_attempt(variables: Mapping[str, str]) -> None:
@@ -86,15 +93,45 @@ def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
         log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
 
 
+def earlier_config(run_dir: Path) -> dict[str, Any]:
+    """The config with which the run was started last; {} of a new one. All ranks."""
+    return on_main(lambda: _read_config(run_dir))
+
+
+def write_config(run_dir: Path, values: dict[str, Any]) -> None:
+    """Write config.yaml, without secrets; where the run had one, say which keys have changed since. All ranks."""
+    values = {**values, "run_dir": str(run_dir)}
+    on_main(lambda: _written(lambda: _write_config(run_dir, values), run_dir))
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    return run_config(run_dir) if (run_dir / "config.yaml").exists() else {}
+
+
 def _write_config(run_dir: Path, values: dict[str, Any]) -> None:
-    """Write config.yaml, without secrets; where the run had one, say which keys have changed since."""
     values = redacted_values(values)
-    path = run_dir / "config.yaml"
-    if path.exists():
-        before, after = flat(run_config(run_dir)), flat(values)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                log.info(
-                    "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
-                )
-    write_text(path, omegaconf.OmegaConf.to_yaml(values))
+    before, after = flat(_read_config(run_dir)), flat(values)
+    for key in sorted(before.keys() | after.keys()) if before else ():
+        if before.get(key) != after.get(key):
+            log.info(
+                "config changed since this run began: %s: %s -> %s", key, before.get(key), after.get(key)
+            )
+    write_text(run_dir / "config.yaml", omegaconf.OmegaConf.to_yaml(values))
+
+
+def kept_tokenizer(run_dir: Path, tokenizer: str) -> Path:
+    """The run's own copy of its tokenizer, made now: the file may be gone at the next checkpoint. All ranks."""
+    source, folder = Path(tokenizer), run_dir / "tokenizer"
+
+    def keep() -> Path:
+        if folder in (source, *source.parents):
+            return source
+        partial = folder.with_name(".tokenizer.partial")
+        for leftover in (partial, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        name = copy_tokenizer(source, partial)
+        put_folder(partial, folder)
+        return folder / name
+
+    return on_main(lambda: _written(keep, run_dir))

@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "triton", "deepspeed", "numpy", "siglip-train")
 _OF_A_MACHINE = ("run_dir", "data.cache_dir", "data.cache_limit_gib", "data.workers")
 
 
-def check_same_program(values: dict[str, Any], tokenizer: Path) -> None:
+def check_same_program(values: dict[str, Any], tokenizer: Path | None) -> None:
     """Compare config, tokenizer, code and versions of all ranks. All ranks.
 
     values: the composed config. Raises `UserError` on every rank, with one that differs from rank 0 and in what.
@@ -40,7 +40,7 @@ def check_same_program(values: dict[str, Any], tokenizer: Path) -> None:
             )
 
 
-def _facts(values: dict[str, Any], tokenizer: Path) -> dict[str, str]:
+def _facts(values: dict[str, Any], tokenizer: Path | None) -> dict[str, str]:
     facts = {f"the version of {name}": package_version(name) for name in _PACKAGES}
     facts["the version of Python"] = platform.python_version()
     facts["the code of siglip_train and kernels (a digest)"] = _digest(
@@ -50,9 +50,11 @@ def _facts(values: dict[str, Any], tokenizer: Path) -> dict[str, str]:
             for path in sorted(Path(package.__path__[0]).rglob("*.py"))
         ]
     )
-    facts[f"the content of {tokenizer} (a digest)"] = _digest(
-        sorted(path for path in tokenizer.rglob("*") if path.is_file()) if tokenizer.is_dir() else [tokenizer]
-    )
+    if tokenizer is not None:
+        files = sorted(path for path in tokenizer.rglob("*") if path.is_file())
+        facts[f"the content of {tokenizer} (a digest)"] = _digest(
+            files if tokenizer.is_dir() else [tokenizer]
+        )
     for key, value in flat(values).items():
         if not key.startswith(_OF_A_MACHINE):
             facts[key] = str(value)

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from siglip_train import checkpoint, engine, loop
+from torch import Tensor
+
+from siglip_train import checkpoint, engine, loop, starting_point
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.images import ImageTransform
@@ -22,6 +24,7 @@ from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
 from siglip_train.files import write_text
+from siglip_train.from_data import fill_from_data
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, parameter_shapes, write_export
@@ -35,14 +38,18 @@ from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer, lr_for_batch
 from siglip_train.report import write_report
 from siglip_train.resume import choose_checkpoint
-from siglip_train.run_dir import open_run_dir
+from siglip_train.run_dir import earlier_config, kept_tokenizer, open_run_dir, write_config
 from siglip_train.runtime import check_kernels_package, seed_everything
 from siglip_train.same_program import check_same_program
+from siglip_train.starting_point import Filled
 from siglip_train.supervision import Supervision, supervised
 
 log = logging.getLogger("siglip_train")
 
-OPEN_GROUPS = ("adapters.", "data.sources.", "evaluation.tasks.", "objectives.")
+OPEN_GROUPS = (
+    *("adapters.", "data.sources.", "data.source_defaults", "evaluation.tasks.", "objectives."),
+    "optim.lr_by_width",
+)
 
 
 @exit_on_user_error
@@ -61,15 +68,14 @@ def main() -> None:
 
 def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
     """Train as the composed config `values` says; written: what its experiment says alone. All ranks."""
-    config = parse(values)
+    started = starting_point.fill(values)
+    config = parse(started.values)
     with supervised(config.distributed, config.run_dir) as watch:
-        _run(config, values, written, watch)
+        _run(started, config, written, watch)
 
 
-def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None, watch: Supervision) -> None:
-    world = init_world(config.device, config.distributed, met=watch.met)
-    check_same_program(values, Path(config.tokenizer))
-    run_dir = open_run_dir(config.run_dir, world, values, watch.log)
+def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch: Supervision) -> None:
+    values, config, world, run_dir = _begin(started, config, watch)
     seed_everything(config.seed)
 
     tokenizer, transform = _text_and_image_input(config)
@@ -77,7 +83,10 @@ def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None,
     check_all(tasks, "evaluation.tasks")
     model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
     description = Description(
-        config.model, tokenizer=Path(config.tokenizer), rules=config.text_rules, resize=transform.resize
+        config.model,
+        tokenizer=None if config.tokenizer is None else kept_tokenizer(run_dir, config.tokenizer),
+        rules=config.text_rules,
+        resize=transform.resize,
     )
     saved, progress = _load_weights(model, config, run_dir, description)
     engine.apply_speed_options(model, config.engine)
@@ -113,7 +122,7 @@ def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None,
     checkpoints.last_step = progress.step if saved else None
     encoder = Encoder(
         model=model.model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or _no_tokenizer,
         transform=transform,
         world=world,
         precision=precision,
@@ -131,7 +140,7 @@ def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None,
         schedule=loop.Schedule(
             global_batch_size=config.global_batch_size,
             micro_batch_size=micro_batch_size,
-            total_samples=config.total_samples,
+            total_samples=config.samples,
             last_step=config.last_step,
             log_every=config.log.every_steps,
             evaluate_every=config.evaluation.every_steps,
@@ -154,7 +163,7 @@ def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None,
         slow_rank=SlowRank(config.distributed.slow_rank_excess, config.distributed.slow_rank_logs),
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision, loader.outlook(config.total_samples), written)
+    _announce(config, world, model, precision, loader.outlook(config.samples), written)
     if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
         log.info(
             "a sigmoid loss near %.2f is to be expected at the start",
@@ -170,6 +179,26 @@ def _run(config: Config, values: dict[str, Any], written: dict[str, Any] | None,
     leave_world()
 
 
+class _Begun(NamedTuple):
+    values: dict[str, Any]
+    config: Config
+    world: World
+    run_dir: Path
+
+
+def _begin(started: Filled, config: Config, watch: Supervision) -> _Begun:
+    """Open the folder of the run, and fill what its config leaves to the data. All ranks."""
+    world = init_world(config.device, config.distributed, met=watch.met)
+    check_same_program(started.values, None if config.tokenizer is None else Path(config.tokenizer))
+    run_dir = open_run_dir(config.run_dir, world, watch.log)
+    values, notes = fill_from_data(started.values, config, earlier_config(run_dir))
+    config = parse(values)
+    write_config(run_dir, values)
+    for note in (*started.notes, *notes):
+        log.info(note)
+    return _Begun(values, config, world, run_dir)
+
+
 def _finish(run_dir: Path, progress: checkpoint.Progress, config: Config) -> None:
     """Write DONE, once all samples are seen, and the report; the run is in its checkpoint, with or without them."""
     try:
@@ -178,7 +207,7 @@ def _finish(run_dir: Path, progress: checkpoint.Progress, config: Config) -> Non
         report: str | Path = write_report(run_dir)
     except OSError as error:
         report = f"none, {said(error)}"
-    log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.total_samples, report)
+    log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.samples, report)
 
 
 def _train(
@@ -199,9 +228,11 @@ def _train(
             trainer.writer.close()
 
 
-def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
-    tokenizer = load_tokenizer(config.tokenizer, config.text_rules, config.model.text.context_length)
-    _check_vocabulary(tokenizer, config)
+def _text_and_image_input(config: Config) -> tuple[Tokenizer | None, ImageTransform]:
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer, config.text_rules, config.model.text.context_length)
+        _check_vocabulary(tokenizer, config)
     transform = ImageTransform(
         config.model.vision.image_size,
         config.model.vision.patch_size,
@@ -211,6 +242,10 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer, ImageTransform]:
         reduced_jpeg=config.data.reduced_jpeg,
     )
     return tokenizer, transform
+
+
+def _no_tokenizer(texts: list[str]) -> Tensor:
+    raise UserError(f"{texts[0]!r} needs a tokenizer to be evaluated: tokenizer=PATH")
 
 
 def _load_weights(

@@ -13,6 +13,7 @@ from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
 from siglip_train.evaluate import EvaluateConfig
 from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
 
@@ -29,6 +30,11 @@ def composed(*overrides: str, program: str = "train") -> dict[str, Any]:
     return copy.deepcopy(_composed(program, overrides))
 
 
+def filled(*overrides: str) -> dict[str, Any]:
+    """The same of a run from scratch, with what it leaves open filled."""
+    return fill({**composed(*overrides), "init_from": None, "resume": None}).values
+
+
 @functools.cache
 def _composed(program: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     ConfigStore.instance().store(name=f"{program}_defaults", node=defaults_of(CONFIGS[program]))
@@ -38,8 +44,8 @@ def _composed(program: str, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def sizes(*overrides: str) -> SiglipConfig:
-    """The sizes of the model that `siglip-train OVERRIDES` trains."""
-    return build(SiglipConfig, _composed("train", overrides)["model"], "model")
+    """The sizes of the model that `siglip-train OVERRIDES` trains, from scratch."""
+    return build(SiglipConfig, filled(*overrides)["model"], "model")
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def test_the_checkpoint_is_a_plain_model_of_which_the_adapted_layers_alone_have_
 
 def test_what_was_trained_is_announced_and_the_head_is_evaluated(runs: dict[str, Path]) -> None:
     log = (runs["straight"] / "log.txt").read_text()
-    assert "of them trained" in log
+    assert "parameters are trained" in log
     assert "got no gradient" not in log
     state = json.loads((newest(runs["straight"]) / "state.json").read_text())
     assert "model.vision.patch_embedding.weight" in state["pretrained"]

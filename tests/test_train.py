@@ -27,6 +27,7 @@ from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.published import likeness
+from siglip_train.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.forks import run_program
@@ -306,7 +307,7 @@ def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart
     monkeypatch.setattr(train, "run", lambda values, written: composed.append(values))
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     train.main()
-    config = build(Config, composed[0])
+    config = build(Config, fill(composed[0]).values)
     web, other = config.data.sources.values()
     assert web.shards == "/data/web/{00000..41455}.tar"
     assert other.text == {"txt": 0.7, "json:title": 0.3}
@@ -383,7 +384,7 @@ MISTAKES = {
     ),
     "task without its class names": (
         ["evaluation.tasks.seen.classnames=nowhere.txt"],
-        "evaluation.tasks.seen: cannot read the class names in nowhere.txt",
+        "evaluation.tasks.seen: the class names: cannot read nowhere.txt",
     ),
     "width the heads do not divide": (["model.vision.heads=5"], "heads"),
     "image smaller than a patch": (["model.vision.image_size=4"], "image_size"),
@@ -440,8 +441,13 @@ def test_a_run_that_would_read_texts_otherwise_than_its_start_is_told_what_to_se
     rules = TextRules(strip_punctuation=True, pad="eos")
     write_export(tmp_path / "start", model.state_dict(), Description(model.config, rules=rules))
     message = mistake(
-        [*small_run, f"run_dir={tmp_path}/run", f"init_from={tmp_path}/start"], monkeypatch, capsys
-    )
+        [
+            *small_run, f"run_dir={tmp_path}/run", f"init_from={tmp_path}/start",
+            "text_rules.strip_punctuation=false", "text_rules.pad=pad",
+        ],
+        monkeypatch,
+        capsys,
+    )  # fmt: skip
     assert (
         "set text_rules.strip_punctuation=true text_rules.pad=eos model.text.context_length=5, or" in message
     )

@@ -155,7 +155,7 @@ class _Row(NamedTuple):
 class Pieces(Dataset):
     """Piece number -> part of this rank's share of a global batch. A pure function, so workers hold no state."""
 
-    def __init__(self, sources: list[Source], mixture: Mixture, share: Share, tokenizer: Tokenizer,
+    def __init__(self, sources: list[Source], mixture: Mixture, share: Share, tokenizer: Tokenizer | None,
                  transform: ImageTransform, max_pixels: int) -> None:  # fmt: skip
         self.sources, self.mixture, self.share = sources, mixture, share
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
@@ -237,7 +237,10 @@ class Pieces(Dataset):
             report.events += self.sources[0].shards.cache.drain()
         images, pooled = self._images(number, [row.image for row in rows])
         captions = [row.caption for row in rows if row.caption is not None]
-        texts = self.tokenizer(captions) if captions else torch.empty(len(rows), 0, dtype=torch.long)
+        texts = torch.empty(len(rows), 0, dtype=torch.long)
+        if captions:
+            assert self.tokenizer is not None, "build_loader asks for one where there are captions"
+            texts = self.tokenizer(captions)
         labels = [row.label for row in rows if row.label is not None]
         keys = tuple(row.key for row in rows)
         reached[number % _TRACKED] = _NOWHERE

@@ -46,6 +46,8 @@ class SourceConfig:
     """One set of shards.
 
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
+    folder: instead of shards, images in a folder for each class, a folder of images with captions beside them, or a
+    table of paths and captions (.csv, .tsv, .jsonl, .parquet), which are packed into shards in the cache.
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
     or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
@@ -54,7 +56,8 @@ class SourceConfig:
     select: which samples, by key.
     """
 
-    shards: Any
+    shards: Any = None
+    folder: str | None = None
     weight: float = 1.0
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
@@ -62,11 +65,18 @@ class SourceConfig:
     language: str | None = None
     select: Selection = field(default_factory=Selection)
 
+    def __post_init__(self) -> None:
+        """Samples lie in one place."""
+        if (self.shards is None) == (self.folder is None):
+            both = "both are" if self.shards is not None else "neither is"
+            raise ValueError(f"{both} given of shards=… and folder=…: one of them says where the samples lie")
+
 
 @dataclass
 class DataConfig:
     """What to train on and how to read it.
 
+    source_defaults: what every source has that does not say it itself, `{text: null, label: cls}`.
     stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
     resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
     workers: processes of a rank that read and decode, 0 = the training process itself; auto = the cores that a rank
@@ -91,6 +101,7 @@ class DataConfig:
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    source_defaults: dict[str, Any] = field(default_factory=dict)
     stages: list[StageConfig] = field(default_factory=list)
     workers: Workers = "auto"
     shuffle_window: int = 16384
@@ -419,7 +430,7 @@ def _fingerprint(pieces: Pieces, config: DataConfig) -> str:
 def build_loader(
     config: DataConfig,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     transform: ImageTransform,
     share: Share,
     seed: int,
@@ -439,24 +450,15 @@ def build_loader(
     stages = stages_of({name: source.weight for name, source in config.sources.items()}, config.stages)
     mixture = Mixture(stages, share.global_batch_size, seed)
     _check_alike(config)
+    if tokenizer is None and any(source.text is not None for source in sources):
+        raise UserError(
+            "captions need a tokenizer: tokenizer=PATH to a .model, a tokenizer.json or a folder with one"
+        )
     choices = [None if source.text is None else CaptionChoice(source.text) for source in sources]
     labels = [None if source.label is None else Field.parse(source.label) for source in sources]
     languages = [_language(source) for source in sources]
-    wanted = [
-        Wanted(
-            extensions(source.image),
-            choice.members if choice else None,
-            tuple(field.member for field in (label, language) if field),
-            source.select,
-        )
-        for source, choice, label, language in zip(sources, choices, labels, languages, strict=True)
-    ]
-    cache = ShardCache.at(
-        config.cache_dir,
-        config.cache_limit_gib,
-        Patience(config.fetch_timeout_seconds, config.fetch_attempts),
-        Limits(config.max_unpack_ratio, config.max_unpack_gib, config.max_member_mib),
-    )
+    wanted = [wanted_of(source) for source in sources]
+    cache = cache_of(config)
     shard_sets = survey(
         [source.shards for source in sources],
         wanted,
@@ -490,6 +492,24 @@ def build_loader(
     pieces = Pieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
     check_room(shard_sets, cache, config.shuffle_window, _in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)
+
+
+def wanted_of(source: SourceConfig) -> Wanted:
+    """The members that samples of a source need, and those that are read where they are there."""
+    choice = None if source.text is None else CaptionChoice(source.text)
+    label = None if source.label is None else Field.parse(source.label)
+    others = tuple(field.member for field in (label, _language(source)) if field)
+    return Wanted(extensions(source.image), choice.members if choice else None, others, source.select)
+
+
+def cache_of(config: DataConfig) -> ShardCache:
+    """The cache that the config names."""
+    return ShardCache.at(
+        config.cache_dir,
+        config.cache_limit_gib,
+        Patience(config.fetch_timeout_seconds, config.fetch_attempts),
+        Limits(config.max_unpack_ratio, config.max_unpack_gib, config.max_member_mib),
+    )
 
 
 def extensions(image: str) -> tuple[str, ...]:

@@ -211,7 +211,8 @@ def _form(request: Request, head: Classification | None) -> _Form:
             to_onnx.write_onnx, to_onnx.onnxruntime_answers, lambda *_: None, "onnxruntime", is_readable=False
         )
     if head is not None:
-        write = functools.partial(to_huggingface.write_classifier, head=head, class_names=request.class_names)
+        names = request.class_names or head.classnames
+        write = functools.partial(to_huggingface.write_classifier, head=head, class_names=names)
         return _Form(
             write, to_huggingface.transformers_logits, lambda *_: None, "transformers", is_readable=False
         )

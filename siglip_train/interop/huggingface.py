@@ -172,13 +172,14 @@ def describe_huggingface(folder: Path) -> Description:
     shapes = _prefixed(read_shapes(folder / "model.safetensors"))
     absent = _absent(content, where)
     _check_names(content, shapes, where)
-    config = _tower_config(content, where)
+    config, rules = _tower_config(content, where), TextRules()
     if not absent:
         config = _with_text(config, content, where, projection="text_model.head.weight" in shapes)
+        rules = _rules(folder, config)
     return Description(
         config,
         tokenizer=tokenizer_in(folder),
-        rules=stored_rules(folder) or _rules(folder, config),
+        rules=stored_rules(folder) or rules,
         resize=_resize(folder, content.model_type),
         origin="huggingface",
         absent=absent,
@@ -219,15 +220,13 @@ def _check_names(content: _Model, shapes: Mapping[str, tuple[int, ...]], where: 
 
 
 def _tower_config(content: _Model, where: Path) -> SiglipConfig:
-    """The config of an image tower; where nothing is known of a text tower, one of the same size."""
     vision = section(_Vision, content.vision_config, where, "vision_config")
-    sizes = _sizes(vision, where)
     grid = math.isqrt(max(0, vision.num_patches)) if content.model_type == "siglip2" else None
     image_size = vision.image_size if grid is None else grid * vision.patch_size
-    return SiglipConfig(
-        VisionConfig(image_size=image_size, patch_size=vision.patch_size, position_grid=grid, **sizes),
-        TextConfig(**sizes),
+    tower = VisionConfig(
+        image_size=image_size, patch_size=vision.patch_size, position_grid=grid, **_sizes(vision, where)
     )
+    return SiglipConfig(tower)
 
 
 def _with_text(config: SiglipConfig, content: _Model, where: Path, *, projection: bool) -> SiglipConfig:

@@ -133,7 +133,7 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
     write_tensors(
         {name: tensor.contiguous() for name, tensor in state.items()}, partial / "model.safetensors"
     )
-    tokenizer = _copy_tokenizer(description.tokenizer, partial)
+    tokenizer = None if description.tokenizer is None else copy_tokenizer(description.tokenizer, partial)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -222,10 +222,8 @@ def stored_rules(folder: Path) -> TextRules | None:
     return None
 
 
-def _copy_tokenizer(source: Path | None, target: Path) -> str | None:
+def copy_tokenizer(source: Path, target: Path) -> str:
     """Copy a tokenizer and the files beside it that name its special tokens; the name to load it by."""
-    if source is None:
-        return None
     if source.is_dir():
         files = [file for pattern in (*_TOKENIZERS, *_TOKENIZER_COMPANIONS) for file in source.glob(pattern)]
         name = "."

@@ -84,6 +84,11 @@ def run_config(run: Path) -> dict[str, Any]:
     return content
 
 
+def is_classification(node: Any) -> bool:
+    """Whether a node of `objectives` is a classification head."""
+    return isinstance(node, dict) and node.get("_target_") == _TARGET
+
+
 def read_heads(path: Path) -> dict[str, Classification]:
     """The classification heads of a run (its newest checkpoint) or of a checkpoint inside its run, by name.
 
@@ -99,7 +104,7 @@ def read_heads(path: Path) -> dict[str, Classification]:
     tensors = read_tensors(file)
     heads = {}
     for name, node in nodes.items() if isinstance(nodes, dict) else ():
-        if not isinstance(node, dict) or node.get("_target_") != _TARGET:
+        if not is_classification(node):
             continue
         prefix = f"objectives.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

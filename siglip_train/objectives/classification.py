@@ -1,5 +1,6 @@
 """Classification of images as an objective: a linear head on the vision tower, trained on labels."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from siglip_train.objectives.forward_pass import ForwardPass
 class Classification(Objective):
     """Cross-entropy of `classifier`, one linear layer, against the labels of the batch.
 
-    classes: C, so that labels are 0..C-1. width: of the vision tower, D. features: `tokens` = their average, which is
-    what Hugging Face's SiglipForImageClassification reads, `pooled` = what the tower's own head makes of them, with
-    which contrastive training ended. label_smoothing: share of the target that is spread over all classes.
+    classes: C, so that labels are 0..C-1. width: of the vision tower, D. classnames: in label order, kept for exports.
+    features: `tokens` = their average, which is what Hugging Face's SiglipForImageClassification reads, `pooled` = what
+    the tower's own head makes of them, with which contrastive training ended. label_smoothing: share of the target that
+    is spread over all classes.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Classification(Objective):
         *,
         classes: int,
         width: int,
+        classnames: Sequence[str] | None = None,
         features: Literal["tokens", "pooled"] = "tokens",
         label_smoothing: float = 0.0,
         weight: float = 1.0,
@@ -36,7 +39,10 @@ class Classification(Objective):
             raise ValueError(f"features is {features!r}: choose tokens or pooled")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}: give a share in 0..1, below 1")
+        if classnames is not None and len(classnames) != classes:
+            raise ValueError(f"classes is {classes}, and there are {len(classnames)} classnames")
         self.classes, self.label_smoothing = classes, label_smoothing
+        self.classnames = None if classnames is None else list(classnames)
         self.features = features
         self.classifier = nn.Linear(width, classes)
         # all classes equally likely at first, so that the tower is not moved by a random head

@@ -19,6 +19,6 @@ def test_a_folder_named_by_the_time_is_refused_where_each_attempt_would_get_its_
     for name, value in RESTARTING[launcher].items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"run_dir: .* give run_dir=PATH") as refused:
-        open_run_dir(None, None, {}, None)  # type: ignore[arg-type]  # refused before anything is asked for
+        open_run_dir(None, None, None)  # type: ignore[arg-type]  # refused before anything is asked for
     assert "\n" not in str(refused.value)
     record_fault(f"run_dir=null under {launcher}", ranks=1, happened="refused")

@@ -9,7 +9,7 @@ from siglip_train import convert
 from siglip_train.models.published import likeness
 from siglip_train.train import OPEN_GROUPS
 from siglip_train.typed import REQUIRED, build
-from tests.composing import CONFIGS, composed, names, on_meta, sizes
+from tests.composing import CONFIGS, composed, filled, names, on_meta, sizes
 from tests.house.commands import Command, of_headers, of_readmes, readmes
 from tests.models.test_sizes import size
 
@@ -44,7 +44,8 @@ def test_a_shown_command_is_what_its_program_takes(command: Command) -> None:
 
 @pytest.mark.parametrize("command", COMPOSED, ids=str)
 def test_a_shown_command_composes_and_its_types_are_right(command: Command) -> None:
-    values = composed(*opened(command), program=command.program)
+    is_training = command.program == "train"
+    values = filled(*opened(command)) if is_training else composed(*opened(command), program="evaluate")
     given = {key: "any" if value == REQUIRED else value for key, value in values.items()}
     for key in ("global_batch_size", "total_samples"):
         if given.get(key) == "any":

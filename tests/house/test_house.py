@@ -12,11 +12,12 @@ from siglip_train.data.pipeline import DataConfig
 from siglip_train.errors import UserError
 from siglip_train.runtime import check_kernels_package
 from siglip_train.typed import build
-from tests.composing import composed, names
+from tests.composing import composed, filled, names
 from tests.conftest import ROOT
 from tests.house.module_map import PACKAGES, module_map
 
 EXPERIMENTS = names("experiment")
+LENGTHS = ("total_samples", "total_epochs")
 DATA = [name for name in names("data") if name != "none"]
 
 
@@ -39,7 +40,7 @@ def test_no_file_is_named_after_nothing() -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_its_values_win(name: str) -> None:
     base, config = composed(), composed(f"experiment={name}")
-    assert config["total_samples"] != base["total_samples"]
+    assert [config[name] for name in LENGTHS] != [base[name] for name in LENGTHS]
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert re.search(rf"^#.*experiment={name}\b", text, re.MULTILINE), (
         "an experiment is headed by its command"
@@ -49,7 +50,7 @@ def test_every_experiment_composes_and_its_values_win(name: str) -> None:
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_config_composes_in_place_of_an_experiments(name: str) -> None:
     alone = composed(f"data={name}")["data"]
-    data = composed("experiment=quickstart", f"data={name}")["data"]
+    data = filled("experiment=quickstart", f"data={name}")["data"]
     assert data["sources"] == alone["sources"] != {}
     assert build(DataConfig, data).sources.keys() == data["sources"].keys()
     assert composed("experiment=quickstart", "data=none")["data"]["sources"] == {}

@@ -15,7 +15,7 @@ from siglip_train.models.siglip import Siglip, flops_per_pair
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import parameter_groups
 from siglip_train.typed import REQUIRED, build
-from tests.composing import composed, names, sizes
+from tests.composing import filled, names, sizes
 from tests.conftest import ROOT
 from tests.models.test_sizes import millions
 
@@ -83,7 +83,7 @@ RECIPES = {
 
 def written(name: str) -> dict[str, Any]:
     """What the experiment composes to, with the two things that it asks its user for."""
-    values = composed(f"experiment={name}")
+    values = filled(f"experiment={name}")
     assert values["tokenizer"] == REQUIRED
     assert values["data"]["sources"] == {}, "a recipe names no data"
     return {**values, "tokenizer": "any"}
@@ -173,7 +173,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_what_a_recipe_cannot_know_is_asked_for_at_once_a_line_each(name: str) -> None:
     with pytest.raises(UserError) as raised:
-        parse(composed(f"experiment={name}"))
+        parse(filled(f"experiment={name}"))
     lines = str(raised.value).splitlines()
     assert len(lines) == len(ASKED[name])
     for line, pattern in zip(lines, ASKED[name], strict=True):
@@ -181,7 +181,7 @@ def test_what_a_recipe_cannot_know_is_asked_for_at_once_a_line_each(name: str) -
 
 
 def test_a_scaled_use_is_one_override_of_batch_and_samples() -> None:
-    scaled = composed("experiment=siglip2_b16_sigmoid", "global_batch_size=4096", "total_samples=4e8")
+    scaled = filled("experiment=siglip2_b16_sigmoid", "global_batch_size=4096", "total_samples=4e8")
     config = build(Config, {**scaled, "tokenizer": "any"})
     assert (config.global_batch_size, config.total_samples) == (4096, 400_000_000)
     assert isinstance(config.total_samples, int)

@@ -25,6 +25,9 @@ PARAMETERS = {
     "so400m14_384": (428.23, 15.24, 449.73, 36.86, 877.96),
     "siglit_b8": (85.81, 0.0, 184.73, 32.77, 270.54),
     "siglit_g14": (1036.65, 25.25, 336.54, 32.77, 1373.19),
+    # those of the checkpoint; without one B/16's
+    "auto": (92.93, 7.09, 282.30, 196.61, 375.23),
+    "auto_384": (93.18, 7.09, 282.30, 196.61, 375.48),
     # no SigLIP of these sizes was published; a test below derives them from their sizes
     "ti16": (5.97, 0.44, 11.53, 6.14, 17.5),
     "s16": (23.44, 1.77, 33.75, 12.29, 57.19),
