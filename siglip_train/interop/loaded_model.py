@@ -171,7 +171,10 @@ def _opened(image: ImageLike) -> Image.Image:
     """In RGB. Raises `UserError`."""
     if isinstance(image, Image.Image):
         try:
-            return to_rgb(image)
+            rgb = to_rgb(image)
+            # what is RGB already is returned as it is, perhaps still closed
+            rgb.load()
+            return rgb
         except (OSError, SyntaxError) as error:  # of an image that Pillow opened and now has to read
             name = getattr(image, "filename", "") or repr(image)
             raise UserError(f"cannot read the image {name}: {error}") from error
