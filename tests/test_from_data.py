@@ -180,8 +180,6 @@ def complaint(shards: str) -> str:
         (["total_samples=100"], "and both are given; set one of them to null"),
         (["total_epochs=0"], "total_epochs: must be above 0, got 0"),
         (["evaluation.held_out=1"], "held_out must be a share in 0..1, below 1"),
-        (["++data.sources.mine.folder=x"], "both are given of shards=… and folder=…"),
-        (["++data.sources.mine.shards=null"], "neither is given of shards=… and folder=…"),
     ],
 )
 def test_contradictions_are_told_in_a_line(overrides: list[str], message: str) -> None:

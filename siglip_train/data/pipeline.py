@@ -46,8 +46,6 @@ class SourceConfig:
     """One set of shards.
 
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
-    folder: instead of shards, images in a folder for each class, a folder of images with captions beside them, or a
-    table of paths and captions (.csv, .tsv, .jsonl, .parquet), which are packed into shards in the cache.
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
     or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
@@ -56,20 +54,13 @@ class SourceConfig:
     select: which samples, by key.
     """
 
-    shards: Any = None
-    folder: str | None = None
+    shards: Any
     weight: float = 1.0
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
     label: str | None = None
     language: str | None = None
     select: Selection = field(default_factory=Selection)
-
-    def __post_init__(self) -> None:
-        """Samples lie in one place."""
-        if (self.shards is None) == (self.folder is None):
-            both = "both are" if self.shards is not None else "neither is"
-            raise ValueError(f"{both} given of shards=… and folder=…: one of them says where the samples lie")
 
 
 @dataclass
