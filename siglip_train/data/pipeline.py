@@ -92,8 +92,8 @@ class DataConfig:
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    source_defaults: dict[str, Any] = field(default_factory=dict)
     stages: list[StageConfig] = field(default_factory=list)
+    source_defaults: dict[str, Any] = field(default_factory=dict)
     workers: Workers = "auto"
     shuffle_window: int = 16384
     order: Order = "shuffled"

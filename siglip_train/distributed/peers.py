@@ -37,6 +37,8 @@ _SILENT = 10.0
 _LINGER = 6.0
 # for a main thread to end by itself once another rank has failed, and for its clean-up
 _LEAVE_ALONE, _CLEAN_UP = 3.0, 15.0
+# for a thread of ours to come back from the store at the end
+_CLOSE = 8.0
 
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|remote (peer|process)|TCPStore",
@@ -143,9 +145,13 @@ class Peers:
         self._talked = time.monotonic()
         self._is_ending, self._is_closed = threading.Event(), threading.Event()
         self._heard: dict[int, tuple[Any, float]] = {}
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
-        # apart, because a store in a process that is stopped never answers
-        threading.Thread(target=self._watch_alone, name="patience", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._watch, name="peers", daemon=True),
+            # apart, because a store in a process that is stopped never answers
+            threading.Thread(target=self._watch_alone, name="patience", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def tell(self, failure: Failure) -> None:
         """Give all others the reason of this rank, which leaves from another thread than the main one."""
@@ -157,6 +163,9 @@ class Peers:
     def close(self) -> None:
         """The run has ended, and this rank says nothing more."""
         self._is_closed.set()
+        for thread in self._threads:
+            # the interpreter aborts if it ends while a thread is inside the store
+            thread.join(_CLOSE)
 
     def fail(self, error: BaseException, reason: str, status: int) -> Failure | None:
         """Tell all others that this rank ends with `error`, unless it only met the end of another: then it is told why.

@@ -29,6 +29,7 @@ from siglip_train.evaluate import EvaluateConfig
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
+from siglip_train.starting_point import _fill_sources
 from siglip_train.train import OPEN_GROUPS
 from siglip_train.typed import build
 from tests.conftest import ROOT
@@ -140,7 +141,8 @@ def composed(name: str, config: type, open_groups: tuple[str, ...], overrides: l
 def read_in_training(overrides: list[str]) -> None:
     """A batch of every source, and the evaluations of the experiment find their files."""
     values = composed("train", Config, OPEN_GROUPS, overrides)
-    data = {**values["data"], "workers": 0, "shuffle_window": 100}
+    _fill_sources(values)
+    data = {**values["data"], "workers": 0, "shuffle_window": 100, "resize": DataConfig.resize}
     loader = build_loader(
         build(DataConfig, data),
         tokenizer=Bytes(),  # type: ignore[arg-type]
