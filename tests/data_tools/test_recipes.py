@@ -156,7 +156,14 @@ def read_in_training(overrides: list[str]) -> None:
         assert (batch.texts.shape[1] == 0) == (source.get("text", "txt") is None)
     tokenizer = values["tokenizer"]
     assert "PATH" in tokenizer or os.path.exists(tokenizer) or "init_from" in values
-    check_all(instantiate_all(values["evaluation"]["tasks"], "evaluation.tasks"), "evaluation.tasks")
+    # null is what a run fills from the sources of its data
+    tasks = {
+        name: {key: value for key, value in task.items() if value is not None}
+        for name, task in values["evaluation"]["tasks"].items()
+    }
+    for task in tasks.values():
+        task.setdefault("shards", next(iter(values["data"]["sources"].values()))["shards"])
+    check_all(instantiate_all(tasks, "evaluation.tasks"), "evaluation.tasks")
 
 
 def read_in_evaluation(overrides: list[str]) -> None:
