@@ -1,6 +1,7 @@
 """The two kinds of files every weight format is made of: JSON and safetensors. Damage is a `UserError`."""
 
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +16,14 @@ from torch import Tensor
 from siglip_train.errors import UserError
 from siglip_train.typed import build, join
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+# bytes, as filesystems have it
+_LONGEST_NAME = 255
+# DistributedDataParallel's, torch.compile's
+_WRAPPERS = ("module.", "_orig_mod.")
 
 # names under which torch weights are found in place of safetensors
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -25,11 +33,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
+
+
+def check_file_name(name: str, where: Path) -> None:
+    """Raise a `UserError` unless `name`, which stands in the file `where`, is that of a file beside it."""
+    is_plain = name not in ("", ".", "..") and Path(name).name == name and name.isprintable()
+    if not is_plain or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(f"{where} names {name[:100]!r}, which is no file beside it")
 
 
 def section(kind: type[T], values: Any, where: Path, key: str = "") -> T:
@@ -59,12 +74,25 @@ class _Index:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; where it was split, all files that `<path>.index.json` names."""
-    return {name: tensor for file in _weight_files(path) for name, tensor in _read_one(file).items()}
+    return _unwrapped(
+        {name: tensor for file in _weight_files(path) for name, tensor in _read_one(file).items()}, path
+    )
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that `read_tensors` would read, from the heads of the files alone."""
-    return {name: shape for file in _weight_files(path) for name, shape in _shapes_of_one(file).items()}
+    return _unwrapped(
+        {name: shape for file in _weight_files(path) for name, shape in _shapes_of_one(file).items()}, path
+    )
+
+
+def _unwrapped(named: dict[str, T], path: Path) -> dict[str, T]:
+    """Without what torch puts before the names of a module that is compiled or distributed."""
+    for wrapper in _WRAPPERS:
+        if named and all(name.startswith(wrapper) for name in named):
+            log.info("%s: %r before every name is left out, as of a module that was wrapped", path, wrapper)
+            return _unwrapped({name.removeprefix(wrapper): value for name, value in named.items()}, path)
+    return named
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -73,6 +101,8 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if index.is_file():
         names = sorted(set(section(_Index, read_json(index), index).weight_map.values()))
+        for name in names:
+            check_file_name(name, index)
         return [path.with_name(name) for name in names]
     pickles = [file for pattern in _PICKLES for file in path.parent.glob(pattern)]
     if pickles:

@@ -106,6 +106,7 @@ def _format_of(path: Path) -> tuple[_Format, Path]:
     """Whose files these are, and the file or folder to read. Raises `UserError` where they are nobody's."""
     if not path.exists():
         raise UserError(f"there is no model at {path}: the path does not exist")
+    path = _snapshot(path)
     if is_big_vision(path):
         return _Format(describe_big_vision, read_big_vision), path
     if path.is_file():
@@ -121,9 +122,30 @@ def _format_of(path: Path) -> tuple[_Format, Path]:
     if (folder / "config.json").is_file():
         check_model_type(folder)
         return _Format(describe_huggingface, read_huggingface), folder
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds adapters of PEFT, not the model that they adapt: merge them where they come from, and give "
+            "that FOLDER: PeftModel.from_pretrained(MODEL, ADAPTERS).merge_and_unload().save_pretrained(FOLDER)"
+        )
     raise UserError(
         f"{path} is no model: neither a run with a checkpoint, a checkpoint, an export, a HuggingFace folder "
         f"(config.json), an open_clip folder ({CONFIG_FILE}) nor an .npz of big_vision"
+    )
+
+
+def _snapshot(path: Path) -> Path:
+    """The snapshot in a folder of the hub's cache (models--OWNER--NAME): that of `main`, or the only one."""
+    folder = path / "snapshots"
+    if not folder.is_dir():
+        return path
+    there = {each.name: each for each in folder.iterdir() if each.is_dir()}
+    main = path / "refs" / "main"
+    named = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    if named in there or len(there) == 1:
+        return there.get(named) or next(iter(there.values()))
+    raise UserError(
+        f"{path} is a folder of the hub's cache with {len(there)} snapshots; give one: {folder}/NAME"
+        f"{' of ' + ', '.join(sorted(there)) if there else ''}"
     )
 
 

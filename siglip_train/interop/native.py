@@ -17,7 +17,14 @@ from torch import Tensor
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
 from siglip_train.files import put_folder
-from siglip_train.interop.files import read_json, read_tensors, section, shortened, write_tensors
+from siglip_train.interop.files import (
+    check_file_name,
+    read_json,
+    read_tensors,
+    section,
+    shortened,
+    write_tensors,
+)
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
@@ -177,6 +184,8 @@ def describe_export(folder: Path) -> Description:
     export = section(_Export, content, where)
     towers = section(_Towers, export.model, where, "model")
     file = section(_Tokenizer, export.tokenizer, where, "tokenizer").file
+    if file not in (None, "."):
+        check_file_name(file, where)
     rules = {name: value for name, value in export.tokenizer.items() if name != "file"}
     return Description(
         SiglipConfig(towers.vision, towers.text),

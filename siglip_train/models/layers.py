@@ -19,11 +19,20 @@ LAYER_NORM_EPS = 1e-6
 _CUT_NORMAL_STD = 0.87962566103423978
 
 
+# far above any model: a stranger's config of a few bytes could ask for layers without end
+_MOST = {"depth": 1 << 10, "image_size": 1 << 16, "patch_size": 1 << 16, "position_grid": 1 << 16}
+_MOST_OTHERS = 1 << 24
+
+
 def check_sizes(tower: str, config: Any) -> None:
-    """Raise a `UserError` for a size of a tower's config that is below 1, and for a width that heads do not divide."""
+    """Raise a `UserError` for a size of a tower's config that is out of range, and a width that heads do not divide."""
     for name, size in vars(config).items():
         if isinstance(size, int) and not isinstance(size, bool) and size < 1:
             raise UserError(f"model.{tower}: {name} must be at least 1, got {size}")
+        if isinstance(size, int) and size > _MOST.get(name, _MOST_OTHERS):
+            raise UserError(
+                f"model.{tower}: {name} must be at most {_MOST.get(name, _MOST_OTHERS)}, got {size}"
+            )
     if config.width % config.heads:
         raise UserError(f"model.{tower}: width {config.width} must be a multiple of heads {config.heads}")
 
