@@ -21,6 +21,8 @@ def appearing(path: Path) -> Iterator[Path]:
     """
     # of the main thread it is the number of the process; no other thread on the machine has the same
     partial = path.with_name(f".{path.name}.{threading.get_native_id()}")
+    # a link of that name in a stranger's folder would lead the content elsewhere
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         flush(partial)

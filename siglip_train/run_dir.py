@@ -42,6 +42,7 @@ def open_run_dir(wanted: str | None, world: World, rank_log: RankLog) -> Path:
 
     def begin() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _refuse_links(run_dir)
         _claim(rank_log.open(run_dir), run_dir)
         write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
 
@@ -65,6 +66,15 @@ def _written(work: Callable[[], T], run_dir: Path) -> T:
         return work()
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {run_dir}: {error}") from None
+
+
+def _refuse_links(run_dir: Path) -> None:
+    """Raise `UserError` where what is appended to is a link: a stranger's could lead to any file of the user."""
+    for name in ("log.txt", "metrics.jsonl", "logs"):
+        if (run_dir / name).is_symlink():
+            raise UserError(
+                f"run_dir: {run_dir / name} is a link, and a run writes to no other folder; remove it"
+            )
 
 
 def _refuse_a_folder_for_each_attempt(variables: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from siglip_train.errors import UserError
+from siglip_train.files import write_text
 from siglip_train.interop.files import read_shapes, read_tensors
 from siglip_train.interop.load import load_model, read_description
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip
+from siglip_train.report import write_report
+from siglip_train.run_dir import _refuse_links
 from tests.models.small import small_config
 
 
@@ -162,3 +166,42 @@ def test_a_model_that_claims_to_be_huge_takes_no_memory(export: Path) -> None:
     changed(export, "model", "text", "vocab_size", to=1 << 40)
     with pytest.raises(UserError):
         load_model(export)
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        {"metrics": {"acc1": "<script>"}}, {"metrics": [1]}, {"details": 3}, {"details": {"mistakes": [{}]}},
+        {"details": {"mistakes": [{"picture": "https://evil/x", "predicted": "<b>", "label": 1, "key": "<i>"}]}},
+        {"details": {"similarity": {"values": [["x"]], "pictures": [], "captions": []}}}, {"step": "<u>"},
+        {"details": {"groups": [{"name": "<b>", "acc1": "x", "images": {}}]}}, {"metrics": {"a": 1e400}},
+    ],
+)  # fmt: skip
+def test_a_strangers_results_make_a_page_that_fetches_and_runs_nothing(
+    tmp_path: Path, evaluation: Any
+) -> None:
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "task.json").write_text(json.dumps(evaluation))
+    rows = [
+        {"step": 1, "train/loss": "<script>"},
+        {"step": "x", "data/seen": "x", "time": True},
+        {"step": 2, "data/b": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    for part in ("<script", "<b>", "<i>", "<u>", "https://evil"):
+        assert part not in page
+
+
+def test_links_in_a_strangers_run_lead_no_writing_elsewhere(tmp_path: Path) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    run.mkdir()
+    (run / f".config.yaml.{threading.get_native_id()}").symlink_to(victim)
+    (run / "config.yaml").symlink_to(victim)
+    write_text(run / "config.yaml", "theirs")
+    assert victim.read_text() == "mine"
+    assert (run / "config.yaml").read_text() == "theirs"
+    (run / "log.txt").symlink_to(victim)
+    with pytest.raises(UserError, match=r"log\.txt is a link"):
+        _refuse_links(run)
