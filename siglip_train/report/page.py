@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from siglip_train.errors import UserError
+from siglip_train.errors import UserError, said
 from siglip_train.files import write_text
 from siglip_train.records import parse_record, read_records, read_text
 from siglip_train.redact import redacted
@@ -18,7 +18,7 @@ def write_report(run_dir: Path | str) -> Path:
     """Write `run_dir/report.html` from what the run has left so far, and give its path.
 
     Reads metrics.jsonl, evaluations/*.json, config.yaml and environment.json; each may be missing.
-    Raises UserError where there is no such folder.
+    Raises UserError where there is no such folder, and where a stranger has put other values into these files.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -30,7 +30,14 @@ def write_report(run_dir: Path | str) -> Path:
     files = {"Configuration": run_dir / "config.yaml", "Environment": run_dir / "environment.json"}
     texts = {title: redacted(read_text(path)) for title, path in files.items()}
     rows = read_records(run_dir / "metrics.jsonl")
-    return _write(run_dir / "report.html", run_dir.resolve().name, evaluations, rows, texts)
+    try:
+        return _write(run_dir / "report.html", run_dir.resolve().name, evaluations, rows, texts)
+    except OSError:
+        raise
+    except Exception as error:  # whatever charts and templates make of values that no run has written
+        raise UserError(
+            f"no report of {run_dir}: its metrics.jsonl or evaluations/ hold what no run writes ({said(error)})"
+        ) from error
 
 
 def write_evaluation_report(target: Path, name: str, evaluations: Mapping[str, Details]) -> Path:

@@ -1,5 +1,6 @@
 """Folders by strangers, hostile or merely of another kind: read as they are meant, or refused in a line."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -177,7 +178,7 @@ def test_a_model_that_claims_to_be_huge_takes_no_memory(export: Path) -> None:
         {"details": {"groups": [{"name": "<b>", "acc1": "x", "images": {}}]}}, {"metrics": {"a": 1e400}},
     ],
 )  # fmt: skip
-def test_a_strangers_results_make_a_page_that_fetches_and_runs_nothing(
+def test_a_strangers_results_make_a_line_or_a_page_that_fetches_and_runs_nothing(
     tmp_path: Path, evaluation: Any
 ) -> None:
     (tmp_path / "evaluations").mkdir()
@@ -188,7 +189,13 @@ def test_a_strangers_results_make_a_page_that_fetches_and_runs_nothing(
         {"step": 2, "data/b": None},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report(tmp_path).read_text()
+    with pytest.raises(UserError, match="hold what no run writes"):
+        write_report(tmp_path)
+    # the results alone: a page without theirs, or the same line
+    (tmp_path / "metrics.jsonl").unlink()
+    with contextlib.suppress(UserError):
+        write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text() if (tmp_path / "report.html").exists() else ""
     for part in ("<script", "<b>", "<i>", "<u>", "https://evil"):
         assert part not in page
 
