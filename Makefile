@@ -57,7 +57,7 @@ map: setup  ## print every module, its lines and what it is for
 types: setup  ## mypy
 	$(BIN)/mypy
 
-check: lint types test-all  ## everything that CI runs
+check: lint types test  ## everything that CI runs
 
 .DEFAULT_GOAL := help
 .PHONY: help always setup constraints quickstart test test-all test-gpu fmt lint map types check
