@@ -38,7 +38,7 @@ def _run(
         pytest.param(
             ((1.0, TERM),), ("distributed.grace_seconds=3",),
             "SIGTERM, and within 3 s (distributed.grace_seconds) the run did not come to a checkpoint: it stands at step 5",
-            id="the grace period ends", marks=pytest.mark.fault_by_default,
+            id="the grace period ends",
         ),
         pytest.param(((1.0, TERM), (4.0, TERM)), (), "SIGTERM, and SIGTERM 3 s later: the run leaves at once, from step 5", id="a second signal"),
         pytest.param(((1.0, USR1), (4.0, TERM)), (), "SIGUSR1, and SIGTERM 3 s later: the run leaves at once, from step 5", id="the time limit after its notice"),
