@@ -11,7 +11,8 @@ from siglip_train.models.vision import VisionConfig
 from tests.composing import names, sizes
 
 
-@pytest.mark.parametrize("name", names("model"))
+# auto* leave their sizes to the model that a run starts from
+@pytest.mark.parametrize("name", [name for name in names("model") if not name.startswith("auto")])
 def test_every_file_has_a_title_and_is_read_as_hydra_reads_it(name: str) -> None:
     assert of_file(name) == sizes(f"model={name}")
     title, note = likeness(of_file(name))
