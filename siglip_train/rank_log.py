@@ -63,7 +63,11 @@ class RankLog:
         """Let go of the file."""
         if self._file is not None:
             if faulthandler.is_enabled():
-                faulthandler.enable()
+                try:
+                    faulthandler.enable()
+                except (OSError, ValueError, AttributeError):
+                    # the error stream is no file, as in a notebook; ours is about to be closed
+                    faulthandler.disable()
             log.handlers, log.propagate = [], True
             self._file.close()
             self._file = None
