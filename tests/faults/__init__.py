@@ -15,5 +15,5 @@ A fault inside a process (a disk that is full, a rank that is killed in the midd
 `train(…, prepare=…)`, a function of the rank that patches what is needed before the program starts. Only what is about
 a signal to a real process, or about a command line, starts one.
 
-Every test here is `slow` (`make test-all`) but those marked `fault_by_default`, the five worst, which `make test` runs.
+Every test here is `slow` (`make test-all`) but those marked `fault_by_default`, the worst, which `make test` runs.
 """
