@@ -3,9 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.samples import read_json
-
 # `objects` is the shard format's own name; other sets say `boxes`
 _BOX_FIELDS = ("objects", "boxes")
 _LANGUAGE_FIELDS = ("language", "lang")
@@ -17,16 +14,6 @@ class Box(NamedTuple):
     place: str
     label: str
     corners: Any
-
-
-def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The json member, {} where there is none. Raises `SampleError` unless it is one object."""
-    if "json" not in members:
-        return {}
-    facts = read_json(members["json"])
-    if not isinstance(facts, dict):
-        raise SampleError("broken json", f"not an object but a {type(facts).__name__}")
-    return facts
 
 
 def boxes(facts: Mapping[str, Any]) -> Iterator[Box]:

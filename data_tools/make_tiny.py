@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arguments import add_workers, positive
-from data_tools.processes import run_all
-from data_tools.progress import progress
 from data_tools.tiny.captions import word_everywhere
 from data_tools.tiny.preview import write_preview
 from data_tools.tiny.shards import SAMPLES_PER_SHARD, ShardTask, plan_training, write_shard
 from data_tools.tiny.vocabulary import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES
 from data_tools.tokenizer import TrainingOptions, train_tokenizer
+from siglip_train.data.processes import run_all
+from siglip_train.data.progress import progress
 from siglip_train.errors import UserError
 
 # raise it whenever the same options would give other bytes

@@ -1,14 +1,17 @@
 """`siglip-data pack`: shards from a folder of pictures, a table, COCO annotations, or other shards."""
 
 import argparse
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_tools.arguments import add_max_pixels, add_workers, folder_name, positive, share
-from data_tools.packing.pictures import FORMATS, PictureOptions
-from data_tools.packing.plan import SKIPPED, Packed, PackOptions, pack
-from data_tools.packing.records import SourceOptions
+from siglip_train.data.packing.pictures import FORMATS, PictureOptions
+from siglip_train.data.packing.plan import SKIPPED, Packed, PackOptions, pack
+from siglip_train.data.packing.records import SourceOptions
 from siglip_train.errors import UserError
 
 EXAMPLE = """examples:
@@ -92,12 +95,25 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     start = time.monotonic()
     try:
-        packed = pack(arguments.source, arguments.out_dir, options, arguments.workers)
+        with _what_is_found_on_the_screen():
+            packed = pack(arguments.source, arguments.out_dir, options, arguments.workers)
     except OSError as error:
         raise UserError(f"{error}; the same command goes on from here once that is mended") from error
     state = f"wrote {arguments.out_dir} in {time.monotonic() - start:.1f} s"
     print(f"{state if packed.is_new else f'{arguments.out_dir} is up to date'}: {_counts(packed)}; "
           f"{_skipped(packed, arguments.out_dir)}")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _what_is_found_on_the_screen() -> Iterator[None]:
+    log, screen = logging.getLogger("siglip_train.data.packing"), logging.StreamHandler()
+    log.addHandler(screen)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(screen)
+        log.setLevel(logging.NOTSET)
 
 
 def _counts(packed: Packed) -> str:

@@ -8,18 +8,19 @@ from typing import Any
 
 from data_tools.arguments import add_cache_dir, add_workers, positive
 from data_tools.kept import Kept, version
-from data_tools.progress import progress
 from data_tools.stats.kept_tally import from_json, to_json
 from data_tools.stats.measure import Measures, ShardTask, measure_shard
 from data_tools.stats.page import page
 from data_tools.stats.summary import summarise
 from data_tools.stats.tally import Tally
 from data_tools.stats.terminal import print_tables
-from data_tools.whole_file import check_targets, write_whole
+from data_tools.whole_file import check_targets
 from siglip_train.data.locations import cache_folder, expand
+from siglip_train.data.progress import progress
 from siglip_train.data.samples import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
+from siglip_train.files import write_whole
 from siglip_train.redact import redacted
 
 EXAMPLE = """example:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arguments import add_cache_dir, add_workers, positive
-from data_tools.processes import run_all
-from data_tools.progress import progress
 from data_tools.stats.counters import BadSamples
 from data_tools.tokenizer import TrainingOptions, train_tokenizer
 from data_tools.tokens.captions import CaptionFields, draw_captions
 from data_tools.tokens.summary import print_table, summarise
 from data_tools.tokens.tally import InspectTask, Tally, Vocabulary, inspect_shard
-from data_tools.whole_file import check_targets, write_whole
+from data_tools.whole_file import check_targets
 from siglip_train.data.locations import cache_folder, expand
+from siglip_train.data.processes import run_all
+from siglip_train.data.progress import progress
 from siglip_train.data.samples import Field
 from siglip_train.errors import UserError
+from siglip_train.files import write_whole
 
 EXAMPLE = """examples:
   siglip-data tokenizer 'data/web/{000..099}.tar' data/tokenizer.model --text txt json:names.* --vocab-size 8192

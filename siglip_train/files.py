@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,3 +82,23 @@ def put_folder(partial: Path, folder: Path) -> None:
     flush_folder(partial)
     os.replace(partial, folder)
     flush(folder.parent)
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path` under which this process writes it; no other process has the same."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were ended have left under their `temporary` names."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` under a temporary name beside `path`, then rename. Raises `UserError`."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

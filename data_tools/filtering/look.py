@@ -14,16 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.facts import read_facts
 from data_tools.filtering.balance_spec import BalanceSpec, load_spec
 from data_tools.filtering.fingerprint import COLOURS, fingerprint
 from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_rules
-from data_tools.reading import picture_header, plain_detail, read_rows
+from data_tools.reading import picture_header, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
-from siglip_train.data.faults import BadSample
+from siglip_train.data.faults import BadSample, plain_detail
 from siglip_train.data.images import MAX_PIXELS, decode
 from siglip_train.data.locations import short_name
+from siglip_train.data.samples import read_facts
 from siglip_train.data.shards import damaged_samples, indexed_tar
 from siglip_train.files import appearing
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.facts import read_facts
-from data_tools.packing.shards import add_member
 from data_tools.reading import read_rows
+from siglip_train.data.packing.shards import add_member
+from siglip_train.data.samples import read_facts
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 from siglip_train.files import appearing

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.facts import boxes, language, read_facts
+from data_tools.facts import boxes, language
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
-from data_tools.reading import read_mask
 from siglip_train.data.faults import SampleError
 from siglip_train.data.images import decode
-from siglip_train.data.samples import Field
+from siglip_train.data.packing.pictures import read_mask
+from siglip_train.data.samples import Field, read_facts
 from siglip_train.data.shards import RawSample
 from siglip_train.report.thumbnail import data_url
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.processes import run_all
-from data_tools.progress import progress
 from data_tools.stats.counters import BadSamples
 from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.locations import expand
+from siglip_train.data.processes import run_all
+from siglip_train.data.progress import progress
 from siglip_train.data.samples import Field
 from siglip_train.data.shards import RawSample, read_samples, short_name
 from siglip_train.errors import UserError

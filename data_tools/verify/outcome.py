@@ -12,8 +12,8 @@ from rich.text import Text
 
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import WHOLE_SHARD, ShardReport
-from data_tools.whole_file import write_whole
 from siglip_train.data.manifest import Entry, index_content
+from siglip_train.files import write_whole
 from siglip_train.redact import redacted
 
 _EXAMPLES = 3

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.reading import plain_detail
 from data_tools.verify.checks import Rules, SampleChecks
 from siglip_train.data.cache import local_tar, was_damaged
-from siglip_train.data.faults import BadSample
+from siglip_train.data.faults import BadSample, plain_detail
 from siglip_train.data.locations import is_remote
 from siglip_train.data.manifest import left_out_of, members_of
 from siglip_train.data.shards import RawSample, short_name

@@ -1,6 +1,7 @@
 """Samples that cannot be used: one error type, how they are logged, and when there are too many of them."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,6 +14,10 @@ _MIN_SAMPLES = 200
 _MAX_DETAIL = 500
 # bad samples of one cause: the first are all logged, then every hundredth
 _LOGGED, _LOGGED_EVERY = 20, 100
+# Pillow names the object in memory that it cannot read: another in every run
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
+# of a reason in a list of what was left out
+_MAX_LISTED = 200
 
 
 class SampleError(ValueError):
@@ -75,3 +80,8 @@ def causes(bad: Iterable[BadSample]) -> str:
     """`3 no text, 1 truncated`."""
     counts = Counter(each.cause for each in bad)
     return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+
+
+def plain_detail(detail: str) -> str:
+    """What an error said, the same in every run and not too long to be listed."""
+    return _ADDRESS.sub("", detail)[:_MAX_LISTED]

@@ -179,3 +179,13 @@ class CaptionChoice:
             left.pop(place)
             weights = np.delete(weights, place)
         raise failure or no_caption(self.fields, sample)
+
+
+def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The json member, {} where there is none. Raises `SampleError` unless it is one object."""
+    if "json" not in members:
+        return {}
+    facts = read_json(members["json"])
+    if not isinstance(facts, dict):
+        raise SampleError("broken json", f"not an object but a {type(facts).__name__}")
+    return facts

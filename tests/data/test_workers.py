@@ -85,7 +85,7 @@ if __name__ == "__main__":
 def test_processes_of_the_data_tools_end_with_a_killed_tool():
     program = """
 import time
-from data_tools.processes import run_all
+from siglip_train.data.processes import run_all
 if __name__ == "__main__":
     list(run_all(time.sleep, [60, 60], 2))
 """

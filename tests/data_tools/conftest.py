@@ -1,6 +1,7 @@
 """One small data set for all tests of this folder, and its samples read with plain tarfile."""
 
 import json
+import logging
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -44,3 +45,10 @@ def tiny_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def splits(tiny_dir) -> dict[str, list[Sample]]:
     return {split: read_split(tiny_dir / split) for split in SPLITS}
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What packing says of a source, in its `text`."""
+    caplog.set_level(logging.INFO, "siglip_train.data.packing")
+    return caplog

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.filtering import run
-from data_tools.run_record import alone_in
+from siglip_train.data.packing.run_record import alone_in
 from tests.data_tools.conftest import Sample, read_split
 
 

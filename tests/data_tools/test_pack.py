@@ -15,12 +15,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from data_tools.cli import main
-from data_tools.packing import parquet_tables, plan, shards
-from data_tools.packing.coco_masks import run_lengths
-from data_tools.packing.pictures import PictureOptions
-from data_tools.packing.plan import PackOptions, pack
-from data_tools.packing.records import SourceOptions
-from data_tools.run_record import alone_in
+from siglip_train.data.packing import parquet_tables, plan, shards
+from siglip_train.data.packing.coco_masks import run_lengths
+from siglip_train.data.packing.pictures import PictureOptions
+from siglip_train.data.packing.plan import PackOptions, pack
+from siglip_train.data.packing.records import SourceOptions
+from siglip_train.data.packing.run_record import alone_in
 from siglip_train.errors import UserError
 
 from .conftest import Sample, read_split
@@ -320,12 +320,12 @@ def tabled(folder: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_tables(tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> None:
+def test_tables(tmp_path: Path, form: str, notes: pytest.LogCaptureFixture) -> None:
     table = tabled(tmp_path, form)
     for name in "ab":
         write(tmp_path / "images" / f"{name}.png", encoded(picture(seed=ord(name))))
     samples = list(packed(table, tmp_path / "out").values())
-    assert "pictures from column filepath, captions from column title" in capsys.readouterr().err
+    assert "pictures from column filepath, captions from column title" in notes.text
     assert [sample.key for sample in samples] == ["000000000", "000000001"]
     for row, sample in zip(ROWS, samples, strict=True):
         assert sample.members["png"] == (tmp_path / row["filepath"]).read_bytes()
@@ -653,16 +653,14 @@ def test_bad_rows_are_skipped_and_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_of_json_need_not_be_alike(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_rows_of_json_need_not_be_alike(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a.png", encoded(picture()))
     rows = [{"image": "a.png", "source": "web"}, {"image": "a.png", "caption": "one", "text": "more"},
             {"path": "a.png", "text": "two"}]  # fmt: skip
     deep = {"image": "a.png", "caption": "x", "more": json.loads("[" * 500 + "]" * 500)}
     source = write(tmp_path / "rows.json", [*rows, "no object", deep])
     samples = packed(source, tmp_path / "out")
-    assert (
-        "pictures from column image or path, captions from column caption or text" in capsys.readouterr().err
-    )
+    assert "pictures from column image or path, captions from column caption or text" in notes.text
     assert {key: sample.members["txt"] for key, sample in samples.items()} == {
         "000000001": b"one", "000000002": b"two",
     }  # fmt: skip

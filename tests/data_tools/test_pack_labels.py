@@ -9,11 +9,11 @@ import fsspec
 import pytest
 
 from data_tools.cli import main
-from data_tools.packing import parquet_tables
-from data_tools.packing.labels import caption_of, number_classes
-from data_tools.packing.plan import PackOptions, pack
-from data_tools.packing.records import SourceOptions
 from siglip_train.data.folders import benchmark_folder
+from siglip_train.data.packing import parquet_tables
+from siglip_train.data.packing.labels import caption_of, number_classes
+from siglip_train.data.packing.plan import PackOptions, pack
+from siglip_train.data.packing.records import SourceOptions
 from siglip_train.data.patience import Patience
 from siglip_train.errors import UserError
 
@@ -44,10 +44,10 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def test_class_labels_of_parquet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_class_labels_of_parquet(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     pictures = write_rows(tmp_path / "in.parquet", {"label": [2, 0, 1, -1, 2]}, {"label": ANIMALS}, "img")
     samples = packed(tmp_path / "in.parquet", tmp_path / "out")
-    assert "pictures from column img, labels from column label (3 classes)" in capsys.readouterr().err
+    assert "pictures from column img, labels from column label (3 classes)" in notes.text
     assert [sample.members["png"] for sample in samples] == [*pictures[:3], pictures[4]]
     assert labels(samples) == ["2", "0", "1", "2"]
     assert [sample.facts["class"] for sample in samples] == ["dog", "bird", "cat", "dog"]
@@ -177,12 +177,12 @@ def test_numbers_in_place_of_captions_are_named(tmp_path: Path, value: object) -
             packed(source, tmp_path / "out")
 
 
-def test_folders_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_folders_of_classes(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     for number, name in enumerate(["dog", "bird", "dog"]):
         write(tmp_path / "in" / name / f"{number}.AVIF".replace("AVIF", "jfif"), picture(number, "JPEG"))
     write(tmp_path / "in" / "dog" / "note.doc", "x")
     samples = packed(tmp_path / "in", tmp_path / "out", caption_template=["the {}"])
-    said = capsys.readouterr().err
+    said = notes.text
     assert "the 2 folders are taken for classes (bird, dog)" in said
     assert "files that belong to no picture are passed over: .doc 1" in said
     assert [(sample.key, sample.members["cls"], sample.members["txt"]) for sample in samples] == [
@@ -212,7 +212,7 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
     assert len(packed(tmp_path / "in" / "train", tmp_path / "out")) == 2
 
 
-def test_captions_of_kohya_and_of_a_table_beside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_captions_of_kohya_and_of_a_table_beside(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "in"
     for name in ("a", "b", "sub/c", "sub/d", "e"):
         write(source / f"{name}.png", picture(ord(name[-1])))
@@ -231,7 +231,7 @@ def test_captions_of_kohya_and_of_a_table_beside(tmp_path: Path, capsys: pytest.
     skipped = (tmp_path / "out" / "skipped.tsv").read_text()
     assert "sub/d\tsub/d.png\tempty caption" in skipped
     assert "gone\tgone.png\tmissing file" in skipped
-    assert "are passed over: .caption 1\n" in capsys.readouterr().err
+    assert "are passed over: .caption 1\n" in notes.text
 
 
 @pytest.fixture

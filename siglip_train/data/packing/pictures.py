@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data_tools.reading import read_mask
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits
+from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits, without_texts
 
 FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height
@@ -97,3 +96,17 @@ def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
     except (OSError, ValueError) as error:  # WebP has a limit of 16,383 pixels a side
         raise SampleError("cannot be encoded", f"{image.size} as {extension}: {error}") from error
     return buffer.getvalue()
+
+
+def read_mask(data: bytes) -> Image.Image:
+    """A class map, one channel of 8 bits, from a PNG. Raises `SampleError`."""
+    try:
+        with Image.open(io.BytesIO(without_texts(data)), formats=["PNG"]) as mask:
+            if mask.width * mask.height > MAX_PIXELS:
+                raise ValueError(f"{mask.width} x {mask.height} pixels, limit {MAX_PIXELS}")
+            mask.load()
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+        raise SampleError("broken mask", f"{type(error).__name__}: {error}") from error
+    if mask.mode not in ("L", "P"):
+        raise SampleError("broken mask", f"mode {mask.mode}, but a class map has one channel of 8 bits")
+    return mask

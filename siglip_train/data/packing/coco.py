@@ -1,17 +1,19 @@
 """Records of COCO annotations: the captions of a picture together, and boxes and masks of instances."""
 
 import json
-import sys
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.packing.coco_masks import Drawing
-from data_tools.packing.records import IMAGE, MASK, Part, Readable, Record, captions_of, key_of
 from siglip_train.data.faults import SampleError
+from siglip_train.data.packing.coco_masks import Drawing
+from siglip_train.data.packing.records import IMAGE, MASK, Part, Readable, Record, captions_of, key_of
 from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 Annotations = Mapping[str, Any]
 # of a map of 8 bits, beside 0
@@ -122,8 +124,11 @@ def _class_numbers(data: Annotations, labels: Mapping[int, str]) -> dict[int, in
     if len(labels) <= _MAX_CLASSES:
         return {category: place for place, category in enumerate(labels, 1)}
     if any(isinstance(each, dict) and each.get("segmentation") for each in data["annotations"]):
-        print(f"masks are left out: there are {len(labels)} categories, and a map of 8 bits has {_MAX_CLASSES}",
-              file=sys.stderr)  # fmt: skip
+        _LOG.warning(
+            "masks are left out: there are %d categories, and a map of 8 bits has %d",
+            len(labels),
+            _MAX_CLASSES,
+        )
     return {}
 
 

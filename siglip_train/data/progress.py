@@ -23,7 +23,7 @@ def progress(total: int, doing: str, did: str, unit: str = "samples") -> Iterato
     def advance(count: int) -> None:
         nonlocal done
         if (done + count) * 4 // total > done * 4 // total:
-            print(f"{did} {done + count} of {total} {unit}", file=sys.stderr)
+            print(f"{did} {done + count} of {total} {unit}", file=sys.stderr)  # noqa: T201
         done += count
 
     yield advance

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from data_tools.packing.records import CAPTION_FIELDS, SourceOptions
+from siglip_train.data.packing.records import CAPTION_FIELDS, SourceOptions
 from siglip_train.errors import UserError
 
 # the last three are img2dataset's, by the format

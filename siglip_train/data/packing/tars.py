@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.packing.records import IMAGE, Part, Record
 from siglip_train.data.locations import cache_folder, expand
+from siglip_train.data.packing.records import IMAGE, Part, Record
 from siglip_train.data.shards import indexed_tar, short_name
 from siglip_train.data.tar import TarIndex
 

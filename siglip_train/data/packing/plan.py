@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.packing.pictures import PictureOptions
-from data_tools.packing.records import Found, Record, SourceOptions
-from data_tools.packing.shards import ShardReport, ShardTask, Skipped, write_shard
-from data_tools.packing.sources import find_records
-from data_tools.processes import run_all
-from data_tools.progress import progress
-from data_tools.run_record import alone_in, earlier_record, require_same
-from data_tools.whole_file import remove_leftovers, write_whole
+from siglip_train.data.packing.pictures import PictureOptions
+from siglip_train.data.packing.records import Found, Record, SourceOptions
+from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
+from siglip_train.data.packing.shards import ShardReport, ShardTask, Skipped, write_shard
+from siglip_train.data.packing.sources import find_records
+from siglip_train.data.processes import run_all
+from siglip_train.data.progress import progress
 from siglip_train.errors import UserError
+from siglip_train.files import remove_leftovers, write_whole
 
 # raise it whenever the same options would give other bytes
 PACK_VERSION = 3

@@ -5,18 +5,20 @@ table is Hugging Face's `metadata.csv` or `metadata.jsonl`. Where no picture has
 folders, the folders are classes.
 """
 
+import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_tools.packing.labels import caption_of, check_templates
-from data_tools.packing.records import IMAGE, MASK, Found, Part, Record, SourceOptions, key_of
-from data_tools.packing.tables import row_records, table_rows
 from siglip_train.data.folders import PICTURES, class_folder_names
+from siglip_train.data.packing.labels import caption_of, check_templates
+from siglip_train.data.packing.records import IMAGE, MASK, Found, Part, Record, SourceOptions, key_of
+from siglip_train.data.packing.tables import row_records, table_rows
 from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 # the first of a member's endings that is there is taken
 _BESIDE = {"txt": ("txt", "caption"), "json": ("json",), MASK: (MASK,), "cls": ("cls",)}
@@ -45,7 +47,7 @@ def folder_records(folder: Path, options: SourceOptions) -> Found:
                          if name.lower() not in known and name not in known and not is_picture(name))  # fmt: skip
     if strangers:
         counted = ", ".join(f"{ending} {count}" for ending, count in strangers.most_common())
-        print(f"{folder}: files that belong to no picture are passed over: {counted}", file=sys.stderr)
+        _LOG.info("%s: files that belong to no picture are passed over: %s", folder, counted)
     records = _with_rows(records, tables)
     if not records:
         raise UserError(f"{folder} holds neither pictures ({' '.join(PICTURES)}) nor tars")
@@ -134,8 +136,10 @@ def _as_classes(folder: Path, records: Sequence[Record], options: SourceOptions)
     if not is_bare or not is_apart or len(folders) < 2 or options.caption_column:
         return None
     labels = {name: label for label, name in class_folder_names(str(folder)).items()}
-    print(f"{folder}: no picture has a caption; the {len(labels)} folders are taken for classes ("
-          f"{', '.join(list(labels)[:3])}{', …' * (len(labels) > 3)})", file=sys.stderr)  # fmt: skip
+    _LOG.info(
+        "%s: no picture has a caption; the %d folders are taken for classes (%s%s)",
+        *(folder, len(labels), ", ".join(list(labels)[:3]), ", …" * (len(labels) > 3)),
+    )
     # folders that are numbers are labels, and say no names
     names = [] if all(name.isdigit() for name in labels) else list(labels)
     templates = options.caption_template

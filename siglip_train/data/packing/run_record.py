@@ -3,13 +3,15 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 
@@ -59,9 +61,7 @@ def _is_locked(file: int, out_dir: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(
-            f"{out_dir} knows no locks ({error}): take care that one command alone writes it", file=sys.stderr
-        )
+        _LOG.warning("%s knows no locks (%s): take care that one command alone writes it", out_dir, error)
     # the run that had it may have removed the file between the two calls
     return os.fstat(file).st_nlink > 0
 

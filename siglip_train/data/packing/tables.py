@@ -3,21 +3,23 @@
 import csv
 import itertools
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.packing.columns import Columns, find_columns, first_of, value_at
-from data_tools.packing.labels import Labels, caption_of, check_templates, number_classes
-from data_tools.packing.parquet_tables import Cell, class_columns, parquet_rows
-from data_tools.packing.records import IMAGE, Found, Part, Record, SourceOptions, captions_of, key_of
 from siglip_train.data.faults import SampleError
 from siglip_train.data.folders import PICTURES
+from siglip_train.data.packing.columns import Columns, find_columns, first_of, value_at
+from siglip_train.data.packing.labels import Labels, caption_of, check_templates, number_classes
+from siglip_train.data.packing.parquet_tables import Cell, class_columns, parquet_rows
+from siglip_train.data.packing.records import IMAGE, Found, Part, Record, SourceOptions, captions_of, key_of
 from siglip_train.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 # the module's default of 128 KiB is too small for a page of text in a cell
 _MAX_CELL = 1 << 27
@@ -66,7 +68,7 @@ def row_records(
     columns = find_columns(first, name, options, classes, pictures)
     labels = _labels(rows, columns.label, classes)
     known = f" ({len(labels.names)} classes)" if labels.names else ""
-    print(f"{name}: {columns.text}{known}", file=sys.stderr)
+    _LOG.info("%s: %s%s", name, columns.text, known)
     templates = options.caption_template or []
     if templates:
         check_templates(templates, labels.names)

@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data_tools.facts import read_facts
-from data_tools.packing.coco_masks import Drawing
-from data_tools.packing.columns import value_at
-from data_tools.packing.pictures import PictureOptions, prepare, prepare_mask
-from data_tools.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
-from data_tools.reading import plain_detail
-from data_tools.whole_file import temporary, write_whole
-from siglip_train.data.faults import SampleError
-from siglip_train.data.samples import read_text
+from siglip_train.data.faults import SampleError, plain_detail
+from siglip_train.data.packing.coco_masks import Drawing
+from siglip_train.data.packing.columns import value_at
+from siglip_train.data.packing.pictures import PictureOptions, prepare, prepare_mask
+from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
+from siglip_train.data.samples import read_facts, read_text
+from siglip_train.files import temporary, write_whole
 
 
 class Skipped(NamedTuple):
