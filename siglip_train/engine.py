@@ -1,7 +1,7 @@
 """DeepSpeed, bare: from `EngineConfig` to DeepSpeed's own engine, and the optimizer state by parameter name.
 
 The only file that imports deepspeed. Precision is DeepSpeed's torch_autocast over fp32 parameters: `bf16.enabled` would
-cast frozen teachers too. See design notes in the README.
+cast frozen teachers too.
 """
 
 import os

@@ -301,7 +301,9 @@ def one_process() -> Iterator[None]:
 def test_the_readmes_command_for_ones_own_shards_names_no_file_of_the_quickstart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Train on your own shards")[2]
+    section = (
+        (ROOT / "siglip_train" / "data" / "README.md").read_text().partition("## Train on your own shards")[2]
+    )
     command = section.split("```")[1].replace("\\\n", " ")
     composed: list[dict] = []
     monkeypatch.setattr(train, "run", lambda values, written: composed.append(values))

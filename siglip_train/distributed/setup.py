@@ -39,7 +39,7 @@ class DistributedConfig:
 
     timeout_seconds: float = 600.0
     startup_timeout_seconds: float = 1800.0
-    # assumption: Slurm's notice in the README is 120 s
+    # assumption: Slurm's notice in README.md beside this file is 120 s
     grace_seconds: float = 100.0
     # assumption: less is noise of clocks and of caches
     slow_rank_excess: float = 0.2

@@ -26,7 +26,9 @@ ATTEMPTS = {
 def _script() -> str:
     (script,) = (
         block
-        for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        for block in re.findall(
+            r"```bash\n(.*?)```", (ROOT / "siglip_train" / "distributed" / "README.md").read_text(), re.DOTALL
+        )
         if "#SBATCH" in block
     )
     return script
