@@ -19,7 +19,7 @@ from pathlib import Path
 from harness import Measurement, Row, finish, measure, rows
 from loader_shards import prepare_cases
 
-from siglip_train.data.shards import read_samples
+from siglip_train.data.shards.reader import read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER_FOLDER = ROOT / ".venv-peer"

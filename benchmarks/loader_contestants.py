@@ -29,9 +29,10 @@ class Job(NamedTuple):
 
 def load_ours(job: Job, *, reduced_jpeg: bool = True) -> Iterator[Any]:
     """`siglip_train.data`, one worker."""
-    from siglip_train.data.images import ImageTransform
-    from siglip_train.data.pieces import Share
-    from siglip_train.data.pipeline import DataConfig, SourceConfig, build_loader
+    from siglip_train.data.batch_pieces import RankShare
+    from siglip_train.data.config import DataConfig, SourceConfig
+    from siglip_train.data.inputs.images import ImageTransform
+    from siglip_train.data.pipeline import build_loader
     from siglip_train.data.tokenizer import load_tokenizer
 
     config = DataConfig({"all": SourceConfig(job.shards)}, workers=1, resize="bicubic")
@@ -39,7 +40,7 @@ def load_ours(job: Job, *, reduced_jpeg: bool = True) -> Iterator[Any]:
         config,
         tokenizer=load_tokenizer(job.tokenizer, context_length=CONTEXT_LENGTH),
         transform=ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic", reduced_jpeg=reduced_jpeg),
-        share=Share(BATCH_SIZE),
+        share=RankShare(BATCH_SIZE),
         seed=0,
     )
     return iter(loader)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_tools.make_tiny import TinyOptions, make_tiny
-from siglip_train.data.images import decode
-from siglip_train.data.shards import read_samples
+from siglip_train.data.inputs.images import decode
+from siglip_train.data.shards.reader import read_samples
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LARGE, LARGE_SHARDS, LARGE_PER_SHARD = (1024, 768), 2, 128

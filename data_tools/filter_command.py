@@ -11,8 +11,8 @@ from data_tools.filtering.look import Wanted
 from data_tools.filtering.report import DROPPED, print_tables
 from data_tools.filtering.rules import RuleOptions
 from data_tools.filtering.run import FilterOptions, filter_shards
-from siglip_train.data.locations import cache_folder, expand
-from siglip_train.data.pipeline import SourceConfig, extensions
+from siglip_train.data.config import SourceConfig, extensions
+from siglip_train.data.remote.locations import cache_folder, expand
 from siglip_train.errors import UserError
 
 EXAMPLE = """examples:

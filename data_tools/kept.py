@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
-from siglip_train.data.locations import is_remote
 from siglip_train.data.processes import run_all
+from siglip_train.data.remote.locations import is_remote
 from siglip_train.errors import UserError
 
 

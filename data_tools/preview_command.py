@@ -8,9 +8,9 @@ from data_tools.arguments import add_cache_dir, positive
 from data_tools.preview.card import card
 from data_tools.preview.pick import pick
 from data_tools.whole_file import check_targets
-from siglip_train.data.locations import cache_folder
-from siglip_train.data.pipeline import SourceConfig, extensions
-from siglip_train.data.samples import Field
+from siglip_train.data.config import SourceConfig, extensions
+from siglip_train.data.remote.locations import cache_folder
+from siglip_train.data.shards.fields import Field
 from siglip_train.errors import UserError
 from siglip_train.files import write_whole
 from siglip_train.redact import redacted

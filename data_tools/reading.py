@@ -6,11 +6,11 @@ from pathlib import Path
 
 from data_tools.stats.texts import encodable
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import MAX_PIXELS, Encoded
+from siglip_train.data.inputs.images import MAX_PIXELS, Encoded
 from siglip_train.data.limits import USUAL_LIMITS
-from siglip_train.data.samples import Field
-from siglip_train.data.shards import RawSample
-from siglip_train.data.tar import TarIndex, member_for_tools
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import RawSample
+from siglip_train.data.shards.tar import TarIndex, member_for_tools
 
 
 def read_rows(

@@ -15,9 +15,9 @@ from data_tools.stats.summary import summarise
 from data_tools.stats.tally import Tally
 from data_tools.stats.terminal import print_tables
 from data_tools.whole_file import check_targets
-from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.progress import progress
-from siglip_train.data.samples import Field
+from siglip_train.data.remote.locations import cache_folder, expand
+from siglip_train.data.shards.fields import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
 from siglip_train.files import write_whole

@@ -13,10 +13,10 @@ from data_tools.tokens.captions import CaptionFields, draw_captions
 from data_tools.tokens.summary import print_table, summarise
 from data_tools.tokens.tally import InspectTask, Tally, Vocabulary, inspect_shard
 from data_tools.whole_file import check_targets
-from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
-from siglip_train.data.samples import Field
+from siglip_train.data.remote.locations import cache_folder, expand
+from siglip_train.data.shards.fields import Field
 from siglip_train.errors import UserError
 from siglip_train.files import write_whole
 

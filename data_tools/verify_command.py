@@ -9,9 +9,9 @@ from data_tools.verify.checks import Rules
 from data_tools.verify.outcome import Outcome
 from data_tools.verify.survey import verify_shards
 from data_tools.whole_file import check_targets
-from siglip_train.data.locations import cache_folder, expand
-from siglip_train.data.pipeline import SourceConfig, extensions
+from siglip_train.data.config import SourceConfig, extensions
 from siglip_train.data.progress import progress
+from siglip_train.data.remote.locations import cache_folder, expand
 from siglip_train.errors import UserError
 
 EXAMPLE = """example:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglip_train.checkpoint import CheckpointConfig
-from siglip_train.data.pipeline import DataConfig
+from siglip_train.data.config import DataConfig
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.distributed.setup import DistributedConfig
 from siglip_train.engine import EngineConfig

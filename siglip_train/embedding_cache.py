@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_train.data.embeddings import Missing, Pictures, absent, embedding_files, keep, missing
-from siglip_train.data.evaluation import EvaluationLoader, build_picture_loader
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pipeline import DataConfig, Loader
+from siglip_train.data.config import DataConfig
+from siglip_train.data.inputs.embeddings import Missing, Pictures, absent, embedding_files, keep, missing
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
 from siglip_train.distributed.collectives import any_rank, broadcast_object, gather_rows, sum_over_ranks
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder
+from siglip_train.evals.loader import EvaluationLoader, build_picture_loader
 from siglip_train.models.adapters import is_unmerged
 from siglip_train.models.vision import VisionTower
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from siglip_train.data.locations import cache_folder
+from siglip_train.data.remote.locations import cache_folder
 from siglip_train.distributed.setup import World
 from siglip_train.models.layers import Encoder
 

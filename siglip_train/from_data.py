@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from siglip_train.config import Config
+from siglip_train.data.config import DataConfig
 from siglip_train.data.counting import count_labels, count_samples
-from siglip_train.data.pipeline import DataConfig
 from siglip_train.data.prompts import read_class_names
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import is_classification

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from siglip_train.data.evaluation import EvaluationSource
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import EvaluationSource
 from siglip_train.objectives.base import Objective
 from siglip_train.typed import REQUIRED, join, suggest
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from siglip_train.data.pipeline import DataConfig
+from siglip_train.data.config import DataConfig
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
 from siglip_train.interop.load import read_description

@@ -12,8 +12,8 @@ from torch import Tensor
 from siglip_train import checkpoint, engine, loop, starting_point
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Share
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.inputs.images import ImageTransform
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
@@ -94,7 +94,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     precision = _precision(config, world)
     optimizer = build_optimizer(model, config.optim, progress.pretrained)
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
-    share = Share(config.global_batch_size, world.rank, world.world_size)
+    share = RankShare(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
     loader = build_loader(
         config.data,
@@ -291,7 +291,7 @@ def _precision(config: Config, world: World) -> Literal["bf16", "fp32"]:
     return config.precision
 
 
-def _micro_batch_size(config: Config, share: Share) -> int:
+def _micro_batch_size(config: Config, share: RankShare) -> int:
     size = config.micro_batch_size or share.size
     if share.size % size:
         raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
-from siglip_train.data.locations import runs_a_program
+from siglip_train.data.remote.locations import runs_a_program
 from siglip_train.errors import UserError
 from siglip_train.objectives.base import Objective
 from siglip_train.redact import HIDDEN

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from siglip_train import convert
 from siglip_train.batch import Batch
-from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
-from siglip_train.data.select import Selection
+from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.evals.classification import HeadAccuracy
+from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads
 from siglip_train.objectives.forward_pass import ForwardPass

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from siglip_train.config import parse
-from siglip_train.data.select import Selection
+from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.from_data import fill_from_data
 from siglip_train.starting_point import Filled, fill

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from siglip_train.data.locations import lasting_name, short_name
+from siglip_train.data.remote.locations import lasting_name, short_name
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.redact import HIDDEN, RedactingFormatter, redacted, redacted_values
 

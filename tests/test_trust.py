@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from siglip_train import evaluate
-from siglip_train.data.locations import expand, runs_a_program
+from siglip_train.data.remote.locations import expand, runs_a_program
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import run_config
 from siglip_train.trust import check_read_back
@@ -38,7 +38,7 @@ def check(node: Any, *, allow_pipe: bool = False, trusted_packages: tuple[str, .
         # ours, and no evaluator
         "siglip_train.evals.base.write_evaluations",
         "siglip_train.evals.base.Encoder",
-        "siglip_train.data.sources.source",
+        "siglip_train.data.remote.sources.source",
         "siglip_train.train.run",
         "siglip_train.evals.retrieval.Retrieval.__init__.__globals__",
         "siglip_train.evals.nothing.Nothing",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_tools.filtering.where import Where, compile_pattern
-from siglip_train.data.shards import RawSample
+from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 from siglip_train.files import read_text
 

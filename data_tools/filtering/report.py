@@ -13,7 +13,7 @@ from rich.text import Text
 from data_tools.filtering.decide import BROKEN, Verdict
 from data_tools.filtering.look import Seen
 from data_tools.filtering.write import WriteTask
-from siglip_train.data.shards import short_name
+from siglip_train.data.shards.reader import short_name
 from siglip_train.files import appearing
 from siglip_train.redact import redacted
 

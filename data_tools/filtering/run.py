@@ -14,10 +14,10 @@ from data_tools.filtering.decide import Joint, Verdict, decide
 from data_tools.filtering.look import Criteria, LookTask, Seen, Wanted, look_at_shard
 from data_tools.filtering.report import DROPPED, REPORT, results, save_dropped
 from data_tools.filtering.write import WriteTask, write_shard
-from siglip_train.data.locations import is_remote
 from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
+from siglip_train.data.remote.locations import is_remote
 from siglip_train.errors import UserError
 from siglip_train.files import remove_leftovers, write_whole
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from siglip_train.data.samples import Field
-from siglip_train.data.shards import RawSample
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 
 _FORM = re.compile(

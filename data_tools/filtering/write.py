@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from data_tools.reading import read_rows
 from siglip_train.data.packing.shards import add_member
-from siglip_train.data.samples import read_facts
-from siglip_train.data.shards import indexed_tar, short_name
-from siglip_train.data.tar import TarIndex
+from siglip_train.data.shards.fields import read_facts
+from siglip_train.data.shards.reader import indexed_tar, short_name
+from siglip_train.data.shards.tar import TarIndex
 from siglip_train.files import appearing
 
 WEIGHT_FIELD = "balance_weight"

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from siglip_train.data.locations import expand
-from siglip_train.data.shards import RawSample, indexed_tar, short_name
-from siglip_train.data.tar import TarIndex, member_for_tools
+from siglip_train.data.remote.locations import expand
+from siglip_train.data.shards.reader import RawSample, indexed_tar, short_name
+from siglip_train.data.shards.tar import TarIndex, member_for_tools
 from siglip_train.errors import UserError
 
 # of a remote set every shard opened is a download

@@ -7,12 +7,13 @@ from typing import Any
 from PIL import Image
 
 from data_tools.facts import are_corners, boxes
-from siglip_train.data.evaluation import labels_of
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits
+from siglip_train.data.inputs.captions import no_caption
+from siglip_train.data.inputs.images import MAX_PIXELS, decode, has_16_bits
+from siglip_train.data.inputs.labels import labels_of
 from siglip_train.data.packing.pictures import read_mask
-from siglip_train.data.samples import Field, no_caption, read_facts
-from siglip_train.data.shards import RawSample
+from siglip_train.data.shards.fields import Field, read_facts
+from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.tokenizer import load_tokenizer
 
 _MASK = "mask.png"

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from siglip_train.data.config import DataConfig, SourceConfig, cache_of, wanted_of
 from siglip_train.data.faults import SampleError
-from siglip_train.data.locations import is_remote, short_name
-from siglip_train.data.pipeline import DataConfig, SourceConfig, cache_of, wanted_of
-from siglip_train.data.samples import Field, class_label
-from siglip_train.data.select import Selection
-from siglip_train.data.shards import ShardReader, ShardSet
-from siglip_train.data.survey import survey
+from siglip_train.data.inputs.labels import class_label
+from siglip_train.data.remote.locations import is_remote, short_name
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.reader import ShardReader, ShardSet
+from siglip_train.data.shards.select import Selection
 from siglip_train.distributed.collectives import gather_objects, is_distributed
 from siglip_train.errors import UserError
 
@@ -61,7 +62,7 @@ def count_labels(config: DataConfig) -> Counter[int]:
 
 
 def _surveyed(config: DataConfig, sources: list[SourceConfig]) -> list[ShardSet]:
-    return survey(
+    return index_shards(
         [source.shards for source in sources],
         [wanted_of(source) for source in sources],
         cache_of(config),

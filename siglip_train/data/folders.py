@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from siglip_train.data.select import Selection
-from siglip_train.data.shards import RawSample
+from siglip_train.data.shards.reader import RawSample
+from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.files import read_text
 

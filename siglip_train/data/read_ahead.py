@@ -9,10 +9,10 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip_train.data.fetch import Event
-from siglip_train.data.pieces import Pieces
-from siglip_train.data.room import rounded
-from siglip_train.data.shards import open_shard
+from siglip_train.data.batch_pieces import BatchPieces
+from siglip_train.data.remote.disk_budget import rounded
+from siglip_train.data.remote.fetch import Event
+from siglip_train.data.shards.reader import open_shard
 
 _THREADS = 4
 # seconds between looks at what is missing or may be tried again
@@ -32,7 +32,7 @@ class ReadAhead:
     the context or of the process. Nothing happens where no source needs copies.
     """
 
-    def __init__(self, pieces: Pieces, in_flight: int) -> None:
+    def __init__(self, pieces: BatchPieces, in_flight: int) -> None:
         self._sources, self._mixture, self._in_flight = pieces.sources, pieces.mixture, in_flight
         self._stopped = threading.Event()
         self._changed = threading.Condition()

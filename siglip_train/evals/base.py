@@ -17,17 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_train.batch import Images
-from siglip_train.data.evaluation import (
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.distributed.collectives import gather_objects, gather_rows
+from siglip_train.distributed.setup import World
+from siglip_train.errors import UserError
+from siglip_train.evals.loader import (
     Caption,
     EvaluationBatch,
     EvaluationLoader,
     EvaluationSource,
     build_evaluation_loader,
 )
-from siglip_train.data.images import ImageTransform
-from siglip_train.distributed.collectives import gather_objects, gather_rows
-from siglip_train.distributed.setup import World
-from siglip_train.errors import UserError
 from siglip_train.files import write_text
 from siglip_train.models.siglip import Siglip
 from siglip_train.records import to_json

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.evaluation import EvaluationSource, check_found
-from siglip_train.data.select import Selection, as_selection
+from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics
 from siglip_train.evals.base import Encoder, Evaluation
 from siglip_train.evals.features import single_labels
+from siglip_train.evals.loader import EvaluationSource, check_found
 from siglip_train.evals.ranking import best_ranks
 from siglip_train.objectives.classification import Classification
 from siglip_train.objectives.forward_pass import ForwardPass

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder, class_folder_names
-from siglip_train.data.select import as_selection
+from siglip_train.data.shards.select import as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import accuracy_metrics, seen_and_hits
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
@@ -17,6 +16,7 @@ from siglip_train.evals.bootstrap import Share, check_resamples, confidence_inte
 from siglip_train.evals.features import Features, Method, features_of
 from siglip_train.evals.few_shot import RidgeFewShot
 from siglip_train.evals.linear_probe import LinearProbe
+from siglip_train.evals.loader import EvaluationSource, check_found
 from siglip_train.evals.nearest_neighbours import NearestNeighbours
 
 

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import Caption, EvaluationSource, check_found
 from siglip_train.data.folders import benchmark_folder
-from siglip_train.data.select import Selection, as_selection
+from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, ImageSet
 from siglip_train.evals.bootstrap import Share, check_resamples, confidence_intervals
+from siglip_train.evals.loader import Caption, EvaluationSource, check_found
 from siglip_train.evals.ranking import best_ranks, recall_at
 from siglip_train.evals.retrieval_details import Texts, found_images, found_texts, similarity
 from siglip_train.report.thumbnail import spread

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kernels import sigmoid_loss
-from siglip_train.data.evaluation import EvaluationSource, check_found
-from siglip_train.data.select import Selection, as_selection
+from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
+from siglip_train.evals.loader import EvaluationSource, check_found
 
 _LOG = logging.getLogger(__name__)
 

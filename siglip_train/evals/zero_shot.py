@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource, check_found
 from siglip_train.data.folders import BenchmarkFolder, benchmark_folder, class_folder_names
 from siglip_train.data.prompts import canonicalise, fill, read_class_names, read_templates
-from siglip_train.data.select import Selection, as_selection
+from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.errors import UserError
 from siglip_train.evals.accuracy import (
     accuracy_intervals,
@@ -30,6 +29,7 @@ from siglip_train.evals.label_sets import (
     read_label_sets,
     target_tensor,
 )
+from siglip_train.evals.loader import EvaluationSource, check_found
 from siglip_train.evals.ranking import best_ranks_in_sets, is_target, top
 from siglip_train.models.siglip import class_embeddings
 from siglip_train.report.thumbnail import spread, thumbnail

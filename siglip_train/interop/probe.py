@@ -10,7 +10,7 @@ from torch import Tensor
 
 from siglip_train.batch import Batch, Images
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.inputs.images import ImageTransform, decode
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, Loader, SourceConfig, build_loader
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import load_tokenizer
 
 SIZE = 8
@@ -31,7 +33,7 @@ def loader_of(
         config,
         tokenizer=load_tokenizer(tokenizer, context_length=8),
         transform=ImageTransform(16, 8),
-        share=Share(SIZE, rank, ranks),
+        share=RankShare(SIZE, rank, ranks),
         seed=5,
         state=state,
     )

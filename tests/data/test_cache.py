@@ -18,18 +18,24 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from siglip_train.data.cache import Known, ShardCache, UnavailableShardError, local_tar, was_damaged
-from siglip_train.data.locations import expand
-from siglip_train.data.patience import _SLOWEST, CancelledError, Patience
-from siglip_train.data.room import Part, Room
-from siglip_train.data.tar import index_of_copy, load_index, scan
+from siglip_train.data.remote.cache import (
+    ExpectedShard,
+    ShardCache,
+    UnavailableShardError,
+    local_tar,
+    was_damaged,
+)
+from siglip_train.data.remote.disk_budget import DiskBudget, PartialFile
+from siglip_train.data.remote.locations import expand
+from siglip_train.data.remote.retry import _SLOWEST, CancelledError, RetryPolicy
+from siglip_train.data.shards.tar import index_of_copy, load_index, scan
 from siglip_train.errors import UserError
 from tests.data.faulty_server import Faults, serve
 from tests.data.shard_files import sample, write_shards, write_tar
 
 # enough for a busy machine to answer; where silence is tested, the time-out is short
-STEADY = Patience(timeout_seconds=10, attempts=4)
-SHORT = Patience(timeout_seconds=0.4, attempts=4)
+STEADY = RetryPolicy(timeout_seconds=10, attempts=4)
+SHORT = RetryPolicy(timeout_seconds=0.4, attempts=4)
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def server(shards: Path) -> Iterator[Faults]:
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
     """A cache that makes short pauses."""
-    monkeypatch.setattr("siglip_train.data.patience._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("siglip_train.data.remote.retry._FIRST_PAUSE", 0.001)
     return ShardCache(tmp_path / "cache", patience=STEADY)
 
 
@@ -82,7 +88,7 @@ def test_attempts_go_on_where_the_last_one_broke_off(
     data = (shards / "00002.tar").read_bytes()
     server["00002.tar"] = faults
     if {"stall", "silent"} & set(faults):
-        quick = ShardCache(quick.folder, patience=Patience(1.5, 4))
+        quick = ShardCache(quick.folder, patience=RetryPolicy(1.5, 4))
     assert quick.local_tar(f"{server.url}/00002.tar").read_bytes() == data
     half = len(data) // 2
     expected = [each.format(half=half, more=half + (len(data) - half) // 2) for each in requests]
@@ -129,7 +135,7 @@ def test_what_cannot_be_fetched_is_named_and_not_kept(
 def test_tools_get_one_line(
     url: str, reason: str, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.patience._FIRST_PAUSE", 0)
+    monkeypatch.setattr("siglip_train.data.remote.retry._FIRST_PAUSE", 0)
     url = url.format(server=server.url)
     with pytest.raises(UserError, match=f"^cannot read shard {url}: .*{reason}"):
         local_tar(url, tmp_path / "cache")
@@ -137,7 +143,7 @@ def test_tools_get_one_line(
 
 
 def test_a_silent_command_is_killed_with_its_children(tmp_path: Path):
-    pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", patience=Patience(1.5, 1))
+    pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", patience=RetryPolicy(1.5, 1))
     with pytest.raises(UnavailableShardError, match="silent"):
         quick.local_tar(f"pipe:printf begun; (sleep 60 & echo $! > {pid}; wait); echo")
     _wait_for_the_end(int(pid.read_text()))
@@ -145,7 +151,7 @@ def test_a_silent_command_is_killed_with_its_children(tmp_path: Path):
 
 def test_a_command_ends_with_the_process_that_reads_it():
     script = """
-        from siglip_train.data.sources import Start, source
+        from siglip_train.data.remote.sources import Start, source
         items, _ = source("pipe:echo $$; sleep 60", 0, Start(""), 1)
         next(items)
         print(next(items).decode())
@@ -185,10 +191,10 @@ def test_a_damaged_transfer_is_known_by_the_promised_checksum(
         quick.local_tar(f"{server.url}/00001.tar", known_of(shards / "00001.tar"))
 
 
-def known_of(path: Path) -> Known:
+def known_of(path: Path) -> ExpectedShard:
     """What an index says of a file."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Known(sha256, path.stat().st_size, sha256)
+    return ExpectedShard(sha256, path.stat().st_size, sha256)
 
 
 def test_a_packed_shard_may_be_promised_packed_or_unpacked(shards: Path, server: Faults, quick: ShardCache):
@@ -197,7 +203,7 @@ def test_a_packed_shard_may_be_promised_packed_or_unpacked(shards: Path, server:
         copy = quick.local_tar(f"{server.url}/{packed.name}", known)
         assert copy.read_bytes() == (shards / "00002.tar").read_bytes()
     with pytest.raises(UnavailableShardError, match="bytes, but 7 in the index"):
-        quick.local_tar(f"{server.url}/{packed.name}", Known("other", 7))
+        quick.local_tar(f"{server.url}/{packed.name}", ExpectedShard("other", 7))
 
 
 def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
@@ -224,7 +230,7 @@ def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
 def test_a_failed_shard_is_tried_again_after_pauses_that_double(
     server: Faults, quick: ShardCache, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.failed._FIRST_DELAY", 0.02)
+    monkeypatch.setattr("siglip_train.data.remote.failed._FIRST_DELAY", 0.02)
     url, name = f"{server.url}/00000.tar", quick.name(f"{server.url}/00000.tar")
     quick.tries_first = True
     server["00000.tar"] = ["404"] * 3
@@ -247,7 +253,7 @@ def test_a_failed_shard_is_tried_again_after_pauses_that_double(
 
 def test_a_fetch_that_no_one_waits_for_ends(server: Faults, tmp_path: Path):
     cancelled = threading.Event()
-    cache = ShardCache(tmp_path / "cache", patience=Patience(60), cancelled=cancelled.is_set)
+    cache = ShardCache(tmp_path / "cache", patience=RetryPolicy(60), cancelled=cancelled.is_set)
     server["00000.tar"] = ["stall"]
     threading.Timer(0.1, cancelled.set).start()
     with pytest.raises(CancelledError):
@@ -277,14 +283,14 @@ def test_the_copy_longest_out_of_use_makes_room(tmp_path: Path):
         cache.local_tar(urls[name])
     cache.room.touch(cache.local_tar(urls["a"]))
     cache.local_tar(urls["d"])
-    there = {name for name in "abcd" if cache.path(urls[name], Known("")).exists()}
+    there = {name for name in "abcd" if cache.path(urls[name], ExpectedShard("")).exists()}
     assert there == {"a", "c", "d"}
 
 
 def test_many_processes_and_left_parts_stay_within_the_limit(shards: Path, tmp_path: Path):
     size = (shards / "00002.tar").stat().st_size
     limit = 3 * 4096 * (-(-size // 4096))
-    cache = ShardCache(tmp_path / "cache", limit=limit, patience=Patience(5, 8))
+    cache = ShardCache(tmp_path / "cache", limit=limit, patience=RetryPolicy(5, 8))
     left = cache.room.folder / f"{'0' * 24}.fetched.part"
     foreign = cache.room.folder / "mine.tar"
     left.parent.mkdir(parents=True)
@@ -338,10 +344,10 @@ def test_a_shard_larger_than_the_cache_is_an_error_that_names_both(
 
 
 def test_a_transfer_waits_for_room_that_another_holds(tmp_path: Path):
-    room = Room(tmp_path / "copies", 10 << 12)
+    room = DiskBudget(tmp_path / "copies", 10 << 12)
 
     def reserve(name: str, begun: Callable[[], object]) -> None:
-        with room.lock(name), Part(room, name, "fetched", lambda: False) as part:
+        with room.lock(name), PartialFile(room, name, "fetched", lambda: False) as part:
             part.begin(0, 6 << 12)
             begun()
 
@@ -476,7 +482,7 @@ def test_a_store_is_read_in_blocks_that_a_slow_line_brings_in_time(
     monkeypatch.setattr(MemoryFileSystem, "_open", open_)
     quick.local_tar("memory://blocks/a.tar")
     # what is waited for, of a silence in all
-    assert 0 < blocks[0] <= 2 * _SLOWEST * Patience().timeout_seconds
+    assert 0 < blocks[0] <= 2 * _SLOWEST * RetryPolicy().timeout_seconds
 
 
 def test_a_folder_is_no_shard(tmp_path: Path):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from siglip_train.data.embeddings import embedding
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, Loader, SourceConfig, build_loader
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.embeddings import embedding
+from siglip_train.data.loader import Loader
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.distributed.setup import World
 from siglip_train.embedding_cache import embed_pictures
@@ -48,7 +50,7 @@ def encoder_of(model: Siglip, stop_at: int = -1) -> Encoder:
 def loader_of(tokenizer: Tokenizer, cache: str, *shards: str, **options) -> Loader:
     sources = {f"source{number}": SourceConfig(spec) for number, spec in enumerate(shards)}
     config = DataConfig(sources=sources, workers=0, cache_dir=cache, shuffle_window=8, **options)
-    return build_loader(config, tokenizer=tokenizer, transform=TRANSFORM, share=Share(4), seed=3)
+    return build_loader(config, tokenizer=tokenizer, transform=TRANSFORM, share=RankShare(4), seed=3)
 
 
 def batches_of(loader: Loader, count: int) -> list:

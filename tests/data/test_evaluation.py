@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data.evaluation import Caption, EvaluationLoader, EvaluationSource, build_evaluation_loader
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.inputs.images import ImageTransform
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import Caption, EvaluationLoader, EvaluationSource, build_evaluation_loader
 from tests.data.conftest import picture
 from tests.data.shard_files import sample, without, write_shards, write_tar
 
@@ -17,7 +17,7 @@ TRANSFORM = ImageTransform(16, 8, flip=True, min_crop_area=0.5)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.remote.locations.default_cache", lambda: tmp_path / "cache")
 
 
 def _build(source: EvaluationSource, rank: int = 0, world_size: int = 1, **options: int) -> EvaluationLoader:

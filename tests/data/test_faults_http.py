@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.manifest import index_content, read_index
-from siglip_train.data.pipeline import Loader, Share, SourceConfig
-from siglip_train.data.select import Selection
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import SourceConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
+from siglip_train.data.shards.manifest import index_content, read_index
+from siglip_train.data.shards.select import Selection
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader
 from tests.data.faulty_server import Faults, serve
 from tests.data.shard_files import write_index, write_shards
 from tests.data.test_cache import most_on_disk
@@ -112,7 +114,7 @@ def test_a_failed_shard_is_replaced_counted_and_comes_back(
     build: Build, server: Faults, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     # 0.25 s, then 0.5 and 1
-    monkeypatch.setattr("siglip_train.data.failed._FIRST_DELAY", 0.05)
+    monkeypatch.setattr("siglip_train.data.remote.failed._FIRST_DELAY", 0.05)
     server[NAMES[3]] = ["404"] * 3
     loader = _loader(build, server, max_bad_share=0.0)
     iterator = iter(loader)
@@ -264,7 +266,7 @@ def test_a_remote_shard_that_is_no_tar_is_left_out_and_not_kept(build: Build, fo
 def test_an_evaluation_goes_on_without_a_failed_shard(
     server: Faults, transform: ImageTransform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.remote.locations.default_cache", lambda: tmp_path / "cache")
     server[NAMES[4]] = ["404", "..."]
     loader = build_evaluation_loader(EvaluationSource(_shards(server)), transform, batch_size=16)
     for _ in range(2):
@@ -280,7 +282,7 @@ def test_an_index_saves_all_downloads_before_training(build: Build, folder: Path
     assert loader.fingerprint == build(f"{folder}/*.tar", **OPTIONS).fingerprint
     # which keys a shard holds is not in the index
     chosen = SourceConfig(_shards(server), select=Selection(keys=r"0000[0-4]"))
-    assert len(build({"all": chosen}, Share(5), **OPTIONS)._pieces.sources[0].shards) == 5
+    assert len(build({"all": chosen}, RankShare(5), **OPTIONS)._pieces.sources[0].shards) == 5
     assert server.gets() == dict.fromkeys(NAMES, 1)
 
 

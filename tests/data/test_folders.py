@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader, check_found
 from siglip_train.data.folders import benchmark_folder, class_folder_names
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.select import Selection
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader, check_found
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
 
@@ -20,7 +20,7 @@ TRANSFORM = ImageTransform(16, 8)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("siglip_train.data.locations.default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siglip_train.data.remote.locations.default_cache", lambda: tmp_path / "cache")
 
 
 def rows(source: EvaluationSource, **options: int) -> list[tuple[str, tuple[int, ...] | None, str]]:

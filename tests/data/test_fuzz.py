@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data.cache import ShardCache, was_damaged
-from siglip_train.data.images import ImageTransform, decode
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform, decode
 from siglip_train.data.limits import Limits
-from siglip_train.data.pipeline import DataConfig, Share, SourceConfig, build_loader
-from siglip_train.data.tar import scan
+from siglip_train.data.pipeline import build_loader
+from siglip_train.data.remote.cache import ShardCache, was_damaged
+from siglip_train.data.shards.tar import scan
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import encoded, picture
 from tests.data.fuzz import Fuzz, flipped
@@ -80,7 +82,7 @@ def test_a_loader_trains_on_what_damage_has_left(
     config = DataConfig(
         {"all": source}, workers=0, max_bad_share=1, order="sequential", cache_dir=str(tmp_path / "c")
     )
-    share = Share(400)
+    share = RankShare(400)
     loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
     batch = next(iter(loader))
     seen = [
@@ -164,7 +166,7 @@ def test_contents_that_claim_or_nest_too_much(
     source = SourceConfig(str(shard), text={"txt": 0.5, "json:caption": 0.5}, language="json:language")
     config = DataConfig({"all": source}, workers=0, max_bad_share=1, max_image_pixels=1 << 24,
                         order="sequential", cache_dir=str(tmp_path / "cache"))  # fmt: skip
-    share = Share(len(samples))
+    share = RankShare(len(samples))
     loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
     before = _peak_bytes()
     batch = next(iter(loader))

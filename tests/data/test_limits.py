@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data import cache as caches
-from siglip_train.data import limits, tar, tar_members
-from siglip_train.data.cache import ShardCache, UnavailableShardError, local_tar
-from siglip_train.data.evaluation import labels_of
+from siglip_train.data import limits
 from siglip_train.data.faults import BadSample, SampleError
-from siglip_train.data.images import MAX_PIXELS, Encoded, decode
+from siglip_train.data.inputs.captions import CaptionChoice
+from siglip_train.data.inputs.images import MAX_PIXELS, Encoded, decode
+from siglip_train.data.inputs.labels import labels_of
 from siglip_train.data.limits import MAX_TEXT_BYTES, Limits, OversizedError
-from siglip_train.data.patience import Patience
-from siglip_train.data.samples import CaptionChoice, Field
-from siglip_train.data.shards import RawSample, ShardReader, Wanted
-from siglip_train.data.survey import survey
-from siglip_train.data.tar import BrokenTarError, scan
+from siglip_train.data.remote import cache as caches
+from siglip_train.data.remote.cache import ShardCache, UnavailableShardError, local_tar
+from siglip_train.data.remote.retry import RetryPolicy
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted, tar, tar_members
+from siglip_train.data.shards.tar import BrokenTarError, scan
 from siglip_train.errors import UserError
 from tests.data import bombs
 from tests.data.conftest import encoded, picture
@@ -79,7 +80,7 @@ def test_a_packed_bomb_is_not_unpacked(tmp_path: Path) -> None:
 def test_a_packed_bomb_among_good_shards_counts_as_bad(tmp_path: Path) -> None:
     write_tar(tmp_path / "good.tar", sample("a"))
     bombs.gzip_of_zeros(tmp_path / "bomb.tar.gz", 100, (tmp_path / "good.tar").read_bytes()[:2048])
-    (shards,) = survey(
+    (shards,) = index_shards(
         [f"{tmp_path}/good.tar::{tmp_path}/bomb.tar.gz"], [WANTED], ShardCache(tmp_path / "cache")
     )
     assert len(shards) == 1
@@ -90,7 +91,7 @@ def test_a_packed_bomb_among_good_shards_counts_as_bad(tmp_path: Path) -> None:
 
 def test_a_remote_packed_bomb_is_unavailable(tmp_path: Path) -> None:
     bomb = bombs.gzip_of_zeros(tmp_path / "bomb.tar.gz", 100)
-    cache = ShardCache(tmp_path / "cache", patience=Patience(5, 1))
+    cache = ShardCache(tmp_path / "cache", patience=RetryPolicy(5, 1))
     with pytest.raises(UnavailableShardError, match="unpack to more than"):
         cache.local_tar(f"pipe:cat {bomb}")
     assert not list((tmp_path / "cache" / "copies").iterdir())
@@ -98,7 +99,7 @@ def test_a_remote_packed_bomb_is_unavailable(tmp_path: Path) -> None:
 
 def test_a_huge_member_is_not_read(tmp_path: Path) -> None:
     path = bombs.tar_with_a_huge_member(tmp_path / "a.tar", "a", 3)
-    (shards,) = survey([str(path)], [WANTED], ShardCache(tmp_path / "cache"))
+    (shards,) = index_shards([str(path)], [WANTED], ShardCache(tmp_path / "cache"))
     assert len(shards) == 2
     reader = ShardReader(shards)
     assert reader.read(0, 0).members["txt"] == b"a good one"

@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from siglip_train.data.locations import beside, cache_folder, check_local, default_cache, expand
+from siglip_train.data.remote.locations import beside, cache_folder, check_local, default_cache, expand
 from siglip_train.errors import UserError
 from tests.data.shard_files import write_shards
 

@@ -10,9 +10,11 @@ from hydra.core.config_store import ConfigStore
 
 from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, Loader, build_loader
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.typed import build
 from tests.conftest import ROOT
@@ -32,7 +34,7 @@ def _loader(sources: dict[str, Any], tokenizer: Path, cache: str, global_batch_s
         build(DataConfig, values),
         tokenizer=load_tokenizer(tokenizer, context_length=24),
         transform=ImageTransform(16, 8),
-        share=Share(global_batch_size),
+        share=RankShare(global_batch_size),
         seed=0,
     )
 

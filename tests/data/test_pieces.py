@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Piece, Pieces, Report, Share
-from siglip_train.data.pipeline import DataConfig, SourceConfig, build_loader
+from siglip_train.data.batch_pieces import BatchPieces, Piece, RankShare, Report
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.data.shard_files import write_shards
@@ -39,15 +40,15 @@ def test_a_piece_that_was_given_up_keeps_its_reason():
 
 
 @pytest.fixture
-def pieces(tmp_path: Path, tokenizer: Tokenizer, cache: str) -> Pieces:
+def pieces(tmp_path: Path, tokenizer: Tokenizer, cache: str) -> BatchPieces:
     """Of one sample each, 1.3 million levels, which do not go in a message."""
     config = DataConfig({"all": SourceConfig(write_shards(tmp_path / "in", [8]))}, cache_dir=cache)
     transform = ImageTransform(672, 8)
-    return build_loader(config, tokenizer=tokenizer, transform=transform, share=Share(1), seed=0)._pieces
+    return build_loader(config, tokenizer=tokenizer, transform=transform, share=RankShare(1), seed=0)._pieces
 
 
-def test_pieces_of_workers_take_turns_in_the_same_memory(pieces: Pieces):
-    def patches(pieces: Pieces, number: int) -> torch.Tensor:
+def test_pieces_of_workers_take_turns_in_the_same_memory(pieces: BatchPieces):
+    def patches(pieces: BatchPieces, number: int) -> torch.Tensor:
         batch = pieces[number].batch
         assert batch is not None
         assert batch.images is not None
@@ -67,7 +68,7 @@ def test_pieces_of_workers_take_turns_in_the_same_memory(pieces: Pieces):
     assert len(set(places)) == 3
 
 
-def test_too_little_shared_memory_is_said_in_a_line(pieces: Pieces, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_shared_memory_is_said_in_a_line(pieces: BatchPieces, monkeypatch: pytest.MonkeyPatch):
     def full(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(
             "unable to allocate shared memory(shm): No space left on device (28)\nat somewhere"

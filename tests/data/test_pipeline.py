@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_train.data.images import ImageTransform, decode
-from siglip_train.data.pipeline import DataConfig, Loader, Share, SourceConfig, build_loader
-from siglip_train.data.select import Selection
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform, decode
+from siglip_train.data.loader import Loader
+from siglip_train.data.pipeline import build_loader
+from siglip_train.data.shards.select import Selection
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from tests.data.conftest import encoded, picture
@@ -22,7 +25,7 @@ from tests.data.shard_files import Member, sample, without, write_shards, write_
 
 SIZES = [7, 5, 11, 3, 9]
 TOTAL = sum(SIZES)
-SIX = Share(6)
+SIX = RankShare(6)
 
 
 class Build:
@@ -31,7 +34,9 @@ class Build:
     def __init__(self, tokenizer: Tokenizer, transform: ImageTransform, cache: str) -> None:
         self.tokenizer, self.transform, self.cache = tokenizer, transform, cache
 
-    def __call__(self, sources: Any, share: Share = SIX, state: dict | None = None, **options: Any) -> Loader:
+    def __call__(
+        self, sources: Any, share: RankShare = SIX, state: dict | None = None, **options: Any
+    ) -> Loader:
         if not isinstance(sources, dict):
             sources = {"all": SourceConfig(sources)}
         seed = options.pop("seed", 0)
@@ -62,7 +67,7 @@ def _keys(loader: Loader, batches: int) -> list[str]:
 
 def _global_keys(build: Build, shards: str, ranks: int, batches: int, **options: Any) -> list[str]:
     parts = [
-        np.array(_keys(build(shards, Share(6, rank, ranks), **options), batches)).reshape(batches, -1)
+        np.array(_keys(build(shards, RankShare(6, rank, ranks), **options), batches)).reshape(batches, -1)
         for rank in range(ranks)
     ]
     return np.concatenate(parts, axis=1).reshape(-1).tolist()
@@ -83,9 +88,9 @@ def test_the_order_is_the_same_for_any_ranks_and_workers_and_every_sample_comes_
 def test_large_shares_are_made_in_pieces_of_the_same_order(
     build: Build, shards: str, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = iter(build(shards, Share(14, 0, 2)))
-    monkeypatch.setattr("siglip_train.data.pieces._PIECE", 3)
-    pieces = iter(build(shards, Share(14, 0, 2), workers=2))
+    whole = iter(build(shards, RankShare(14, 0, 2)))
+    monkeypatch.setattr("siglip_train.data.batch_pieces._PIECE", 3)
+    pieces = iter(build(shards, RankShare(14, 0, 2), workers=2))
     for _ in range(6):
         one, other = next(whole), next(pieces)
         assert other.keys == one.keys
@@ -141,10 +146,10 @@ def test_augmentation_is_the_same_after_resume(build: Build, shards: str):
 
 
 def test_resume_with_a_batch_size_that_does_not_fit_is_refused(build: Build, shards: str):
-    loader = build(shards, Share(6))
+    loader = build(shards, RankShare(6))
     next(iter(loader))
     with pytest.raises(UserError, match="global_batch_size 4"):
-        build(shards, Share(4), state=loader.state())
+        build(shards, RankShare(4), state=loader.state())
 
 
 def test_resume_on_other_data_warns(build: Build, shards: str, caplog: pytest.LogCaptureFixture):
@@ -170,7 +175,7 @@ def test_sources_are_mixed_by_weight_and_counted(build: Build, tmp_path: Path):
         "en": SourceConfig(write_shards(tmp_path / "en", [30]), weight=2, language="en"),
         "many": SourceConfig(write_shards(tmp_path / "many", [10, 10]), weight=1, language="json:number"),
     }
-    loader = build(sources, Share(12))
+    loader = build(sources, RankShare(12))
     iterator = iter(loader)
     for batches in range(1, 6):
         next(iterator)
@@ -185,7 +190,7 @@ def test_a_mapping_of_texts_draws_purely_by_position(build: Build, tmp_path: Pat
     path = write_shards(tmp_path, [40])
     spec = {"txt": 0.5, "json:number": 0.5}
     # a number is no caption, so all fall to txt
-    batch = next(iter(build({"all": SourceConfig(path, text=spec)}, Share(8))))
+    batch = next(iter(build({"all": SourceConfig(path, text=spec)}, RankShare(8))))
     expected = tokenizer([f"caption {int(key.split('/')[1])}" for key in batch.keys])
     assert batch.texts.equal(expected)
 
@@ -219,7 +224,7 @@ CAUSES = {
 def test_bad_samples_are_counted_named_and_replaced(
     build: Build, bad_shards: str, caplog: pytest.LogCaptureFixture, workers: int
 ):
-    loader = build(bad_shards, Share(67), workers=workers, max_image_pixels=100_000)
+    loader = build(bad_shards, RankShare(67), workers=workers, max_image_pixels=100_000)
     (keys,) = [_keys(loader, 1)]
     assert len(keys) == 67
     assert sum(CAUSES.values()) == 6
@@ -235,13 +240,13 @@ def test_bad_samples_are_counted_named_and_replaced(
     ]:  # fmt: skip
         assert any(message.startswith(f"bad sample 1.tar/{key}: {cause}") for message in messages)
     assert "1.tar/modes-ok" in keys
-    assert _keys(build(bad_shards, Share(67), max_image_pixels=100_000), 1) == keys
+    assert _keys(build(bad_shards, RankShare(67), max_image_pixels=100_000), 1) == keys
 
 
 def test_broken_json_is_a_bad_sample(build: Build, tmp_path: Path):
     rows = [sample(f"{i}", i, json=b'{"text": "x"}') for i in range(20)] + [sample("b", json=b"{")]
     path = str(write_tar(tmp_path / "a.tar", [member for row in rows for member in row]))
-    loader = build({"all": SourceConfig(path, text="json:text")}, Share(21))
+    loader = build({"all": SourceConfig(path, text="json:text")}, RankShare(21))
     next(iter(loader))
     assert loader.counts["bad/broken json"] >= 1
 
@@ -259,8 +264,8 @@ def test_too_many_bad_samples_end_the_run(build: Build, tmp_path: Path, workers:
     rows = [sample(f"{i}", i, **({"txt": b""} if i % 4 == 0 else {})) for i in range(80)]
     path = str(write_tar(tmp_path / "a.tar", [member for row in rows for member in row]))
     with pytest.raises(UserError, match=r"bad samples among \d+, more than data\.max_bad_share 0\.1"):
-        _keys(build(path, Share(40), workers=workers, max_bad_share=0.1), 20)
-    assert len(_keys(build(path, Share(40), workers=workers, max_bad_share=0.5), 20)) == 800
+        _keys(build(path, RankShare(40), workers=workers, max_bad_share=0.1), 20)
+    assert len(_keys(build(path, RankShare(40), workers=workers, max_bad_share=0.5), 20)) == 800
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -333,7 +338,7 @@ def test_what_would_stop_training_is_an_error_before_it(
 
 def test_ranks_must_divide_the_global_batch(build: Build, shards: str):
     with pytest.raises(UserError, match="7 is not a multiple of the 2 ranks"):
-        build(shards, Share(7, 0, 2))
+        build(shards, RankShare(7, 0, 2))
 
 
 @pytest.mark.parametrize("options", [{"workers": -1}, {"prefetch": 0}, {"max_bad_share": 2.0}], ids=str)
@@ -374,7 +379,7 @@ def test_colour_modes_train(build: Build, tmp_path: Path, transform: ImageTransf
     pictures = [encoded(picture(mode=mode)) for mode in ("L", "LA", "P", "RGBA", "1")]
     pictures += [encoded(grey16), encoded(picture(size=(16, 16), mode="CMYK"), "jpg")]
     members = [m for i, data in enumerate(pictures) for m in sample(f"{i}", png=data)]
-    loader = build(str(write_tar(tmp_path / "a.tar", members)), Share(7), order="sequential")
+    loader = build(str(write_tar(tmp_path / "a.tar", members)), RankShare(7), order="sequential")
     batch = next(iter(loader))
     assert loader.counts == {"seen": 7, "source/all": 7}
     for row, data in enumerate(pictures):
@@ -383,7 +388,7 @@ def test_colour_modes_train(build: Build, tmp_path: Path, transform: ImageTransf
 
 
 def test_keys_of_an_epoch_mix_the_shards_of_a_window(build: Build, tmp_path: Path):
-    loader = build(write_shards(tmp_path, [20] * 4), Share(10), shuffle_window=80)
+    loader = build(write_shards(tmp_path, [20] * 4), RankShare(10), shuffle_window=80)
     shards = Counter(key.split("/")[0] for key in _keys(loader, 1))
     assert len(shards) >= 3
 
@@ -401,8 +406,8 @@ def test_a_batch_is_pinned_whole_and_keeps_its_keys(
         return empty(*size, **options)
 
     shards = write_shards(tmp_path / "in", [300])
-    expected = next(iter(build(shards, Share(batch_size))))
-    loader = build(shards, Share(batch_size))
+    expected = next(iter(build(shards, RankShare(batch_size))))
+    loader = build(shards, RankShare(batch_size))
     loader._pin_memory = True
     monkeypatch.setattr(torch, "empty", pin)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -431,7 +436,7 @@ def test_batches_in_hand_keep_their_pictures_while_workers_go_on(
 ):
     # too large for a message, so that workers leave the patches in memory which they use again
     build = Build(tokenizer, ImageTransform(image_size, 8), cache)
-    shards, share = write_shards(tmp_path / "in", [200, 100]), Share(batch_size)
+    shards, share = write_shards(tmp_path / "in", [200, 100]), RankShare(batch_size)
     expected = list(islice(build(shards, share), 9))
     got = list(islice(build(shards, share, workers=2, prefetch=2), 9))
     for batch, same in zip(got, expected, strict=True):
@@ -449,14 +454,14 @@ def test_labels_come_with_their_samples_and_captions_are_not_needed(build: Build
     shards = _labelled(tmp_path, [str(i % 3).encode() for i in range(300)])
     # 300 a batch, so that it is joined of two pieces
     source = {"all": SourceConfig(shards, text=None, label="cls")}
-    batch = next(iter(build(source, Share(300))))
+    batch = next(iter(build(source, RankShare(300))))
     assert batch.texts.shape == (300, 0)
     assert batch.size == 300
     assert batch.labels is not None
     assert batch.labels.dtype == torch.int64
     assert batch.labels.tolist() == [int(key.rsplit("/")[-1]) % 3 for key in batch.keys]
     numbers = {"all": SourceConfig(shards, text=None, label="json:number")}
-    batch = next(iter(build(numbers, Share(6))))
+    batch = next(iter(build(numbers, RankShare(6))))
     assert batch.labels is not None
     assert batch.labels.tolist() == [int(key.rsplit("/")[-1]) for key in batch.keys]
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
 from siglip_train.data.mixture import StageConfig
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, Loader, SourceConfig, build_loader
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.data.killed_run import SIZE, loader_of
@@ -95,7 +97,7 @@ class Case:
             DataConfig(**self.options, workers=workers),
             tokenizer=self.tokenizer,
             transform=ImageTransform(16, 8),
-            share=Share(self.size, rank, ranks),
+            share=RankShare(self.size, rank, ranks),
             seed=3,
             state=state,
         )
@@ -124,7 +126,7 @@ def test_a_run_that_stops_and_goes_on_is_the_uninterrupted_run(
     random = Random(number)
     case = Case(random, tmp_path, tokenizer)
     expected, end = case.read(case.batches)
-    monkeypatch.setattr("siglip_train.data.pieces._PIECE", random.choice((256, 5)))
+    monkeypatch.setattr("siglip_train.data.batch_pieces._PIECE", random.choice((256, 5)))
     stops = sorted(random.sample(range(1, case.batches), random.randint(1, 2)))
     got, state = [], None
     for begin, stop in zip([0, *stops], [*stops, case.batches], strict=True):
@@ -198,7 +200,12 @@ def test_a_resume_late_in_a_long_epoch_reads_one_window_at_most(
         {"all": SourceConfig(pattern)}, workers=0, shuffle_window=window, cache_dir=str(tmp_path / "cache")
     )
     build = functools.partial(
-        build_loader, config, tokenizer=tokenizer, transform=ImageTransform(16, 8), share=Share(size), seed=0
+        build_loader,
+        config,
+        tokenizer=tokenizer,
+        transform=ImageTransform(16, 8),
+        share=RankShare(size),
+        seed=0,
     )
     # the sixth batch of the tenth window of 100 samples, which are five shards
     samples_seen = 9 * window + 5 * size

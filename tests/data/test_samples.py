@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.samples import CaptionChoice, Field
-from siglip_train.data.shards import RawSample
+from siglip_train.data.inputs.captions import CaptionChoice
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 
 CONTENT = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from siglip_train.data.select import Selection, as_selection
+from siglip_train.data.shards.select import Selection, as_selection
 
 KEYS = [
     f"{style}_{code:05x}_{language}"

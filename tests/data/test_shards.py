@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from siglip_train.data.cache import ShardCache
 from siglip_train.data.faults import SampleError
-from siglip_train.data.shards import ShardReader, ShardSet, Wanted, read_samples
-from siglip_train.data.survey import survey
-from siglip_train.data.tar import TarIndex, load_index
+from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.reader import ShardReader, ShardSet, Wanted, read_samples
+from siglip_train.data.shards.tar import TarIndex, load_index
 from siglip_train.errors import UserError
 from tests.data.faulty_server import serve
 from tests.data.shard_files import sample, without, write_index, write_shards, write_tar
@@ -21,7 +21,7 @@ WANTED = Wanted(("jpg", "png"), ("txt",))
 
 
 def _survey(shards: str | list[str], cache: str, wanted: Wanted = WANTED) -> ShardSet:
-    (found,) = survey([shards], [wanted], ShardCache.at(cache))
+    (found,) = index_shards([shards], [wanted], ShardCache.at(cache))
     return found
 
 
@@ -72,7 +72,7 @@ def test_a_copy_that_makes_room_while_it_is_opened_is_made_again(
         copy.unlink()
         return load_index(copy, folder)
 
-    monkeypatch.setattr("siglip_train.data.shards.load_index", removed_before)
+    monkeypatch.setattr("siglip_train.data.shards.reader.load_index", removed_before)
     assert reader.read(0, 0).key == "a"
 
 
@@ -107,12 +107,12 @@ def test_unreadable_shards_are_all_named(tmp_path: Path, cache: str):
 def test_progress_is_told(tmp_path: Path, cache: str):
     told: list[tuple[int, int]] = []
     shards = write_shards(tmp_path, [1, 1, 1])
-    survey([shards], [WANTED], ShardCache.at(cache), lambda done, total: told.append((done, total)))
+    index_shards([shards], [WANTED], ShardCache.at(cache), lambda done, total: told.append((done, total)))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_more_shards_than_kept_open(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("siglip_train.data.shards._DESCRIPTORS", 2)
+    monkeypatch.setattr("siglip_train.data.shards.reader._DESCRIPTORS", 2)
     reader = ShardReader(_survey(write_shards(tmp_path, [1] * 5), cache))
     for _ in range(2):
         assert [reader.read(shard, 0).key for shard in range(5)] == [f"{i:05d}" for i in range(5)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, read_member, scan
+from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, read_member, scan
 from tests.data.shard_files import Member, sample, sparse_member, write_tar
 
 LONG = "a/" + "long" * 60
@@ -334,7 +334,7 @@ def test_a_kept_index_is_used_until_the_file_changes(tmp_path: Path, monkeypatch
     path, cache = _three(tmp_path), tmp_path / "cache"
     first = load_index(path, cache)
     with monkeypatch.context() as patch:
-        patch.setattr("siglip_train.data.tar.scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr("siglip_train.data.shards.tar.scan", lambda path: pytest.fail("scanned again"))
         again = load_index(path, cache)
     assert _contents(path, again) == _contents(path, first)
     write_tar(path, sample("other"))

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from siglip_train.data import quarantine
-from siglip_train.data.evaluation import EvaluationSource, build_evaluation_loader
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, Loader, SourceConfig, build_loader
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.loader import Loader
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
 from tests.data.trap import ODD, Deadly, Trap
@@ -56,7 +58,7 @@ class Build:
             config,
             tokenizer=self.tokenizer,
             transform=transform or ImageTransform(16, 8),
-            share=Share(4),
+            share=RankShare(4),
             seed=0,
             state=state,
         )

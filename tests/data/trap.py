@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
+from siglip_train.data.inputs.images import MAX_PIXELS, ImageTransform, decode
 
 ODD = (33, 33)
 

@@ -8,8 +8,8 @@ import pytest
 
 from data_tools.filtering.balance import group, moments, solve, subsample
 from data_tools.filtering.balance_spec import BalanceSpec, load_spec, parse_spec
-from siglip_train.data.samples import Field
-from siglip_train.data.shards import read_samples
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import read_samples
 from siglip_train.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_tools.filtering.where import Where
-from siglip_train.data.shards import RawSample
+from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 
 FACTS = {

@@ -14,7 +14,7 @@ from siglip_train.data.packing import parquet_tables
 from siglip_train.data.packing.labels import caption_of, number_classes
 from siglip_train.data.packing.plan import PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
-from siglip_train.data.patience import Patience
+from siglip_train.data.remote.retry import Patience
 from siglip_train.errors import UserError
 
 from .conftest import Sample, read_split

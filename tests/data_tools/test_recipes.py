@@ -20,9 +20,10 @@ from data_tools.cli import build_parser, main
 from data_tools.recipes import RECIPES, Recipe, as_markdown
 from siglip_train.composition import defaults_of, instantiate_all, plain
 from siglip_train.config import Config
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.pieces import Share
-from siglip_train.data.pipeline import DataConfig, build_loader
+from siglip_train.data.batch_pieces import RankShare
+from siglip_train.data.config import DataConfig
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.pipeline import build_loader
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder, check_all, run_all
 from siglip_train.evaluate import EvaluateConfig
@@ -147,7 +148,7 @@ def read_in_training(overrides: list[str]) -> None:
         build(DataConfig, data),
         tokenizer=Bytes(),  # type: ignore[arg-type]
         transform=ImageTransform(16, 8),
-        share=Share(4),
+        share=RankShare(4),
         seed=0,
     )
     batch = next(iter(loader))

@@ -22,7 +22,7 @@ from data_tools.cli import main
 from data_tools.verify import survey
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import verify_shard
-from siglip_train.data.locations import expand
+from siglip_train.data.remote.locations import expand
 from tests.data.shard_files import sparse_member
 from tests.data_tools.conftest import Sample, read_split
 

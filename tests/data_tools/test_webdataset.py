@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.shards import read_samples
+from siglip_train.data.shards.reader import read_samples
 
 
 def test_webdataset_reads_the_same_samples(tiny_data: Path) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from siglip_train import engine as engines
 from siglip_train.batch import Batch, Images
-from siglip_train.data.locations import cache_folder
+from siglip_train.data.remote.locations import cache_folder
 from siglip_train.distributed.setup import World
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig

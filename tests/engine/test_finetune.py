@@ -9,7 +9,7 @@ import torch.distributed as dist
 from siglip_train import checkpoint
 from siglip_train import engine as engines
 from siglip_train.batch import Batch
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.inputs.images import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder
 from siglip_train.evals.classification import HeadAccuracy

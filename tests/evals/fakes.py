@@ -7,9 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from siglip_train.batch import Images
-from siglip_train.data.evaluation import Caption, EvaluationSource
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import ImageSet
+from siglip_train.evals.loader import Caption, EvaluationSource
 
 
 def image_set(

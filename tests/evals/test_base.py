@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from siglip_train.data.evaluation import EvaluationSource
-from siglip_train.data.images import ImageTransform
+from siglip_train.data.inputs.images import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.classification import HeadAccuracy
 from siglip_train.evals.linear_probe import LinearProbe
+from siglip_train.evals.loader import EvaluationSource
 from siglip_train.evals.probes import Probes
 from siglip_train.evals.retrieval import Retrieval
 from siglip_train.evals.validation_loss import ValidationLoss

@@ -16,9 +16,9 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from siglip_train.data.evaluation import EvaluationSource
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder, flat_metrics, run_all
+from siglip_train.evals.loader import EvaluationSource
 from siglip_train.evals.retrieval import Retrieval
 from siglip_train.evals.zero_shot import ZeroShotClassification
 from siglip_train.interop.clip_benchmark import load_clip, register

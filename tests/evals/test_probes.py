@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from siglip_train.data.evaluation import EvaluationSource
-from siglip_train.data.select import Selection
+from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.evals.features import Features
 from siglip_train.evals.few_shot import RidgeFewShot, draw, ridge_scores
 from siglip_train.evals.linear_probe import LinearProbe, linear_scores, logistic_regression
+from siglip_train.evals.loader import EvaluationSource
 from siglip_train.evals.nearest_neighbours import NearestNeighbours
 from siglip_train.evals.probes import Probes
 from tests.evals.fakes import FakeEncoder, image_set

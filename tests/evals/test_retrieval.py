@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from siglip_train.data.evaluation import Caption
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import Caption
 from siglip_train.evals.retrieval import Retrieval, retrieval_metrics, retrieval_ranks
 from tests.evals.fakes import FakeEncoder, image_set
 from tests.evals.goldens import load_goldens

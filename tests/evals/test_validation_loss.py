@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from siglip_train.data.evaluation import Caption
 from siglip_train.errors import UserError
+from siglip_train.evals.loader import Caption
 from siglip_train.evals.validation_loss import ValidationLoss
 from tests.evals.fakes import FakeEncoder, image_set
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.pipeline import DataConfig
+from siglip_train.data.config import DataConfig
 from siglip_train.errors import UserError
 from siglip_train.runtime import check_kernels_package
 from siglip_train.typed import build

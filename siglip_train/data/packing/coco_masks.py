@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import MAX_PIXELS
+from siglip_train.data.inputs.images import MAX_PIXELS
 
 
 class Drawing(NamedTuple):

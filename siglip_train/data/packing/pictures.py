@@ -6,7 +6,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.images import MAX_PIXELS, decode, has_16_bits, without_texts
+from siglip_train.data.inputs.images import MAX_PIXELS, decode, has_16_bits, without_texts
 
 FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height

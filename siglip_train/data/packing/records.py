@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from siglip_train.data.faults import SampleError
 from siglip_train.data.limits import USUAL_LIMITS
-from siglip_train.data.tar_members import read_part
+from siglip_train.data.shards.tar_members import read_part
 
 # the record's part that is the picture, whatever its format
 IMAGE = "image"

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from siglip_train.data.locations import expand, is_remote, short_name, unsigned
 from siglip_train.data.packing.coco import coco_records, is_coco
 from siglip_train.data.packing.folder import folder_records, is_picture
 from siglip_train.data.packing.records import IMAGE, Found, Part, Record, SourceOptions
 from siglip_train.data.packing.tables import checked_row, parquet_records, row_records, table_records
 from siglip_train.data.packing.tars import tar_records
+from siglip_train.data.remote.locations import expand, is_remote, short_name, unsigned
 from siglip_train.errors import UserError
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")

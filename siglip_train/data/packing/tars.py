@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from siglip_train.data.locations import cache_folder, expand
 from siglip_train.data.packing.records import IMAGE, Part, Record
-from siglip_train.data.shards import indexed_tar, short_name
-from siglip_train.data.tar import TarIndex
+from siglip_train.data.remote.locations import cache_folder, expand
+from siglip_train.data.shards.reader import indexed_tar, short_name
+from siglip_train.data.shards.tar import TarIndex
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 

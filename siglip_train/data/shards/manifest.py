@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from siglip_train.data.shards import Wanted
-from siglip_train.data.tar import TarIndex
+from siglip_train.data.shards.reader import Wanted
+from siglip_train.data.shards.tar import TarIndex
 
 INDEX_NAME = "index.json"
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from siglip_train.data.sources import Items, Start
+from siglip_train.data.remote.sources import Items, Start
 
 # chunks that are read before the file takes them
 _AHEAD = 4
@@ -22,7 +22,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1 / 100, 1 / 2
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a fetch goes on. timeout_seconds: of silence. attempts: in all."""
 
     timeout_seconds: float = 60.0
@@ -34,7 +34,7 @@ class Patience:
         return self.timeout_seconds * share * random.uniform(0.5, 1.5)
 
 
-USUAL = Patience()
+USUAL = RetryPolicy()
 
 
 class CancelledError(Exception):
@@ -42,13 +42,13 @@ class CancelledError(Exception):
 
 
 class SlowError(Exception):
-    """Patience is at its end; another attempt would be no faster."""
+    """RetryPolicy is at its end; another attempt would be no faster."""
 
 
 class Watch:
     """Looks at the clock over all attempts of a fetch; only waiting for the source counts, not for our disk."""
 
-    def __init__(self, patience: Patience, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, patience: RetryPolicy, cancelled: Callable[[], bool]) -> None:
         self._timeout, self._cancelled = patience.timeout_seconds, cancelled
         self._waited, self._received = 0.0, 0
 

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from siglip_train.data.cache import UNKNOWN, Known, ShardCache, UnavailableShardError
 from siglip_train.data.faults import BadSample
-from siglip_train.data.fetch import FetchError
 from siglip_train.data.limits import OversizedError
-from siglip_train.data.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
-from siglip_train.data.manifest import INDEX_NAME, Entry, read_index
-from siglip_train.data.room import rounded
-from siglip_train.data.select import EVERYTHING
-from siglip_train.data.shards import ShardSet, Wanted, complete_samples, damaged_samples
-from siglip_train.data.tar import BrokenTarError, TarIndex, index_of_copy, load_index
+from siglip_train.data.remote.cache import UNKNOWN, ExpectedShard, ShardCache, UnavailableShardError
+from siglip_train.data.remote.disk_budget import rounded
+from siglip_train.data.remote.fetch import FetchError
+from siglip_train.data.remote.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
+from siglip_train.data.shards.manifest import INDEX_NAME, Entry, read_index
+from siglip_train.data.shards.reader import ShardSet, Wanted, complete_samples, damaged_samples
+from siglip_train.data.shards.select import EVERYTHING
+from siglip_train.data.shards.tar import BrokenTarError, TarIndex, index_of_copy, load_index
 from siglip_train.distributed.collectives import broadcast_object, gather_objects, is_distributed
 from siglip_train.errors import UserError, said
 
@@ -43,19 +43,19 @@ class _Task(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """What the survey learns of one shard. failure: why it cannot be counted; is_away: it is remote, and may come."""
+    """What is learned of one shard. failure: why it cannot be counted; is_away: it is remote, and may come."""
 
     path: Path
     samples: int = 0
     size: int = 0
-    known: Known = UNKNOWN
+    known: ExpectedShard = UNKNOWN
     excluded: tuple[BadSample, ...] = ()
     repeated: int = 0
     failure: str = ""
     is_away: bool = False
 
 
-def survey(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: ShardCache,
+def index_shards(specs: Sequence[str | list[str]], wanted: Sequence[Wanted], cache: ShardCache,
            progress: Progress | None = None, *, left_out: Collection[str] = (),
            may_leave_out: bool = False) -> list[ShardSet]:  # fmt: skip
     """Find and count the shards of every source; every rank looks at a part and gets the whole.  # all ranks
@@ -247,12 +247,12 @@ def _scan(task: _Task, cache: ShardCache) -> _Shard:
 
 def _away(url: str, cache: ShardCache, failure: str) -> _Shard:
     # its place is never read, as it counts as empty
-    return _Shard(cache.path(url, Known(version="")), failure=failure, is_away=True)
+    return _Shard(cache.path(url, ExpectedShard(version="")), failure=failure, is_away=True)
 
 
 def _counted(task: _Task, cache: ShardCache) -> _Shard:
     url, entry = task.url, task.entry
-    known = cache.identify(url) if entry is None else Known(entry.sha256, entry.bytes, entry.sha256)
+    known = cache.identify(url) if entry is None else ExpectedShard(entry.sha256, entry.bytes, entry.sha256)
     path = cache.path(url, known)
     if entry is not None and task.wanted.select == EVERYTHING:
         # which samples they are shows when the shard comes

@@ -14,17 +14,19 @@ import torch
 from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.cache import UnavailableShardError
-from siglip_train.data.embeddings import embedding
 from siglip_train.data.faults import BadSample, SampleError
-from siglip_train.data.fetch import Event
-from siglip_train.data.images import ImageTransform
-from siglip_train.data.locations import short_name
+from siglip_train.data.inputs.captions import CaptionChoice
+from siglip_train.data.inputs.embeddings import embedding
+from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.inputs.labels import class_label
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.quarantine import CAUSE, Place
-from siglip_train.data.samples import CaptionChoice, Field, class_label
-from siglip_train.data.shards import RawSample, ShardReader, ShardSet
+from siglip_train.data.remote.cache import UnavailableShardError
+from siglip_train.data.remote.fetch import Event
+from siglip_train.data.remote.locations import short_name
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 
@@ -41,7 +43,7 @@ _FAILED_DRAWS = 64
 _IN_MESSAGE = 1 << 20
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """What part of every global batch this rank takes: positions rank * size and following."""
 
     global_batch_size: int
@@ -73,7 +75,7 @@ class Source:
     language: Field | None
     language_name: str | None
     reader: ShardReader
-    max_failed_shards: float = 0.05
+    max_failed_shards: float
     embeddings: list[Path] | None = None
 
     def substitute(self, slot: int, attempt: int, rng: np.random.Generator) -> int:
@@ -121,7 +123,7 @@ class Report:
 class Piece:
     """What a worker hands over; `batch` is None where it gave up.
 
-    NOTE: its patches may lie in memory that a later piece takes (`Pieces.shared`): copy them before.
+    NOTE: its patches may lie in memory that a later piece takes (`BatchPieces.shared`): copy them before.
     """
 
     batch: Batch | None
@@ -152,10 +154,10 @@ class _Row(NamedTuple):
     key: str
 
 
-class Pieces(Dataset):
+class BatchPieces(Dataset):
     """Piece number -> part of this rank's share of a global batch. A pure function, so workers hold no state."""
 
-    def __init__(self, sources: list[Source], mixture: Mixture, share: Share, tokenizer: Tokenizer | None,
+    def __init__(self, sources: list[Source], mixture: Mixture, share: RankShare, tokenizer: Tokenizer | None,
                  transform: ImageTransform, max_pixels: int) -> None:  # fmt: skip
         self.sources, self.mixture, self.share = sources, mixture, share
         self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
@@ -166,7 +168,7 @@ class Pieces(Dataset):
         self.quarantined: frozenset[Place] = frozenset()
         self._space: torch.Tensor | None = None
 
-    def shared(self, count: int) -> "Pieces":
+    def shared(self, count: int) -> "BatchPieces":
         """These pieces for workers, the patches of every `count`-th in the same memory, one after the other.
 
         Fresh shared memory for each piece costs 150 µs per picture of 224 px, which the system spends on its pages; the

@@ -1,7 +1,8 @@
 """Local copies of shards that cannot be read where they are: remote ones and packed ones, in a folder of bounded size.
 
 How a sample of a remote shard is read: `ShardReader.read` opens the copy; where there is none, `ShardCache.local_tar`
-makes one: alone among all processes, `Fetch.run` brings the bytes into a `Part`, for which `Room` makes room.
+makes one: alone among all processes, `Fetch.run` brings the bytes into a `PartialFile`, for which `DiskBudget` makes
+room.
 """
 
 import contextlib
@@ -15,20 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from siglip_train.data.failed import FailedShards, Failure, UnavailableShardError
-from siglip_train.data.fetch import DamagedError, Event, Fetch, FetchError, version_of
-from siglip_train.data.gunzip import gunzip, is_gzip
 from siglip_train.data.limits import MAX_INDEX_BYTES, USUAL_LIMITS, Limits, OversizedError
-from siglip_train.data.locations import cache_folder, is_remote, short_name
-from siglip_train.data.patience import USUAL, Patience
-from siglip_train.data.room import NoRoomError, Part, Room
-from siglip_train.data.tar import COPIES
+from siglip_train.data.remote.disk_budget import DiskBudget, NoRoomError, PartialFile
+from siglip_train.data.remote.failed import FailedShards, Failure, UnavailableShardError
+from siglip_train.data.remote.fetch import DamagedError, Event, Fetch, FetchError, version_of
+from siglip_train.data.remote.gunzip import gunzip, is_gzip
+from siglip_train.data.remote.locations import cache_folder, is_remote, short_name
+from siglip_train.data.remote.retry import USUAL, RetryPolicy
+from siglip_train.data.shards.tar import COPIES
 from siglip_train.errors import UserError, said
 
 _DAMAGED = ".damaged.tar"
 
 
-class Known(NamedTuple):
+class ExpectedShard(NamedTuple):
     """What is known of a shard before it is here. version: None = ask. bytes: -1, sha256: "" = unknown."""
 
     version: str | None = None
@@ -51,7 +52,7 @@ class Known(NamedTuple):
             raise DamagedError("its SHA-256 is not that of the index beside it")
 
 
-UNKNOWN = Known()
+UNKNOWN = ExpectedShard()
 
 
 def local_tar(shard: str, folder: Path) -> Path:
@@ -89,7 +90,7 @@ class ShardCache:
 
     folder: Path
     limit: int | None = None
-    patience: Patience = USUAL
+    patience: RetryPolicy = USUAL
     cancelled: Callable[[], bool] = never
     since: float = field(default_factory=time.time)
     events: deque[Event] = field(default_factory=deque)
@@ -98,7 +99,7 @@ class ShardCache:
 
     def __post_init__(self) -> None:
         """Name the folders."""
-        self.room = Room(self.folder / COPIES, self.limit)
+        self.room = DiskBudget(self.folder / COPIES, self.limit)
         self.failed = FailedShards(self.folder / "failed", self.patience, self.since)
 
     @classmethod
@@ -106,7 +107,7 @@ class ShardCache:
         cls,
         folder: str | None,
         limit_gib: float | None = None,
-        patience: Patience = USUAL,
+        patience: RetryPolicy = USUAL,
         limits: Limits = USUAL_LIMITS,
     ) -> "ShardCache":
         """The cache in a folder that a user names, None = the usual one. Raises `UserError`."""
@@ -117,11 +118,15 @@ class ShardCache:
         """What the cache calls a shard, whatever its version."""
         return _digest(shard)
 
-    def identify(self, shard: str) -> Known:
+    def identify(self, shard: str) -> ExpectedShard:
         """Ask a remote shard for its version, which costs a small request. Raises `FetchError`, `UserError`."""
-        return Known(version_of(shard, self.patience, self.cancelled)) if is_remote(shard) else Known()
+        return (
+            ExpectedShard(version_of(shard, self.patience, self.cancelled))
+            if is_remote(shard)
+            else ExpectedShard()
+        )
 
-    def path(self, shard: str, known: Known) -> Path:
+    def path(self, shard: str, known: ExpectedShard) -> Path:
         """Where a copy of this very version is or would be; a local plain tar is its own. Raises `FetchError`."""
         if not is_remote(shard):
             if not is_gzip(Path(shard)):
@@ -164,7 +169,7 @@ class ShardCache:
         path.unlink(missing_ok=True)
         return self._failure(shard, reason)
 
-    def local_tar(self, shard: str, known: Known = UNKNOWN) -> Path:
+    def local_tar(self, shard: str, known: ExpectedShard = UNKNOWN) -> Path:
         """A plain tar with the content of a shard, fetched or unpacked where that has not been done.
 
         Raises `UnavailableShardError` for a remote shard that cannot be had or has failed before, `OversizedError` for
@@ -192,12 +197,12 @@ class ShardCache:
 
     def _try_to_unpack(self, shard: str, path: Path) -> Path:
         name = self.name(os.path.abspath(shard))
-        with self.room.lock(name), Part(self.room, name, "unpacked", never) as part:
+        with self.room.lock(name), PartialFile(self.room, name, "unpacked", never) as part:
             if (present := existing(path)).exists():
                 return present
             return _kept(part, path, intact=gunzip(Path(shard), part, self.limits))
 
-    def _fetched(self, shard: str, path: Path, known: Known) -> Path:
+    def _fetched(self, shard: str, path: Path, known: ExpectedShard) -> Path:
         name = self.name(shard)
         self._refuse_failed(name)
         with self.room.lock(name):
@@ -215,7 +220,7 @@ class ShardCache:
                 reason = str(error) if is_said else said(error)
                 raise self._failure(shard, reason) from error
 
-    def _copy_of_changed(self, shard: str, known: Known) -> Path | None:
+    def _copy_of_changed(self, shard: str, known: ExpectedShard) -> Path | None:
         """The copy that another process has made of what a shard has become since it was counted."""
         if known.version is None or known.is_promise:
             return None
@@ -229,10 +234,10 @@ class ShardCache:
         )
         return None
 
-    def _fetch(self, shard: str, name: str, known: Known) -> Path:
+    def _fetch(self, shard: str, name: str, known: ExpectedShard) -> Path:
         with (
-            Part(self.room, name, "fetched", self.cancelled) as part,
-            Part(self.room, name, "unpacked", self.cancelled) as unpacked,
+            PartialFile(self.room, name, "fetched", self.cancelled) as part,
+            PartialFile(self.room, name, "unpacked", self.cancelled) as unpacked,
         ):
 
             def check() -> None:
@@ -289,7 +294,7 @@ def existing(path: Path) -> Path:
     return damaged if damaged.exists() else path
 
 
-def _kept(part: Part, path: Path, *, intact: bool) -> Path:
+def _kept(part: PartialFile, path: Path, *, intact: bool) -> Path:
     final = path if intact else path.with_name(path.name.removesuffix(".tar") + _DAMAGED)
     part.become(final)
     return final

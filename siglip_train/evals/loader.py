@@ -5,7 +5,6 @@ It is the one place that fills batches up.
 
 import contextlib
 import functools
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -19,16 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from siglip_train.batch import Images
-from siglip_train.data.cache import ShardCache
+from siglip_train.data.config import extensions
 from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
 from siglip_train.data.folders import benchmark_folder, class_folder, class_folder_names
-from siglip_train.data.images import MAX_PIXELS, ImageTransform, decode
-from siglip_train.data.locations import check_local, short_name
-from siglip_train.data.pipeline import extensions
-from siglip_train.data.samples import Field, no_caption
-from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.shards import RawSample, ShardReader, Wanted
-from siglip_train.data.survey import survey
+from siglip_train.data.inputs.captions import no_caption
+from siglip_train.data.inputs.images import MAX_PIXELS, ImageTransform, decode
+from siglip_train.data.inputs.labels import labels_of
+from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.remote.locations import check_local, short_name
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
+from siglip_train.data.shards.select import EVERYTHING, Selection
 from siglip_train.data.watchdog import Loss, Verdict, watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.errors import UserError
@@ -198,31 +199,6 @@ def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
     return tuple(Caption(key or language, value) for key, value in found)
 
 
-def labels_of(label: Field, sample: RawSample) -> tuple[int, ...]:
-    """The classes a sample belongs to; none where its list is empty. Raises `SampleError`."""
-    if label.member == "npy":
-        return _set_bits(sample.members.get("npy", b""))
-    values = [value for _, value in label.values(sample)]
-    if not values and label.empty_list(sample):
-        return ()  # as in ReaL, where no label was agreed upon
-    try:
-        # a fraction or a truth value is no class
-        return tuple(
-            int(value if isinstance(value, str) or type(value) is int else "") for value in values or [None]
-        )
-    except ValueError:
-        shown = values if len(values) > 1 else next(iter(values), None)
-        raise SampleError("bad label", f"{label.text} is {shown!r}, not an integer") from None
-
-
-def _set_bits(data: bytes) -> tuple[int, ...]:
-    try:
-        vector = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise SampleError("bad label", f"npy: {error}") from None
-    return tuple(np.flatnonzero(vector).tolist())
-
-
 def _group(group: Field, sample: RawSample) -> str:
     value = group.first(sample)
     if value is None:
@@ -353,7 +329,7 @@ def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select
     )
     places = source.shards if benchmark is None else benchmark.shards()
-    (shards,) = survey([places], [wanted], ShardCache.at(None))
+    (shards,) = index_shards([places], [wanted], ShardCache.at(None))
     if len(shards) == 0:
         raise UserError(
             f"no complete sample in the evaluation set {source.shards}"

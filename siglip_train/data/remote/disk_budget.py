@@ -32,7 +32,7 @@ class _Held(NamedTuple):
     path: Path
 
 
-class Room:
+class DiskBudget:
     """A folder of copies (`NAME.tar`) and of transfers (`NAME.*.part`) that hold at most `limit` bytes together.
 
     All processes of a machine share it. A transfer holds the lock of its NAME, so that one whose process has ended
@@ -120,17 +120,17 @@ class Room:
             return True
 
 
-class Part:
-    """A file on its way into a `Room`, named `NAME.KIND.part`: it asks for room before it takes any."""
+class PartialFile:
+    """A file on its way into a `DiskBudget`, named `NAME.KIND.part`: it asks for room before it takes any."""
 
-    def __init__(self, room: Room, name: str, kind: str, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, room: DiskBudget, name: str, kind: str, cancelled: Callable[[], bool]) -> None:
         self.path = room.folder / f"{name}.{kind}{PART}"
         self._room, self._cancelled = room, cancelled
         # unbuffered, as chunks are large and its position is its size
         self._file = self.path.open("wb", buffering=0)
         self._reserved = 0
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> "PartialFile":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,6 @@
 """One remote shard into a file: http(s), fsspec and commands, with time-outs, retries and resumption.
 
-`Fetch.run` makes attempts; each opens a source (`sources.py`), which a thread reads as long as there is `Patience`.
+`Fetch.run` makes attempts; each opens a source (`sources.py`), which a thread reads as long as there is `RetryPolicy`.
 """
 
 import contextlib
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from siglip_train.data.locations import is_pipe, short_name
-from siglip_train.data.patience import Background, CancelledError, Patience, SlowError, Watch
-from siglip_train.data.sources import Start, heading, source
+from siglip_train.data.remote.locations import is_pipe, short_name
+from siglip_train.data.remote.retry import Background, CancelledError, RetryPolicy, SlowError, Watch
+from siglip_train.data.remote.sources import Start, heading, source
 from siglip_train.errors import UserError, said
 
 # "too early" and "too many requests" pass; 408 is a time-out
@@ -49,7 +49,7 @@ class Target(Protocol):
         """Append."""
 
 
-def version_of(shard: str, patience: Patience, cancelled: Callable[[], bool] = lambda: False) -> str:
+def version_of(shard: str, patience: RetryPolicy, cancelled: Callable[[], bool] = lambda: False) -> str:
     """What changes when the content of a shard does, by one small request; always "" for a command.
 
     Raises `FetchError`, `CancelledError`.
@@ -75,7 +75,7 @@ class Fetch:
 
     shard: str
     target: Target
-    patience: Patience
+    patience: RetryPolicy
     check: Callable[[], None]
     notice: Callable[[Event], None]
     cancelled: Callable[[], bool]
@@ -126,7 +126,7 @@ class Fetch:
 
 def _with_retries(
     attempt: Callable[[], str],
-    patience: Patience,
+    patience: RetryPolicy,
     watch: Watch,
     on_retry: Callable[[int, Exception], None],
 ) -> str:

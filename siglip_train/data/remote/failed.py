@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from siglip_train.data.faults import SampleError
-from siglip_train.data.patience import Patience
+from siglip_train.data.remote.retry import RetryPolicy
 from siglip_train.files import write_text
 from siglip_train.redact import redacted
 
@@ -39,7 +39,7 @@ class Failure:
 class FailedShards:
     """The failed shards of a cache folder. since: what failed before this time is forgotten."""
 
-    def __init__(self, folder: Path, patience: Patience, since: float) -> None:
+    def __init__(self, folder: Path, patience: RetryPolicy, since: float) -> None:
         self._folder, self._patience, self._since = folder, patience, since
         self._all: dict[str, Failure] = {}
         self._looked = float("-inf")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from siglip_train.data.batch_pieces import Source
 from siglip_train.data.mixture import Mixture, Stage
-from siglip_train.data.pieces import Source
 
 
 def passes(sources: Sequence[Source], mixture: Mixture, samples: int) -> dict[str, float]:

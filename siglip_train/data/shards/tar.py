@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 
 from siglip_train.data.faults import SampleError
 from siglip_train.data.limits import USUAL_LIMITS
-from siglip_train.data.tar_members import AFTER_THE_END, TRUNCATED, BrokenTarError, Member, Members, read_part
+from siglip_train.data.shards.tar_members import (
+    AFTER_THE_END,
+    TRUNCATED,
+    BrokenTarError,
+    Member,
+    Members,
+    read_part,
+)
 from siglip_train.files import appearing
 
 # the folder of the cache where copies of shards lie

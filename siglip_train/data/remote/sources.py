@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from siglip_train.data.locations import filesystem_of, is_http, is_pipe
+from siglip_train.data.remote.locations import filesystem_of, is_http, is_pipe
 from siglip_train.errors import UserError
 
 _CHUNK = 1 << 20

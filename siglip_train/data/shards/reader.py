@@ -1,4 +1,4 @@
-"""The samples of a list of shards, by number: read by offset in any order. `survey.py` counts them before."""
+"""The samples of a list of shards, by number: read by offset in any order. `index_shards.py` counts them before."""
 
 import collections
 import contextlib
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.cache import Known, ShardCache, local_tar, was_damaged
 from siglip_train.data.faults import BadSample
-from siglip_train.data.locations import cache_folder, expand, is_remote, short_name
-from siglip_train.data.select import EVERYTHING, Selection
-from siglip_train.data.tar import BrokenTarError, TarIndex, load_index, member_for_tools, read_member
+from siglip_train.data.remote.cache import ExpectedShard, ShardCache, local_tar, was_damaged
+from siglip_train.data.remote.locations import cache_folder, expand, is_remote, short_name
+from siglip_train.data.shards.select import EVERYTHING, Selection
+from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, member_for_tools, read_member
 from siglip_train.errors import UserError
 
 # per process; a window of small shards should fit, or every sample would load an index
@@ -68,7 +68,7 @@ class ShardSet:
     cache: ShardCache
     counts: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    known: list[Known]
+    known: list[ExpectedShard]
     excluded: list[BadSample] = field(default_factory=list)
     repeated: int = 0
     left_out: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,150 @@
+"""What a user says about training data, and what follows from it alone: members, fields and the cache."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from siglip_train.data.inputs.captions import CaptionChoice
+from siglip_train.data.inputs.images import MAX_PIXELS
+from siglip_train.data.limits import Limits
+from siglip_train.data.mixture import StageConfig
+from siglip_train.data.order import Order
+from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.remote.retry import USUAL, RetryPolicy
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import Wanted
+from siglip_train.data.shards.select import Selection
+from siglip_train.data.watchdog import STALL_SECONDS
+from siglip_train.data.workers import Workers, worker_count
+from siglip_train.errors import UserError
+
+
+@dataclass
+class SourceConfig:
+    """One set of shards.
+
+    shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
+    weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
+    extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
+    or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
+    (`json:class`) with a class index, for such objectives. language: counted in the log, a name (`en`) or a field
+    (`json:lang`).
+    select: which samples, by key.
+    """
+
+    shards: Any
+    weight: float = 1.0
+    image: str = "jpg;jpeg;png;webp;bmp"
+    text: Any = "txt"
+    label: str | None = None
+    language: str | None = None
+    select: Selection = field(default_factory=Selection)
+
+
+@dataclass
+class DataConfig:
+    """What to train on and how to read it.
+
+    source_defaults: what every source has that does not say it itself, `{text: null, label: cls}`.
+    stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
+    resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
+    workers: processes of a rank that read and decode, 0 = the training process itself; auto = the cores that a rank
+    has, at most 12. The samples and their order do not depend on it.
+    shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
+    resize: filter by which images are brought to the model's size. flip: mirror every second image. min_crop_area:
+    below 1, a random crop of at least this share of the area is taken in place of the whole image.
+    reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
+    max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
+    max_image_pixels: larger pictures count as bad, before they take memory: 50 million pixels take 150 MB, those of
+    a PNG with transparency 800 (assumption). max_member_mib: so do members of a tar. max_unpack_ratio, max_unpack_gib:
+    a packed shard may unpack to so many times its size beyond 64 MiB, and to so much; one that would counts as bad if
+    it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards and shard indexes.
+    prefetch: pieces of up to 256 samples that each worker holds ready, in shared memory.
+    stall_seconds: workers that give nothing for so long, or die, are replaced; not watched with workers=0, where this
+    process itself reads.
+    cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
+    bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
+    that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
+    embedding_dir: a folder that all ranks see: what a locked image tower makes of every picture is computed once, kept
+    there, and read in place of the pictures; null = no.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    stages: list[StageConfig] = field(default_factory=list)
+    source_defaults: dict[str, Any] = field(default_factory=dict)
+    workers: Workers = "auto"
+    shuffle_window: int = 16384
+    order: Order = "shuffled"
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: bool = False
+    min_crop_area: float = 1.0
+    reduced_jpeg: bool = True
+    max_bad_share: float = 0.01
+    max_image_pixels: int = MAX_PIXELS
+    max_member_mib: float = Limits.member_mib
+    max_unpack_ratio: float = Limits.unpack_ratio
+    max_unpack_gib: float = Limits.unpack_gib
+    cache_dir: str | None = None
+    prefetch: int = 4
+    stall_seconds: float = STALL_SECONDS
+    cache_limit_gib: float | None = None
+    fetch_timeout_seconds: float = USUAL.timeout_seconds
+    fetch_attempts: int = USUAL.attempts
+    max_failed_shards: float = 0.05
+    embedding_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.worker_count < 0 or self.prefetch < 1 or not 0 <= self.max_bad_share <= 1:
+            raise ValueError("workers must not be negative, prefetch at least 1 and max_bad_share in 0..1")
+        if not self.stall_seconds > 0:
+            raise ValueError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if self.fetch_attempts < 1 or not 0 <= self.max_failed_shards <= 1:
+            raise ValueError("fetch_attempts must be at least 1 and max_failed_shards in 0..1")
+        if min(self.fetch_timeout_seconds, 1 if self.cache_limit_gib is None else self.cache_limit_gib) <= 0:
+            raise ValueError("fetch_timeout_seconds and cache_limit_gib must be above 0")
+        if min(self.max_image_pixels, self.max_member_mib, self.max_unpack_ratio, self.max_unpack_gib) <= 0:
+            raise ValueError(
+                "max_image_pixels, max_member_mib, max_unpack_ratio and max_unpack_gib must be above 0"
+            )
+        if self.embedding_dir is not None and (self.flip or self.min_crop_area < 1):
+            raise ValueError(
+                "embedding_dir keeps what the tower makes of whole pictures, so they cannot be cropped or mirrored: set"
+                " data.flip=false data.min_crop_area=1.0, or data.embedding_dir=null"
+            )
+
+    @property
+    def worker_count(self) -> int:
+        """Loader processes of this rank."""
+        return worker_count(self.workers)
+
+
+def wanted_of(source: SourceConfig) -> Wanted:
+    """The members that samples of a source need, and those that are read where they are there."""
+    choice = None if source.text is None else CaptionChoice(source.text)
+    label = None if source.label is None else Field.parse(source.label)
+    others = tuple(field.member for field in (label, language_field(source)) if field)
+    return Wanted(extensions(source.image), choice.members if choice else None, others, source.select)
+
+
+def cache_of(config: DataConfig) -> ShardCache:
+    """The cache that the config names."""
+    return ShardCache.at(
+        config.cache_dir,
+        config.cache_limit_gib,
+        RetryPolicy(config.fetch_timeout_seconds, config.fetch_attempts),
+        Limits(config.max_unpack_ratio, config.max_unpack_gib, config.max_member_mib),
+    )
+
+
+def extensions(image: str) -> tuple[str, ...]:
+    """`jpg;png` to its extensions. Raises `UserError` where there is none."""
+    found = tuple(part.strip().lower().lstrip(".") for part in image.split(";") if part.strip())
+    if not found:
+        raise UserError(f'image is {image!r}, but must name member extensions, such as "jpg;png"')
+    return found
+
+
+def language_field(source: SourceConfig) -> Field | None:
+    """The field that names the language of a sample; None where the source has one name or none."""
+    is_field = source.language is not None and source.language.startswith("json:")
+    return Field.parse(source.language or "") if is_field else None
