@@ -21,9 +21,8 @@ from siglip_train.data.remote.disk_budget import DiskBudget, NoRoomError, Partia
 from siglip_train.data.remote.failed import FailedShards, Failure, UnavailableShardError
 from siglip_train.data.remote.fetch import DamagedError, Event, Fetch, FetchError, version_of
 from siglip_train.data.remote.gunzip import gunzip, is_gzip
-from siglip_train.data.remote.locations import cache_folder, is_remote, short_name
+from siglip_train.data.remote.locations import COPIES, cache_folder, is_remote, short_name
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
-from siglip_train.data.shards.tar import COPIES
 from siglip_train.errors import UserError, said
 
 _DAMAGED = ".damaged.tar"

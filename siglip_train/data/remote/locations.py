@@ -17,6 +17,8 @@ from siglip_train.redact import redacted
 _TAR_ENDINGS = ("*.tar", "*.tar.gz", "*.tgz")
 # they ask for bytes and nothing else; others of fsspec's open files by templates, or unpickle what a server sends
 _PLAIN_PROTOCOLS = {"file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"}
+# the folder of the cache where copies of shards lie
+COPIES = "copies"
 
 
 def default_cache() -> Path:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from siglip_train.data.faults import SampleError
 from siglip_train.data.limits import USUAL_LIMITS
+from siglip_train.data.remote.locations import COPIES
 from siglip_train.data.shards.tar_members import (
     AFTER_THE_END,
     TRUNCATED,
@@ -27,8 +28,6 @@ from siglip_train.data.shards.tar_members import (
 )
 from siglip_train.files import appearing
 
-# the folder of the cache where copies of shards lie
-COPIES = "copies"
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"
 # their table takes 150 bytes of memory each; all of ImageNet in one tar has 4 million
