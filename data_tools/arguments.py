@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from siglip_train.data.inputs.images import MAX_PIXELS
+from siglip_train.data.remote.limits import MAX_PIXELS
 
 
 def positive(text: str) -> int:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_tools.stats.texts import encodable
-from siglip_train.data.faults import SampleError
-from siglip_train.data.inputs.images import MAX_PIXELS, Encoded
-from siglip_train.data.limits import USUAL_LIMITS
+from siglip_train.data.inputs.images import Encoded
+from siglip_train.data.remote.limits import MAX_PIXELS, USUAL_LIMITS
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.shards.tar import TarIndex, member_for_tools
+from siglip_train.errors import SampleError
 
 
 def read_rows(

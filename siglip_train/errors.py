@@ -1,4 +1,4 @@
-"""The one kind of error a user causes: printed as a line or two, exit status 2, no traceback."""
+"""Errors that others tell apart: the mistake of a user (one line, exit status 2), a bad sample, the end of a peer."""
 
 import functools
 import os
@@ -8,6 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 from siglip_train.redact import redact_the_unexpected, redacted
+
+
+class SampleError(ValueError):
+    """One sample is unusable; `cause` is the short name under which it is counted."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+        self.detail = detail
 
 
 class UserError(Exception):

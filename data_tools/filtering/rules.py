@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from data_tools.filtering.where import Where, compile_pattern
 from data_tools.reading import first_text, picture_header
 from data_tools.stats.texts import words
-from siglip_train.data.faults import SampleError
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from siglip_train.files import read_text
 
 UNKNOWN = "unknown"

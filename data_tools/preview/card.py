@@ -6,11 +6,11 @@ from typing import Any
 
 from data_tools.facts import boxes, language
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.images import decode
 from siglip_train.data.packing.pictures import read_mask
 from siglip_train.data.shards.fields import Field, read_facts
 from siglip_train.data.shards.reader import RawSample
+from siglip_train.errors import SampleError
 from siglip_train.report.thumbnail import data_url
 
 _SIDE = 256

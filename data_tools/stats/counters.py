@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.faults import BadSample
+from siglip_train.data.shards.faults import BadSample
 
 _DISTINCT = 1 << 24
 _TEXTS = 200_000

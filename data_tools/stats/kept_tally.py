@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools.stats.counters import BadSamples, Distinct, Distribution, Frequent
 from data_tools.stats.tally import Shown, Tally
-from siglip_train.data.faults import BadSample
+from siglip_train.data.shards.faults import BadSample
 
 _PARTS = {part.__name__: part for part in (Tally, Distribution, Frequent, Distinct, BadSamples)}
 _ROWS = {row.__name__: row for row in (BadSample, Shown)}

@@ -9,13 +9,13 @@ from pathlib import Path
 from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
-from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.inputs.images import decode
 from siglip_train.data.remote.locations import short_name
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, damaged_samples, indexed_tar
 from siglip_train.data.tokenizer import TextRules, Tokenizer, load_tokenizer
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from siglip_train.report.thumbnail import thumbnail
 
 # as in data.sources, in order of preference

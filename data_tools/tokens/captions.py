@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.stats.counters import BadSamples
-from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
 from siglip_train.data.remote.locations import expand
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, read_samples, short_name
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.verify.checks import Rules, SampleChecks
-from siglip_train.data.faults import BadSample, plain_detail
 from siglip_train.data.remote.cache import local_tar, was_damaged
 from siglip_train.data.remote.locations import is_remote
+from siglip_train.data.shards.faults import BadSample, plain_detail
 from siglip_train.data.shards.manifest import left_out_of, members_of
 from siglip_train.data.shards.reader import RawSample, short_name
 from siglip_train.data.shards.tar import REPEATED_MEMBER, TarIndex, member_for_tools, scan

@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import Dataset
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.inputs.captions import CaptionChoice
 from siglip_train.data.inputs.embeddings import embedding
 from siglip_train.data.inputs.images import ImageTransform
@@ -25,10 +24,11 @@ from siglip_train.data.quarantine import CAUSE, Place
 from siglip_train.data.remote.cache import UnavailableShardError
 from siglip_train.data.remote.fetch import Event
 from siglip_train.data.remote.locations import short_name
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 # samples a worker hands over at once: a large batch is made by all workers, and memory stays bounded
 _PIECE = 256

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.images import MAX_PIXELS
-from siglip_train.data.limits import Limits
 from siglip_train.data.mixture import StageConfig
 from siglip_train.data.order import Order
 from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.remote.limits import MAX_PIXELS, Limits
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import Wanted

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from siglip_train.data.config import DataConfig, SourceConfig, cache_of, wanted_of
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.labels import class_label
 from siglip_train.data.remote.locations import is_remote, short_name
 from siglip_train.data.shards.fields import Field
@@ -15,7 +14,7 @@ from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.reader import ShardReader, ShardSet
 from siglip_train.data.shards.select import Selection
 from siglip_train.distributed.collectives import gather_objects, is_distributed
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 _LOG = logging.getLogger(__name__)
 

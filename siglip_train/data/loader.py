@@ -16,11 +16,11 @@ from siglip_train.batch import Batch, Images
 from siglip_train.data.batch_pieces import BatchPieces, Piece, Report, Source
 from siglip_train.data.config import DataConfig
 from siglip_train.data.epochs import outlook, passes
-from siglip_train.data.faults import BadSampleLog, causes, too_many
 from siglip_train.data.quarantine import Place, Quarantine
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.remote.fetch import Event
 from siglip_train.data.remote.locations import lasting_name, short_name, unsigned
+from siglip_train.data.shards.faults import BadSampleLog, causes, too_many
 from siglip_train.data.watchdog import Loss, Verdict, watched
 from siglip_train.data.workers import unchanged, worker_options
 from siglip_train.distributed.collectives import gather_objects, sum_over_ranks

@@ -4,12 +4,12 @@ from typing import Any
 
 from siglip_train.data.batch_pieces import BatchPieces, RankShare, Source
 from siglip_train.data.config import DataConfig, cache_of, language_field, wanted_of
-from siglip_train.data.faults import causes
 from siglip_train.data.inputs.captions import CaptionChoice
 from siglip_train.data.inputs.images import ImageTransform
 from siglip_train.data.loader import Loader, in_flight
 from siglip_train.data.mixture import Mixture, stages_of
 from siglip_train.data.order import SourceOrder
+from siglip_train.data.shards.faults import causes
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import Progress, check_room, index_shards
 from siglip_train.data.shards.reader import ShardReader, ShardSet

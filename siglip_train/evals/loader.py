@@ -19,20 +19,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from siglip_train.batch import Images
 from siglip_train.data.config import extensions
-from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes
 from siglip_train.data.folders import benchmark_folder, class_folder, class_folder_names
 from siglip_train.data.inputs.captions import no_caption
-from siglip_train.data.inputs.images import MAX_PIXELS, ImageTransform, decode
+from siglip_train.data.inputs.images import ImageTransform, decode
 from siglip_train.data.inputs.labels import labels_of
 from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import check_local, short_name
+from siglip_train.data.shards.faults import BadSample, BadSampleLog, causes
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
 from siglip_train.data.shards.select import EVERYTHING, Selection
 from siglip_train.data.watchdog import Loss, Verdict, watched
 from siglip_train.data.workers import unchanged, worker_options
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 _LANGUAGE_FIELDS = ("json:lang", "json:language")
 

@@ -18,11 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from siglip_train.batch import Images
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.images import ImageTransform, decode, to_rgb
 from siglip_train.data.prompts import fill, read_class_names, read_templates
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from siglip_train.models.siglip import Siglip, class_embeddings
 
 T = TypeVar("T")

@@ -9,10 +9,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.images import ImageTransform, decode
 from siglip_train.data.tokenizer import Tokenizer
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.objectives.classification import Classification
 from siglip_train.objectives.forward_pass import ForwardPass

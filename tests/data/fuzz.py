@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.captions import CaptionChoice
 from siglip_train.data.inputs.images import decode
 from siglip_train.data.remote.cache import local_tar
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.shards.tar import BrokenTarError, TarIndex, scan
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 BLOCK = 512
 SAMPLES = 8

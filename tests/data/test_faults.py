@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from siglip_train.data.faults import BadSample, BadSampleLog, SampleError, causes, too_many
+from siglip_train.data.shards.faults import BadSample, BadSampleLog, causes, too_many
+from siglip_train.errors import SampleError
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
 from siglip_train.data.inputs.images import ImageTransform, decode
-from siglip_train.data.limits import Limits
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.remote.cache import ShardCache, was_damaged
+from siglip_train.data.remote.limits import Limits
 from siglip_train.data.shards.tar import scan
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import encoded, picture

@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs import images
 from siglip_train.data.inputs.images import ImageTransform, decode, patchify, without_texts
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from tests.data.conftest import encoded, picture
 
 # the goldens are Pillow 13's; those before it round a little otherwise where a picture is long and narrow

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data import limits
-from siglip_train.data.faults import BadSample, SampleError
 from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.images import MAX_PIXELS, Encoded, decode
+from siglip_train.data.inputs.images import Encoded, decode
 from siglip_train.data.inputs.labels import labels_of
-from siglip_train.data.limits import MAX_TEXT_BYTES, Limits, OversizedError
 from siglip_train.data.remote import cache as caches
+from siglip_train.data.remote import limits
 from siglip_train.data.remote.cache import ShardCache, UnavailableShardError, local_tar
+from siglip_train.data.remote.limits import MAX_PIXELS, MAX_TEXT_BYTES, Limits, OversizedError
 from siglip_train.data.remote.retry import RetryPolicy
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted, tar, tar_members
 from siglip_train.data.shards.tar import BrokenTarError, scan
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from tests.data import bombs
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar

@@ -6,11 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs.captions import CaptionChoice
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 CONTENT = {
     "name": "a cat",

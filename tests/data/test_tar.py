@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, read_member, scan
+from siglip_train.errors import SampleError
 from tests.data.shard_files import Member, sample, sparse_member, write_tar
 
 LONG = "a/" + "long" * 60

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siglip_train.batch import Batch
-from siglip_train.data.faults import SampleError
 from siglip_train.data.inputs import images
 from siglip_train.data.inputs.images import Encoded, ImageTransform, decode, resize_pixels
+from siglip_train.errors import SampleError
 from tests.data.conftest import encoded, picture
 
 PHOTOGRAPHS = (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from siglip_train.data.inputs.images import MAX_PIXELS, ImageTransform, decode
+from siglip_train.data.inputs.images import ImageTransform, decode
+from siglip_train.data.remote.limits import MAX_PIXELS
 
 ODD = (33, 33)
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 
 class CaptionChoice:

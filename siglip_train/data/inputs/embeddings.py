@@ -17,13 +17,12 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.remote.failed import UnavailableShardError
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
 from siglip_train.data.shards.tar import identity
 from siglip_train.distributed.collectives import broadcast_object, is_distributed
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 from siglip_train.files import appearing
 
 _LOG = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from siglip_train.batch import Images
-from siglip_train.data.faults import SampleError
-from siglip_train.errors import UserError
+from siglip_train.data.remote.limits import MAX_PIXELS
+from siglip_train.errors import SampleError, UserError
 
 try:
     import simplejpeg
@@ -25,8 +25,6 @@ except ImportError:
     simplejpeg = None
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-# assumption: hardly a photograph on the web has more, and half a megabyte of PNG can claim any number
-MAX_PIXELS = 50_000_000
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
 # what is left to the antialiased resize after a reduced decode: from here on both ways to the small picture differ by

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
+from siglip_train.errors import SampleError
 
 
 def class_label(label: Field, sample: RawSample) -> int:

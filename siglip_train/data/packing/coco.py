@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.packing.coco_masks import Drawing
 from siglip_train.data.packing.records import IMAGE, MASK, Part, Readable, Record, captions_of, key_of
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 _LOG = logging.getLogger(__name__)
 

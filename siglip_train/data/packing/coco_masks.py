@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.inputs.images import MAX_PIXELS
+from siglip_train.data.remote.limits import MAX_PIXELS
+from siglip_train.errors import SampleError
 
 
 class Drawing(NamedTuple):

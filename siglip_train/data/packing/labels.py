@@ -4,9 +4,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.prompts import fill, read_templates
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 
 class Labels(NamedTuple):

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.packing.records import Part
 from siglip_train.data.remote.locations import filesystem_of, is_remote
 from siglip_train.data.remote.retry import USUAL
-from siglip_train.errors import UserError, said
+from siglip_train.errors import SampleError, UserError, said
 
 try:
     import pyarrow

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.inputs.images import MAX_PIXELS, decode, has_16_bits, without_texts
+from siglip_train.data.inputs.images import decode, has_16_bits, without_texts
+from siglip_train.data.remote.limits import MAX_PIXELS
+from siglip_train.errors import SampleError
 
 FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height

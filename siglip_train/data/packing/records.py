@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.limits import USUAL_LIMITS
+from siglip_train.data.remote.limits import USUAL_LIMITS
 from siglip_train.data.shards.tar_members import read_part
+from siglip_train.errors import SampleError
 
 # the record's part that is the picture, whatever its format
 IMAGE = "image"

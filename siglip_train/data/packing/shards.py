@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from siglip_train.data.faults import SampleError, plain_detail
 from siglip_train.data.packing.coco_masks import Drawing
 from siglip_train.data.packing.columns import value_at
 from siglip_train.data.packing.pictures import PictureOptions, prepare, prepare_mask
 from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
+from siglip_train.data.shards.faults import plain_detail
 from siglip_train.data.shards.fields import read_facts, read_text
+from siglip_train.errors import SampleError
 from siglip_train.files import temporary, write_whole
 
 

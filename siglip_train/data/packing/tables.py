@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.folders import PICTURES
 from siglip_train.data.packing.columns import Columns, find_columns, first_of, value_at
 from siglip_train.data.packing.labels import Labels, caption_of, check_templates, number_classes
 from siglip_train.data.packing.parquet_tables import Cell, class_columns, parquet_rows
 from siglip_train.data.packing.records import IMAGE, Found, Part, Record, SourceOptions, captions_of, key_of
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 _LOG = logging.getLogger(__name__)
 

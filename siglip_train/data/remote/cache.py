@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from siglip_train.data.limits import MAX_INDEX_BYTES, USUAL_LIMITS, Limits, OversizedError
 from siglip_train.data.remote.disk_budget import DiskBudget, NoRoomError, PartialFile
 from siglip_train.data.remote.failed import FailedShards, Failure, UnavailableShardError
 from siglip_train.data.remote.fetch import DamagedError, Event, Fetch, FetchError, version_of
 from siglip_train.data.remote.gunzip import gunzip, is_gzip
+from siglip_train.data.remote.limits import MAX_INDEX_BYTES, USUAL_LIMITS, Limits, OversizedError
 from siglip_train.data.remote.locations import COPIES, cache_folder, is_remote, short_name
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
 from siglip_train.errors import UserError, said

@@ -6,8 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from siglip_train.data.faults import SampleError
 from siglip_train.data.remote.retry import RetryPolicy
+from siglip_train.errors import SampleError
 from siglip_train.files import write_text
 from siglip_train.redact import redacted
 

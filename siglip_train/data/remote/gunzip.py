@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from siglip_train.data.limits import USUAL_LIMITS, Limits, OversizedError
+from siglip_train.data.remote.limits import USUAL_LIMITS, Limits, OversizedError
 
 _MAGIC = b"\x1f\x8b"
 # of the packed stream at a time, which unpacks to a thousand times as much at most

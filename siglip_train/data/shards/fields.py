@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.limits import MAX_TEXT_BYTES
+from siglip_train.data.remote.limits import MAX_TEXT_BYTES
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.errors import UserError
+from siglip_train.errors import SampleError, UserError
 
 _JSON = "json:"
 

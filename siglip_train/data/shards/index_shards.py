@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from siglip_train.data.faults import BadSample
-from siglip_train.data.limits import OversizedError
 from siglip_train.data.remote.cache import UNKNOWN, ExpectedShard, ShardCache, UnavailableShardError
 from siglip_train.data.remote.disk_budget import rounded
 from siglip_train.data.remote.fetch import FetchError
+from siglip_train.data.remote.limits import OversizedError
 from siglip_train.data.remote.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.shards.reader import ShardSet, Wanted, complete_samples, damaged_samples
 from siglip_train.data.shards.select import EVERYTHING

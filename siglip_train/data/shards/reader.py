@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.faults import BadSample
 from siglip_train.data.remote.cache import ExpectedShard, ShardCache, local_tar, was_damaged
 from siglip_train.data.remote.locations import cache_folder, expand, is_remote, short_name
+from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.select import EVERYTHING, Selection
 from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, member_for_tools, read_member
 from siglip_train.errors import UserError

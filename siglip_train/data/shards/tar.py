@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_train.data.faults import SampleError
-from siglip_train.data.limits import USUAL_LIMITS
+from siglip_train.data.remote.limits import USUAL_LIMITS
 from siglip_train.data.remote.locations import COPIES
 from siglip_train.data.shards.tar_members import (
     AFTER_THE_END,
@@ -26,6 +25,7 @@ from siglip_train.data.shards.tar_members import (
     Members,
     read_part,
 )
+from siglip_train.errors import SampleError
 from siglip_train.files import appearing
 
 # beside the causes of `Lost`

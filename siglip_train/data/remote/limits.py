@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 _MIB = 1 << 20
 
+# assumption: hardly a photograph on the web has more, and half a megabyte of PNG can claim any number
+MAX_PIXELS = 50_000_000
 # what little unpacks to may be much more: a tar of short texts is padded with zeros
 _ALWAYS_UNPACKED = 64 * _MIB
 # a caption, or a sample's json, which takes thirty times as much when it is read; real ones have kilobytes

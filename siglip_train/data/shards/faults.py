@@ -1,10 +1,12 @@
-"""Samples that cannot be used: one error type, how they are logged, and when there are too many of them."""
+"""Samples that cannot be used: how they are logged, and when there are too many of them."""
 
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from siglip_train.errors import SampleError
 
 _LOG = logging.getLogger(__name__)
 
@@ -18,15 +20,6 @@ _LOGGED, _LOGGED_EVERY = 20, 100
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 # of a reason in a list of what was left out
 _MAX_LISTED = 200
-
-
-class SampleError(ValueError):
-    """One sample is unusable; `cause` is the short name under which it is counted."""
-
-    def __init__(self, cause: str, detail: str) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause = cause
-        self.detail = detail
 
 
 class BadSample(NamedTuple):
