@@ -18,10 +18,11 @@ from siglip_train.data.remote import limits
 from siglip_train.data.remote.cache import ShardCache, UnavailableShardError, local_tar
 from siglip_train.data.remote.limits import MAX_PIXELS, MAX_TEXT_BYTES, Limits, OversizedError
 from siglip_train.data.remote.retry import RetryPolicy
+from siglip_train.data.shards import tar, tar_members
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
-from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted, tar, tar_members
+from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
 from siglip_train.data.shards.tar import BrokenTarError, scan
 from siglip_train.errors import SampleError, UserError
 from tests.data import bombs
