@@ -14,7 +14,7 @@ from siglip_train.data.packing import parquet_tables
 from siglip_train.data.packing.labels import caption_of, number_classes
 from siglip_train.data.packing.plan import PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
-from siglip_train.data.remote.retry import Patience
+from siglip_train.data.remote.retry import RetryPolicy
 from siglip_train.errors import UserError
 
 from .conftest import Sample, read_split
@@ -237,7 +237,7 @@ def test_captions_of_kohya_and_of_a_table_beside(tmp_path: Path, notes: pytest.L
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    monkeypatch.setattr(parquet_tables, "USUAL", Patience(timeout_seconds=1.0, attempts=4))
+    monkeypatch.setattr(parquet_tables, "USUAL", RetryPolicy(timeout_seconds=1.0, attempts=4))
     with serve(tmp_path / "hub") as served:
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": served.url})
         # for processes that are started
