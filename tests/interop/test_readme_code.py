@@ -63,7 +63,7 @@ def test_the_code_about_weights_runs(home: Path) -> None:
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     values = run(
         "siglip_train/interop/README.md",
-        picture=Image.open("one.jpg"),
+        photo=Image.open("one.jpg"),
         transformers=transformers,
         pixels=pixels,
     )
@@ -84,7 +84,7 @@ def test_the_code_about_classifiers_runs(home: Path) -> None:
     build_run(home / "run", "kind")
     convert(home / "run", home / "export" / "clothing", Request("hf", part="classifier", class_names=NAMES))
     picture = Image.open("one.jpg").convert("RGB")
-    values = run("conf/README.md", picture=picture, transformers=transformers)
+    values = run("conf/README.md", photo=picture, transformers=transformers)
     assert values["classify"](picture, top_k=1)[0]["label"] in NAMES
 
 
