@@ -144,7 +144,8 @@ def _ask(values: dict[str, Any]) -> None:
         asked.append(f"tokenizer: none given; {whose}")
     if not values.get("data", {}).get("sources"):
         asked.append(
-            "data.sources: no source of training data; give data.sources.NAME.shards='/data/web/*.tar'"
+            "data.sources: no source of training data; give data.sources.NAME.shards='/data/web/*.tar', or "
+            "data.sources.NAME.folder=/data/images"
         )
     if asked:
         raise UserError("\n".join(asked))

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from siglip_train.config import Config
 from siglip_train.data.config import DataConfig
 from siglip_train.data.counting import count_labels, count_samples
+from siglip_train.data.packing.in_cache import PackIntoCache
 from siglip_train.data.prompts import read_class_names
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import is_classification
@@ -19,13 +20,20 @@ from siglip_train.typed import build
 _TAKEN = ("image", "text", "label")
 
 
-def fill_from_data(values: dict[str, Any], config: Config, earlier: dict[str, Any]) -> Filled:
+def _ignore() -> None:
+    pass
+
+
+def fill_from_data(
+    values: dict[str, Any], config: Config, earlier: dict[str, Any], moved: Callable[[], None] = _ignore
+) -> Filled:
     """Fill what `values` leave to the data; `config` is what they parse to so far.  # all ranks
 
-    earlier: the config of the run that goes on, whose classes are kept; {} of a new one. Raises `UserError` on every
-    rank.
+    earlier: the config of the run that goes on, whose classes are kept; {} of a new one. moved: called as long work
+    goes on. Raises `UserError` on every rank.
     """
     values, notes = copy.deepcopy(values), list[str]()
+    classnames = _pack_folders(values, config, moved)
     every = [
         task
         for task in ((values.get("evaluation") or {}).get("tasks") or {}).values()
@@ -42,7 +50,8 @@ def fill_from_data(values: dict[str, Any], config: Config, earlier: dict[str, An
             if task.get(name, 0) is None:
                 # as its class has it
                 del task[name]
-    _fill_classes(values, earlier, notes, lambda: len(_numbered(count_labels(data), notes)))
+    known = _Classes(earlier, classnames, lambda: len(_numbered(count_labels(data), notes)))
+    _fill_classes(values, known, notes)
     if config.total_epochs is not None:
         samples = count_samples(data)
         values["total_samples"], values["total_epochs"] = (
@@ -54,6 +63,38 @@ def fill_from_data(values: dict[str, Any], config: Config, earlier: dict[str, An
             f"total_samples={values['total_samples']}"
         )
     return Filled(values, notes)
+
+
+def _pack_folders(values: dict[str, Any], config: Config, moved: Callable[[], None]) -> list[str]:
+    """Shards of the sources that are folders; the names of classes that all sources have from there.  # all ranks"""
+    names: dict[str, list[str]] = {}
+    for name, source in config.data.sources.items():
+        names[name] = []
+        if source.folder is None:
+            continue
+        if source.shards is not None:
+            raise UserError(
+                f"data.sources.{name}: shards and folder are given, and samples lie in one of them"
+            )
+        packed = PackIntoCache(
+            source.folder,
+            name,
+            config.data.cache_dir,
+            workers=max(config.data.worker_count, 1),
+            max_bad_share=config.data.max_bad_share,
+        )(moved)
+        node, names[name] = values["data"]["sources"][name], packed.classnames
+        node["shards"] = packed.shards
+        if packed.by is not None:
+            node["select"] = {"by": packed.by, **(node.get("select") or {})}
+    first, *others = names.values()
+    for name, found in names.items():
+        if found and first and found != first:
+            raise UserError(
+                f"data.sources.{name}.folder: its classes are {', '.join(found)}, and those of another source "
+                f"{', '.join(first)}: the same label would mean two things"
+            )
+    return first if all(found == first for found in others) else []
 
 
 def _hold_out(values: dict[str, Any], config: Config) -> None:
@@ -95,22 +136,49 @@ def _listed(spec: Any) -> list[str]:
     return [spec] if isinstance(spec, str) else list(spec)
 
 
-def _fill_classes(
-    values: dict[str, Any], earlier: dict[str, Any], notes: list[str], count: Callable[[], int]
-) -> None:
-    """Names from their file, and how many classes there are: as many as names, or labels."""
+@dataclass(frozen=True)
+class _Classes:
+    """What says how many classes there are: the config of an earlier attempt, the names of folders, or counting."""
+
+    earlier: dict[str, Any]
+    found: list[str]
+    counted: Callable[[], int]
+
+
+def _fill_classes(values: dict[str, Any], classes: _Classes, notes: list[str]) -> None:
+    """Names from their file or from the data, and how many classes there are: as many as names, or labels."""
     for name, node in (values.get("objectives") or {}).items():
         if not is_classification(node):
             continue
-        known = (earlier.get("objectives") or {}).get(name) or {}
+        known = (classes.earlier.get("objectives") or {}).get(name) or {}
         names = node.get("classnames")
         if isinstance(names, str) and known.get("classnames") and not Path(names).is_file():
             # a run goes on without what it was started from
             names = known["classnames"]
-        node["classnames"] = names = None if names is None else read_class_names(names)
+        names = None if names is None else read_class_names(names)
+        node["classnames"] = names = _names_of(name, names, known.get("classnames"), classes.found)
         if node.get("classes") is None:
-            node["classes"] = len(names) if names else known.get("classes") or count()
+            node["classes"] = len(names) if names else known.get("classes") or classes.counted()
             notes.append(f"objectives.{name}: {node['classes']} classes")
+
+
+def _names_of(
+    name: str, given: list[str] | None, known: list[str] | None, found: list[str]
+) -> list[str] | None:
+    """The names of a file where there is one, else those of the folders, which must not contradict."""
+    if not found:
+        return given
+    if given is None and known and found != known:
+        raise UserError(
+            f"objectives.{name}: the classes of data.sources are now {', '.join(found)}, and the run that goes on has "
+            f"{', '.join(known)}: give a new run_dir"
+        )
+    if given is not None and given != found and sorted(given) == sorted(found):
+        raise UserError(
+            f"objectives.{name}.classnames: they stand in another order than the labels of data.sources: "
+            f"{', '.join(found)}; leave the file out"
+        )
+    return given or found
 
 
 def _numbered(labels: dict[int, int], notes: list[str]) -> range:

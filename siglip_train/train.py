@@ -191,7 +191,7 @@ def _begin(started: Filled, config: Config, watch: Supervision) -> _Begun:
     world = init_world(config.device, config.distributed, met=watch.met)
     check_same_program(started.values, None if config.tokenizer is None else Path(config.tokenizer))
     run_dir = open_run_dir(config.run_dir, world, watch.log)
-    values, notes = fill_from_data(started.values, config, earlier_config(run_dir))
+    values, notes = fill_from_data(started.values, config, earlier_config(run_dir), watch.standing.move)
     config = parse(values)
     write_config(run_dir, values)
     for note in (*started.notes, *notes):

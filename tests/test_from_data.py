@@ -11,6 +11,7 @@ from siglip_train.errors import UserError
 from siglip_train.from_data import fill_from_data
 from siglip_train.starting_point import Filled, fill
 from tests.composing import composed
+from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
 from tests.ranks import run_ranks
 
@@ -147,6 +148,64 @@ def test_sources_are_measured_together_if_they_are_alike(shards: str, tmp_path: 
         run_of(shards, f"++data.sources.more={{shards: {more}, label: 'json:number'}}")
 
 
+def class_folders(folder: Path, names: str) -> Path:
+    """Sixty images in folders of these names."""
+    for name in names.split():
+        (folder / name).mkdir(parents=True)
+        for number in range(60 // len(names.split())):
+            (folder / name / f"{number}.png").write_bytes(encoded(picture(number % 5)))
+    return folder
+
+
+def run_of_folder(folder: Path, *overrides: str, earlier: dict[str, Any] | None = None) -> Filled:
+    given = f"++data.sources.mine.folder={folder}"
+    return run_of("null", given, f"data.cache_dir={folder.parent}/cache", *overrides, earlier=earlier)
+
+
+def test_a_folder_is_packed_and_says_the_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "mine", "hat shoe coat")
+    values, notes = run_of_folder(folder)
+    head, source = values["objectives"]["classification"], values["data"]["sources"]["mine"]
+    assert (head["classes"], head["classnames"]) == (3, ["coat", "hat", "shoe"])
+    assert source["folder"] == str(folder)
+    assert values["evaluation"]["tasks"]["held_out"]["shards"] == source["shards"]
+    assert notes[0] == "objectives.classification: 3 classes"
+    assert values["total_samples"] < 30 * 60
+    # more folders are other classes, which a run that goes on does not have
+    (folder / "belt").mkdir()
+    (folder / "belt" / "0.png").write_bytes(encoded(picture(9)))
+    with pytest.raises(
+        UserError, match="are now belt, coat, hat, shoe, and the run that goes on has coat, hat"
+    ):
+        run_of_folder(folder, earlier=values)
+
+
+def test_names_of_a_file_may_not_contradict_those_of_the_folders(tmp_path: Path) -> None:
+    folder, names = class_folders(tmp_path / "mine", "n02 n01"), tmp_path / "names.txt"
+    given = f"objectives.classification.classnames={names}"
+    names.write_text("tench\nshark\n")
+    assert run_of_folder(folder, given).values["objectives"]["classification"]["classnames"] == [
+        "tench",
+        "shark",
+    ]
+    names.write_text("n02\nn01\n")
+    with pytest.raises(
+        UserError, match=r"in another order than the labels of data\.sources: n01, n02; leave"
+    ):
+        run_of_folder(folder, given)
+
+
+def test_folders_of_several_sources_have_the_same_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "mine", "a b")
+    same, other = class_folders(tmp_path / "same", "b a"), class_folders(tmp_path / "other", "a c")
+    head = run_of_folder(folder, f"++data.sources.more.folder={same}").values["objectives"]["classification"]
+    assert head["classnames"] == ["a", "b"]
+    with pytest.raises(
+        UserError, match=r"data\.sources\.more\.folder: its classes are a, c, and those of another"
+    ):
+        run_of_folder(folder, f"++data.sources.more.folder={other}")
+
+
 def counted_by_all(shards: str) -> tuple[int, int]:
     values, _ = run_of(shards)
     return values["objectives"]["classification"]["classes"], values["total_samples"]
@@ -180,6 +239,14 @@ def complaint(shards: str) -> str:
         (["total_samples=100"], "and both are given; set one of them to null"),
         (["total_epochs=0"], "total_epochs: must be above 0, got 0"),
         (["evaluation.held_out=1"], "held_out must be a share in 0..1, below 1"),
+        (
+            ["++data.sources.mine.folder=x"],
+            "data.sources.mine: shards and folder are given, and samples lie in one",
+        ),
+        (
+            ["++data.sources.mine.shards=null"],
+            "no samples: give shards='/data/web/*.tar', or folder=/data/images",
+        ),
     ],
 )
 def test_contradictions_are_told_in_a_line(overrides: list[str], message: str) -> None:

@@ -114,7 +114,7 @@ def test_help_points_to_them(name: str) -> None:
 def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     everything = printed(train, monkeypatch, capsys, "--keys")
     assert everything.startswith("model\n")
-    assert "data.sources.NAME.shards   (required)\n    path, folder, brace list" in everything
+    assert "data.sources.NAME.shards = null\n    path, folder, brace list" in everything
     optim = printed(train, monkeypatch, capsys, "--keys", "optim.")
     assert "\noptim.schedule = cosine   (cosine, linear, constant)\n    how it then falls" in optim
     assert "engine" not in optim

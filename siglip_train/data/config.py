@@ -19,9 +19,11 @@ from siglip_train.errors import UserError
 
 @dataclass
 class SourceConfig:
-    """One set of shards.
+    """One set of samples, in shards or in a folder.
 
     shards: path, folder, brace list, glob, URL, `pipe:` command, several joined by `::`, or a list of these.
+    folder: in place of shards, images in a folder for each class or with captions beside them, or a table of paths and
+    captions or labels (.csv, .tsv, .jsonl, .parquet); rank 0 packs them into `data.cache_dir`, anew when they change.
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
     or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
@@ -30,13 +32,19 @@ class SourceConfig:
     select: which samples, by key.
     """
 
-    shards: Any
+    shards: Any = None
+    folder: str | None = None
     weight: float = 1.0
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
     label: str | None = None
     language: str | None = None
     select: Selection = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        """Samples must lie somewhere."""
+        if self.shards is None and self.folder is None:
+            raise ValueError("no samples: give shards='/data/web/*.tar', or folder=/data/images")
 
 
 @dataclass
@@ -56,7 +64,7 @@ class DataConfig:
     max_image_pixels: larger pictures count as bad, before they take memory: 50 million pixels take 150 MB, those of
     a PNG with transparency 800 (assumption). max_member_mib: so do members of a tar. max_unpack_ratio, max_unpack_gib:
     a packed shard may unpack to so many times its size beyond 64 MiB, and to so much; one that would counts as bad if
-    it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards and shard indexes.
+    it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards, indexes and packed folders.
     prefetch: pieces of up to 256 samples that each worker holds ready, in shared memory.
     stall_seconds: workers that give nothing for so long, or die, are replaced; not watched with workers=0, where this
     process itself reads.

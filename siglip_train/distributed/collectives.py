@@ -62,6 +62,28 @@ def on_main(decide: Callable[[], Value]) -> Value:
     return value  # type: ignore[return-value]
 
 
+def on_main_in_parts(work: Callable[[Callable[[], None]], Value], moved: Callable[[], None]) -> Value:
+    """As `on_main`, for work that may take longer than ranks wait for one another.
+
+    `work` calls the function that it is given after every part of it; `moved` is then called on all ranks.
+    """
+
+    def part() -> None:
+        moved()
+        broadcast_object("a part")
+
+    def whole() -> Value:
+        try:
+            return work(part)
+        finally:
+            broadcast_object(None)
+
+    if is_distributed() and dist.get_rank() > 0:
+        while broadcast_object(None) is not None:
+            moved()
+    return on_main(whole)
+
+
 def gather_objects(value: Value) -> list[Value]:
     """Return the value of each rank (anything that pickles), in rank order, on every rank."""
     if not is_distributed():

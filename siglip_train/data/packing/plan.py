@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,21 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
     """
     # a folder that is not ours is refused before a long look at the source
     earlier_record(out_dir, RECORD, "pack")
-    found = find_records(source, options.source)
+    return pack_found(find_records(source, options.source), out_dir, options, workers)
+
+
+def _ignore() -> None:
+    pass
+
+
+def pack_found(
+    found: Found,
+    out_dir: Path,
+    options: PackOptions,
+    workers: int = 1,
+    moved: Callable[[], None] = _ignore,
+) -> Packed:
+    """`pack` of records that have been found. moved: called after every shard."""
     records = found.records
     record = {
         "generator": "pack",
@@ -96,6 +110,7 @@ def pack(source: str, out_dir: Path, options: PackOptions, workers: int = 1) -> 
         with progress(sum(len(task.records) for task in left), "packing", "packed") as advance:
             for count in run_all(write_shard, left, workers):
                 advance(count)
+                moved()
         _write_classes(out_dir, found, options.source)
         return _finish(out_dir, record, tasks, options.splits)
 

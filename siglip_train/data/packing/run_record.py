@@ -32,18 +32,22 @@ def earlier_record(out_dir: Path, name: str, generator: str) -> dict[str, Any] |
     return present
 
 
+class BusyError(UserError):
+    """Another run has the folder."""
+
+
 @contextlib.contextmanager
 def alone_in(out_dir: Path) -> Iterator[None]:
     """Make a folder and keep other runs out of it, to the end of the block or of this process.
 
-    Raises `UserError` where another has it.
+    Raises `BusyError` where another has it.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / _LOCK
     with path.open("a+") as file:
         if not _is_locked(file.fileno(), out_dir):
             file.seek(0)
-            raise UserError(
+            raise BusyError(
                 f"{out_dir} is being written by process {file.read()}: wait for its end, or end it"
             )
         file.truncate(0)

@@ -16,7 +16,7 @@ from siglip_train.data.remote.locations import expand, is_remote, short_name, un
 from siglip_train.errors import UserError
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-_TARS = (".tar", ".tar.gz", ".tgz")
+TARS = (".tar", ".tar.gz", ".tgz")
 # kind of source -> options that mean something for it
 _MEANINGFUL = {
     "a folder of pictures": ("caption_column", "caption_template"),
@@ -48,7 +48,7 @@ def _found(source: str, options: SourceOptions) -> Found:
         found = table_records(path, options)
     elif path.is_file() and ending == ".json":
         found = _json_records(path, options)
-    elif path.is_dir() and not any(name.name.endswith(_TARS) for name in path.iterdir()):
+    elif path.is_dir() and not any(name.name.endswith(TARS) for name in path.iterdir()):
         _refuse("a folder of pictures", options)
         return folder_records(path, options)
     else:
@@ -66,7 +66,7 @@ def _parquet_files(source: str) -> Sequence[str]:
     if path.is_dir():
         inside = [each for each in path.iterdir() if not each.name.startswith(".")]
         # img2dataset writes Parquet files of its own beside tars and folders of pictures
-        if any(each.is_dir() or is_picture(each.name) or each.name.endswith(_TARS) for each in inside):
+        if any(each.is_dir() or is_picture(each.name) or each.name.endswith(TARS) for each in inside):
             return []
     else:
         inside = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
