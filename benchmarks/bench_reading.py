@@ -17,7 +17,8 @@ import numpy as np
 import webdataset
 from harness import Row, finish, measure, rows
 from loader_shards import prepare_cases
-from siglip_train.data.tar import TarIndex, load_index, read_member, scan
+
+from siglip_train.data.shards.tar import TarIndex, load_index, read_member, scan
 
 CASES = ("tiny shapes 128 px", "emoji 64 px", "photographs 224 px")
 BASELINES = dict.fromkeys(("ours", "index"), "webdataset")
