@@ -1,5 +1,6 @@
 """The log of each rank in its run's folder. Its last line is why the rank has ended, and nothing comes after it."""
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -21,7 +22,13 @@ _FORMAT = RedactingFormatter("%(asctime)s %(levelname)s %(message)s")
 class _File(logging.FileHandler):
     """Says once that it cannot be written to, where logging would print a traceback for each message."""
 
+    is_complete = False
     _has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message, unless the reason for the end is written: another thread may have more to say."""
+        if not self.is_complete:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802  # logging's names
         if not self._has_failed:
@@ -38,9 +45,10 @@ class RankLog:
 
     def __init__(self, rank: int, wanted: Path | None) -> None:
         self._rank, self.folder = rank, wanted
-        self._file: logging.FileHandler | None = None
+        self._file: _File | None = None
         self._has_ended = False
-        self._lock = threading.Lock()
+        # whoever ends this rank holds it to the end: a signal and the failure of another rank may come together
+        self._lock = threading.RLock()
 
     def open(self, run_dir: Path) -> logging.FileHandler:
         """Begin to write: messages go to the file in full, and to the screen. Raises `OSError`."""
@@ -81,41 +89,46 @@ class RankLog:
             if self._has_ended:
                 return False
             self._has_ended = True
-        if error is not None:
-            self._write(logging.ERROR, "".join(traceback.format_exception(error)).rstrip())
-        self._write(
-            logging.INFO if error is None and not reason.startswith("error") else logging.ERROR, reason
-        )
-        self.close()
-        return True
+            if error is not None:
+                self._write(logging.ERROR, "".join(traceback.format_exception(error)).rstrip())
+            is_good = error is None and not reason.startswith("error")
+            self._write(logging.INFO if is_good else logging.ERROR, reason, is_last=True)
+            self.close()
+            return True
 
     def leave(self, reason: str, status: int, *, stacks: bool) -> None:
         """End this process at once, from whichever thread, with the stacks of all; the reason is the last line."""
-        if stacks:
-            self.write_stacks()
-        if self.end(f"error: {reason}"):
-            print(redacted(f"error: {reason}"), file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(status)
+        with self._lock:
+            if stacks:
+                self.write_stacks()
+            if self.end(f"error: {reason}"):
+                print(redacted(f"error: {reason}"), file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(status)
 
     def write_stacks(self) -> None:
-        """Where every thread of this process stands now."""
-        file = self._file or self._open_if_known()
-        self._write(logging.ERROR, "all threads stand at:")
-        faulthandler.dump_traceback((file and file.stream) or sys.stderr)
+        """Where every thread of this process stands now; nothing after the last line."""
+        with self._lock:
+            if self._has_ended:
+                return
+            file = self._file or self._open_if_known()
+            self._write(logging.ERROR, "all threads stand at:")
+            faulthandler.dump_traceback((file and file.stream) or sys.stderr)
 
-    def _write(self, level: int, message: str) -> None:
+    def _write(self, level: int, message: str, *, is_last: bool = False) -> None:
         file = self._file or self._open_if_known()
         if file is not None:
-            file.handle(logging.LogRecord(log.name, level, "", 0, message, None, None))
+            with file.lock or contextlib.nullcontext():
+                file.handle(logging.LogRecord(log.name, level, "", 0, message, None, None))
+                file.is_complete = is_last
             file.flush()
 
-    def _open_if_known(self) -> logging.FileHandler | None:
+    def _open_if_known(self) -> _File | None:
         try:
             return self._open() if self.folder is not None else None
         except OSError:
             return None
 
-    def _open(self) -> logging.FileHandler:
+    def _open(self) -> _File:
         assert self.folder is not None, "the folder is known"
         path = self.folder / ("log.txt" if self._rank == 0 else f"logs/rank-{self._rank}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)

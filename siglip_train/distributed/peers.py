@@ -142,6 +142,7 @@ class Peers:
         self._beats = 0
         self._known: Failure | None = None
         self._own: Failure | None = None
+        self._told: Failure | None = None
         self._talked = time.monotonic()
         self._is_ending, self._is_closed = threading.Event(), threading.Event()
         self._heard: dict[int, tuple[Any, float]] = {}
@@ -157,6 +158,7 @@ class Peers:
         """Give all others the reason of this rank, which leaves from another thread than the main one."""
         with contextlib.suppress(Exception):
             told = failure._replace(reason=f"rank {self._rank} on {socket.gethostname()}: {failure.reason}")
+            self._told = told
             self._learn(self._post(told))
             self._linger()
 
@@ -199,7 +201,9 @@ class Peers:
                 continue
             self._talked = time.monotonic()
             if failure is not None:
-                self._follow(failure)
+                # what this rank has told itself is the other thread's to end it with
+                if failure != self._told:
+                    self._follow(failure)
                 return
 
     def _watch_alone(self) -> None:
