@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -48,10 +48,12 @@ def run_program_by_rank(
     ranks: int,
     timeout: float = 300,
     prepare: Callable[[int], None] | None = None,
+    awaited: Iterable[int] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same with output and exit status of each rank; one that takes longer than `timeout` seconds is killed (-9).
 
     prepare: called in each process with its rank before `main`, to inject a fault there; it must be importable.
+    awaited: the ranks to wait for, None = all; the others, which stand still for ever, are killed then.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +72,8 @@ def run_program_by_rank(
             )
             processes[-1].start()
         try:
-            for process in processes:
-                process.join(timeout)
+            for rank in range(ranks) if awaited is None else awaited:
+                processes[rank].join(timeout)
         finally:
             for process in processes:
                 process.kill()

@@ -21,9 +21,12 @@ GONE_ON = "all ended and said why; went on"
 ENDED = {"lost": None, "repeated": None}
 
 
-def _met(fault_run: list[str], run_dir: Path, fault: Callable, *, options: tuple[str, ...] = ()) -> list:
+def _met(
+    fault_run: list[str], run_dir: Path, fault: Callable, *, options: tuple[str, ...] = (),
+    awaited: tuple[int, ...] | None = None,
+) -> list:  # fmt: skip
     arguments = [*fault_run, f"run_dir={run_dir}", *options]
-    return run_program_by_rank(MODULE, arguments, ranks=2, prepare=fault, timeout=120)
+    return run_program_by_rank(MODULE, arguments, ranks=2, prepare=fault, timeout=120, awaited=awaited)
 
 
 def _goes_on(fault_run: list[str], run_dir: Path, straight_run: Path) -> dict[str, int]:
@@ -101,12 +104,13 @@ def test_the_rank_that_all_wait_for_is_named(
     rank, phase, fault, expected = HANGS[what]
     prepare = partial(injected.at, phase, 4 if phase == "checkpoint" else 5, (rank,), fault)
     limits = ("distributed.timeout_seconds=6", "distributed.startup_timeout_seconds=30")
-    results = _met(fault_run, tmp_path, prepare, options=limits)
     other = 1 - rank
+    ending = (0, 1) if fault is injected.hang else (other,)
+    results = _met(fault_run, tmp_path, prepare, options=limits, awaited=ending)
     assert results[other].returncode == 1
     assert re.search(expected, last_line(tmp_path, other)), last_line(tmp_path, other)
     assert len(re.findall(r"^error: ", results[other].stderr, re.MULTILINE)) == 1
-    for each in (0, 1) if fault is injected.hang else (other,):
+    for each in ending:
         assert results[each].returncode == 1
         # where it waited, and where the other hung
         assert "all threads stand at:" in log_of(tmp_path, each)

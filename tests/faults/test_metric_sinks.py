@@ -106,9 +106,14 @@ class _Service:
         self.has_key = False
         self.asked = 0
         self.logged: list[int] = []
+        self.settings: Any = None
 
-    def init(self, **_: Any) -> SimpleNamespace:
+    def Settings(self, **options: Any) -> dict[str, Any]:  # its name there
+        return options
+
+    def init(self, *, settings: Any, **_: Any) -> SimpleNamespace:
         self.asked += 1
+        self.settings = settings
         if not self.has_key:
             raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
         return SimpleNamespace(log=self._log, finish=lambda: None)
@@ -125,6 +130,7 @@ def test_without_a_key_for_wandb_the_run_goes_on_and_records_are_sent_once_there
     monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
     writer = MetricWriter(tmp_path, LogConfig(wandb="online"), resumed_step=0, run_config={})
     assert service.asked == 1, "it is known before the first step"
+    assert service.settings == {"x_disable_meta": True}, "the command line may hold a password"
     for step in range(1, 21):
         now[0] += 2
         writer.write(step, 10 * step, {"train/loss": 2.0})

@@ -13,6 +13,7 @@ import pytest
 
 from siglip_train import checkpoint, integrity
 from siglip_train.interop.runs import checkpoints_in, step_of
+from tests.faults.injected import hurry
 from tests.faults.runs import gone_on
 
 SAVE = 2  # the save that the fault comes in: of step 4
@@ -56,6 +57,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
 
 
 def kill_rank_0(moment: str, rank: int) -> None:
+    hurry()
     if rank == 0:
         MOMENTS[moment]()
 
