@@ -2,16 +2,17 @@
 
 `checkpoints/step-NNNNNNNN/` holds `weights/` (an export folder that `load_model` opens), `heads.safetensors` (what
 objectives own, and layers with adapters, which are merged in `weights/` and go on from here), `moments.safetensors`
-(AdamW's, by parameter name), `state.json`, and `manifest.json` with size and SHA-256 of these files;
+(AdamW's state by parameter name), `state.json`, and `manifest.json` with size and SHA-256 of these files;
 `checkpoints/LAST` names the newest. Which one a run resumes from is decided in `resume.py`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,18 +196,44 @@ class Saved(NamedTuple):
 
 def read(folder: Path) -> Saved:
     """Read a checkpoint. Raises `UserError` when a file is missing or cannot be read."""
-    try:
-        progress, _ = _read_state(folder)
+    progress, heads, moments = read_progress(folder), read_heads(folder), read_moments(folder)
+    with _readable(folder):
         model = load_file(folder / "weights" / "model.safetensors")
-        weights = {MODEL_PREFIX + name: tensor for name, tensor in model.items()}
-        heads = load_file(folder / "heads.safetensors")
-        for name in filter(is_unmerged, heads):
-            weights.pop(merged_name(name), None)
-        weights.update(heads)
+    weights = {MODEL_PREFIX + name: tensor for name, tensor in model.items()}
+    for name in filter(is_unmerged, heads):
+        weights.pop(merged_name(name), None)
+    weights.update(heads)
+    return Saved(weights, moments, progress)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was. Raises `UserError` as `read` does."""
+    with _readable(folder):
+        return _read_state(folder)[0]
+
+
+def read_heads(folder: Path) -> dict[str, Tensor]:
+    """What objectives own, and layers with adapters. Raises `UserError` as `read` does."""
+    with _readable(folder):
+        return load_file(folder / "heads.safetensors")
+
+
+def read_moments(folder: Path) -> dict[str, Tensor]:
+    """AdamW's state as `engine.gather_moments` gave it. Raises `UserError` as `read` does."""
+    step = torch.tensor(read_progress(folder).step)
+    with _readable(folder):
         moments = load_file(folder / "moments.safetensors")
+    # earlier versions wrote no counts: every parameter had taken all steps of its run
+    names = {name.rpartition(".")[0] for name in moments}
+    return {**{f"{name}.{engines.STEP}": step for name in names}, **moments}
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
-    return Saved(weights, moments, progress)
 
 
 def _read_state(folder: Path) -> tuple[Progress, bool]:
@@ -257,16 +284,15 @@ def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:
         model.load_state_dict(saved.weights)
 
 
-def restore_optimizer(engine: Any, saved: Saved) -> None:
-    """Load AdamW's moments and step count into the engine. All ranks."""
+def check_moments(model: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    """Raise a `UserError` where a run that goes on trains what it has not trained before."""
     missing = [
         name
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad and f"{name}.{engines.MOMENTS[0]}" not in saved.moments
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and f"{name}.{engines.MOMENTS[0]}" not in moments
     ]
     if missing:
         raise UserError(
             f"the checkpoint has no optimizer state for {missing[0]} ({len(missing)} such): it was frozen in that run; "
-            "start a new run with init_from instead"
+            "start a new run with init_from instead, which can take the moments of the others along (carry_over)"
         )
-    engines.restore_moments(engine, saved.moments, saved.progress.step)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from siglip_train.carry_over import Part
 from siglip_train.checkpoint import CheckpointConfig
 from siglip_train.data.config import DataConfig
 from siglip_train.data.tokenizer import TextRules
@@ -54,21 +55,25 @@ class Config:
     """Everything `siglip-train` takes.
 
     tokenizer: a sentencepiece `.model`, a `.json` of the tokenizers library, or a folder with one; null = that of
-    `init_from`, or none where no captions are read. total_samples: pairs at which the run ends, and its schedule;
-    those of a last partial step are made whole. total_epochs: in place of it, how often the run goes through the
-    samples of all sources together. run_dir: where everything of the run is written, null = `outputs/DATE/TIME`.
-    seed: of weights, order of data, augmentation and dropout. device: auto = a GPU where there is one. precision: of
-    products in the model, weights stay in fp32; auto = bf16 on a GPU, fp32 on a CPU. stop_after_steps: end earlier,
-    with a checkpoint, the schedule as if it went on. resume: auto = from the newest checkpoint in `run_dir`, if any;
-    a run or a checkpoint = from there; null = never. objectives: the terms of the loss, by names of your own; each
-    has a `_target_`, which class it is, and that one's keys. `sigmoid` is there unless it is set to null.
+    `init_from`, or none where no captions are read. total_samples: pairs at which the run ends, and its schedule unless
+    `optim.schedule_samples` is set; those of a last partial step are made whole. total_epochs: in place of it, how
+    often the run goes through the samples of all sources together. run_dir: where everything of the run is written,
+    null = `outputs/DATE/TIME`. seed: of weights, order of data, augmentation and dropout. device: auto = a GPU where
+    there is one. precision: of products in the model, weights stay in fp32; auto = bf16 on a GPU, fp32 on a CPU.
+    stop_after_steps: end earlier, with a checkpoint, the schedule as if it went on. resume: auto = from the newest
+    checkpoint in `run_dir`, if any; a run or a checkpoint = from there; null = never. objectives: the terms of the
+    loss, by names of your own; each has a `_target_`, which class it is, and that one's keys. `sigmoid` is there unless
+    it is set to null.
 
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
     init_from: a model to start from, in any format that `load_model` knows; what is null of `model`, `tokenizer`,
     `text_rules` and `data.resize` is as it has it. init_skip: beginnings of the names of parameters that it shall not
-    give, `[text., logit_]` for a text tower of one's own, or of tensors of its own that are left over. adapters: LoRA
-    on that model, null = none.
+    give, `[text., logit_]` for a text tower of one's own, or of tensors of its own that are left over. carry_over: what
+    to take of `init_from` where it is a run: `model`, always; `heads`, the modules of objectives, by name;
+    `objectives`, what these keep and do not train (averages); `optimizer`, AdamW's moments, where a parameter that is
+    new or resampled begins at step 0; `position`, the place in the data and in the schedule, from where `total_samples`
+    and `optim.schedule_samples` count from the start of that run. adapters: LoRA on that model, null = none.
     """
 
     model: SiglipConfig
@@ -86,6 +91,7 @@ class Config:
     resume: str | None = "auto"
     init_from: str | None = None
     init_skip: list[str] = field(default_factory=list)
+    carry_over: list[Part] = field(default_factory=lambda: ["model"])
     adapters: AdapterConfig | None = None
     text_rules: TextRules = field(default_factory=TextRules)
     objectives: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +110,7 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole schedule: ceil(total_samples / global_batch_size)."""
+        """Optimizer steps to the end of the run: ceil(total_samples / global_batch_size)."""
         return -(-self.samples // self.global_batch_size)
 
     @property
@@ -118,6 +124,7 @@ def parse(values: dict[str, Any]) -> Config:
     _ask(values)
     config = build(Config, values)
     _check_sizes(config)
+    _check_carry_over(config)
     if not config.objectives:
         raise UserError(
             "objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid"
@@ -166,8 +173,31 @@ def _check_sizes(config: Config) -> None:
         raise UserError(f"total_epochs: must be above 0, got {config.total_epochs}")
     if config.total_samples is None:
         return
-    warmup = config.optim.warmup(config.total_samples)
-    if warmup >= config.total_samples:
+    length, warmup = config.optim.length(config.total_samples), config.optim.warmup(config.total_samples)
+    name = "total_samples" if config.optim.schedule_samples is None else "optim.schedule_samples"
+    if length < config.total_samples:
         raise UserError(
-            f"optim.warmup_samples={warmup} leaves nothing of total_samples={config.total_samples}"
+            f"optim.schedule_samples={length} ends before total_samples={config.total_samples}: set at least as "
+            "many, or null for the same"
+        )
+    if warmup >= length:
+        raise UserError(f"optim.warmup_samples={warmup} leaves nothing of {name}={length}")
+
+
+def _check_carry_over(config: Config) -> None:
+    parts = config.carry_over
+    if "model" not in parts:
+        raise UserError(
+            f"carry_over: [{', '.join(parts)}] leaves out the model, which all else belongs to: carry_over=[model, …], "
+            "or init_from=null to take nothing"
+        )
+    if {*parts} == {"model"}:
+        return
+    if config.init_from is None:
+        raise UserError(f"carry_over: [{', '.join(parts)}] of no run; give init_from=RUN_DIR")
+    begins_anew = "position" in parts and "optimizer" not in parts
+    if begins_anew and config.total_samples is not None and config.optim.warmup(config.total_samples):
+        raise UserError(
+            "carry_over: position without optimizer lets AdamW begin anew where its warm-up is over: add optimizer, or "
+            "set optim.warmup_samples=0"
         )

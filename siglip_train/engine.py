@@ -5,7 +5,7 @@ cast frozen teachers too.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from siglip_train.distributed.setup import World
 from siglip_train.models.layers import Encoder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# beside them: how many updates the parameter has had, which AdamW corrects its moments by
+STEP = "step"
 
 
 @dataclass
@@ -122,14 +124,23 @@ def unclipped_norm_without_zero(engine: Any) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _optimizer_tensors(engine: Any) -> list[Tensor]:
-    """The tensors that AdamW keeps moments for: parameters (stage 0) or this rank's flat partitions of groups."""
-    stage = engine.zero_optimization_stage()
+def _optimizer_tensors(engine: Any) -> list[tuple[Tensor, list[str]]]:
+    """The tensors that AdamW keeps a state for, each with the names of the parameters that share its step count.
+
+    They are parameters (stage 0) or this rank's flat partitions of groups, which stage 3 cuts into sub-groups.
+    """
+    stage, groups = engine.zero_optimization_stage(), inner_optimizer(engine).param_groups
     if stage == 0:
-        return [p for group in engine.optimizer.param_groups for p in group["params"]]
+        return [
+            (parameter, [name])
+            for group in groups
+            for parameter, name in zip(group["params"], group["names"], strict=True)
+        ]
     if stage == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return list(engine.optimizer.single_partition_of_fp32_groups)
+        flat, group_of = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.sub_group_to_group_id
+        return [(tensor, groups[group_of[index]]["names"]) for index, tensor in enumerate(flat)]
+    flat = engine.optimizer.single_partition_of_fp32_groups
+    return [(tensor, group["names"]) for tensor, group in zip(flat, groups, strict=True)]
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -144,9 +155,9 @@ def _create_moments(engine: Any) -> None:
     (0.19.8), and then finds none for them; moments that exist before the first step avoid that, and can be restored.
     """
     state = inner_optimizer(engine).state
-    for tensor in _optimizer_tensors(engine):
+    for tensor, _ in _optimizer_tensors(engine):
         state[tensor] = {
-            "step": torch.zeros((), dtype=torch.float32),
+            STEP: torch.zeros((), dtype=torch.float32),
             **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS},
         }
     if engine.zero_optimization_stage() in (1, 2):
@@ -199,11 +210,15 @@ def _frozen(parameter: Tensor) -> Tensor:
 
 
 def gather_moments(engine: Any) -> dict[str, Tensor]:
-    """AdamW's moments by parameter name (`NAME.exp_avg`, …), in full, on rank 0 only. All ranks.
+    """AdamW's state by parameter name (`NAME.exp_avg`, `NAME.step`, …), in full, on rank 0 only. All ranks.
 
-    By name and in full they fit any ZeRO stage, any number of ranks and a model with added heads.
+    By name and in full it fits any ZeRO stage, any number of ranks and a model with added heads.
     """
     moments = {}
+    state = inner_optimizer(engine).state
+    for tensor, names in _optimizer_tensors(engine) if engine.global_rank == 0 else ():
+        steps = int(state[tensor][STEP])
+        moments.update({f"{name}.{STEP}": torch.tensor(steps) for name in names})
     for name, parameter in engine.module.named_parameters():
         for key in MOMENTS if parameter.requires_grad else ():
             full = _full(engine, parameter, key)
@@ -212,13 +227,28 @@ def gather_moments(engine: Any) -> dict[str, Tensor]:
     return moments
 
 
-def restore_moments(engine: Any, moments: dict[str, Tensor], steps: int) -> None:
-    """Set AdamW's moments and step count from what `gather_moments` gave. All ranks, each with all moments."""
+def restore_moments(engine: Any, moments: Mapping[str, Tensor]) -> None:
+    """Set AdamW's moments and step counts from what `gather_moments` gave. All ranks, each with all moments.
+
+    A parameter that `moments` lacks begins anew, with moments of zero at step 0. The parameters of a group must have
+    one step count (`optim.parameter_groups` sees to that), as stages 1 to 3 keep no other.
+    """
     for name, parameter in engine.module.named_parameters():
-        for key in MOMENTS if parameter.requires_grad else ():
+        for key in MOMENTS if parameter.requires_grad and f"{name}.{STEP}" in moments else ():
             _set_moment(engine, parameter, key, moments[f"{name}.{key}"])
-    for state in inner_optimizer(engine).state.values():
-        state["step"].fill_(steps)
+    steps, state = steps_of(moments), inner_optimizer(engine).state
+    for tensor, names in _optimizer_tensors(engine):
+        (count,) = {steps.get(name, 0) for name in names}
+        state[tensor][STEP].fill_(count)
+
+
+def steps_of(moments: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many updates each parameter has had whose state `gather_moments` gave."""
+    return {
+        name.removesuffix(f".{STEP}"): int(count)
+        for name, count in moments.items()
+        if name.endswith(f".{STEP}")
+    }
 
 
 def _set_moment(engine: Any, parameter: Tensor, key: str, value: Tensor) -> None:

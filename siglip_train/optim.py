@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,8 +49,9 @@ class OptimConfig:
     lr: learning rate after the warm-up. weight_decay: of linear weights, as torch's AdamW means it: a step takes
     lr * weight_decay * weight away. The papers' 1e-4 at lr 1e-3 is big_vision's decoupled form and equals 0.1 here.
     betas: of the running means of gradients and of their squares. eps: added to the root of the latter.
-    warmup_samples: pairs over which the learning rate rises from 0; null = warmup_share of the run's.
-    schedule: how it then falls to 0 at the end; constant = not at all. warmup_share: of all pairs, where warmup_samples
+    warmup_samples: pairs over which the learning rate rises from 0; null = warmup_share of the schedule's. schedule:
+    how it then falls to 0 at the end; constant = not at all. schedule_samples: pairs at which that end is, null =
+    total_samples; a stage of a recipe ends before it. warmup_share: of the pairs of the schedule, where warmup_samples
     is null; a shorter run then warms up less. clip_norm: longest gradient, over all parameters; longer ones are
     shortened to it.
     rules: come before the built-in ones, which decay linear weights only; a parameter that none covers is an error.
@@ -67,6 +68,7 @@ class OptimConfig:
     warmup_samples: int | None = None
     warmup_share: float = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule_samples: int | None = None
     clip_norm: float = 1.0
     layer_decay: float | None = None
     decay_pretrained: bool = True
@@ -81,6 +83,8 @@ class OptimConfig:
             raise ValueError(f"layer_decay must be above 0 and at most 1, or null, got {self.layer_decay}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in 0..1, got {list(self.betas)}")
+        if self.schedule_samples is not None and self.schedule_samples < 1:
+            raise ValueError(f"schedule_samples must be at least 1, or null, got {self.schedule_samples}")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share must be at least 0 and below 1, got {self.warmup_share}")
         if (self.warmup_samples or 0) < 0 or self.weight_decay < 0 or self.clip_norm <= 0:
@@ -95,25 +99,34 @@ class OptimConfig:
         table = sorted((int(key), rate) for key, rate in self.lr_by_width.items())
         return max((entry for entry in table if entry[0] <= width), default=table[0])[1]
 
+    def length(self, total_samples: int) -> int:
+        """Samples of the whole schedule of a run that ends at `total_samples`."""
+        return self.schedule_samples or total_samples
+
     def warmup(self, total_samples: int) -> int:
-        """Samples of warm-up in a run of `total_samples`."""
+        """Samples of warm-up in a run that ends at `total_samples`."""
         if self.warmup_samples is not None:
             return self.warmup_samples
-        return round(self.warmup_share * total_samples)
+        return round(self.warmup_share * self.length(total_samples))
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()
+    model: nn.Module,
+    config: OptimConfig,
+    pretrained: Collection[str] = (),
+    steps: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort the parameters into AdamW groups by the rules; frozen ones lose `requires_grad` and are in no group.
 
-    pretrained: names of parameters that were loaded. A parameter without `requires_grad` is frozen whatever the rules
-    say. Each group carries `lr_multiplier` and the `names` of its parameters. Raises `UserError` for a parameter that
-    no rule covers, and for a rule of the user's that covers none.
+    pretrained: names of parameters that were loaded. steps: how many updates each parameter has had, 0 where it is not
+    named; a group holds parameters of one count, as ZeRO keeps one for a group and the bias correction of moments
+    depends on it (with beta2 0.999, a new parameter in an old group would move 6 times too far). A parameter without
+    `requires_grad` is frozen whatever the rules say. Each group carries `lr_multiplier` and the `names` of its
+    parameters. Raises `UserError` for a parameter that no rule covers, and for a rule of the user's that covers none.
     """
-    rules = [*config.rules, *DEFAULT_RULES]
+    rules, steps = [*config.rules, *DEFAULT_RULES], steps or {}
     depths = _depths(model)
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, int], dict[str, Any]] = {}
     used = set()
     for name, parameter in model.named_parameters():
         index = next((i for i, rule in enumerate(rules) if re.search(rule.pattern, name)), None)
@@ -127,7 +140,7 @@ def parameter_groups(
         is_decayed = rule.decay and (config.decay_pretrained or name not in pretrained)
         lr_multiplier = rule.lr_multiplier * (config.layer_decay or 1.0) ** _layers_above(name, depths)
         group = groups.setdefault(
-            (is_decayed, lr_multiplier),
+            (is_decayed, lr_multiplier, steps.get(name, 0)),
             {
                 "params": [],
                 "names": [],
@@ -167,12 +180,14 @@ def _layers_above(name: str, depths: dict[str | None, int]) -> int:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, pretrained: Collection[str] = ()
+    model: nn.Module,
+    config: OptimConfig,
+    pretrained: Collection[str] = (),
+    steps: Mapping[str, int] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, config, pretrained)`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config, pretrained), lr=config.lr, betas=config.betas, eps=config.eps
-    )
+    """AdamW over `parameter_groups(model, config, pretrained, steps)`."""
+    groups = parameter_groups(model, config, pretrained, steps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 class UnusedParameters:
@@ -200,11 +215,12 @@ def schedule(config: OptimConfig, *, samples_seen: int, batch: int, total_sample
     """The factor on every learning rate for the step that takes `samples_seen` to `samples_seen + batch`.
 
     Linear warm-up counts the samples of the step itself, so that the first step moves; the decay starts after it and
-    ends at 0 (big_vision's cosine, recipe §1.3).
+    ends at 0 (big_vision's cosine, recipe §1.3), at `schedule_samples` where the run ends before. It depends on nothing
+    but the samples seen since the recipe began, so that the stages of a recipe share one curve.
     """
     warmup_samples = config.warmup(total_samples)
     warmup = min(1.0, (samples_seen + batch) / warmup_samples) if warmup_samples else 1.0
-    span = max(1, total_samples - warmup_samples)
+    span = max(1, config.length(total_samples) - warmup_samples)
     progress = min(1.0, max(0.0, (samples_seen - warmup_samples) / span))
     decay = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

@@ -41,7 +41,7 @@ def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
         return None
     damaged = []
     for candidate in candidates:
-        fault = _compare(candidate)
+        fault = fault_on_any_rank(candidate)
         if fault is None:
             on_main(partial(_settle, candidate, folder))
             return candidate
@@ -54,7 +54,7 @@ def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     raise UserError(f"no checkpoint in {candidates[0].parent} is whole ({listed}): copy one back; {_ANEW}")
 
 
-def _compare(checkpoint: Path) -> str | None:
+def fault_on_any_rank(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint on rank 0; None where it is whole, and the same on every rank. All ranks."""
     expected = broadcast_object(_fingerprint(checkpoint))
     faults = gather_objects((socket.gethostname(), _fault(checkpoint, expected)))

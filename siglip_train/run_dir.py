@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -20,6 +21,7 @@ from siglip_train.files import put_folder, write_text
 from siglip_train.interop.native import copy_tokenizer
 from siglip_train.interop.runs import run_config
 from siglip_train.rank_log import RankLog
+from siglip_train.records import read_text
 from siglip_train.redact import redacted_values
 from siglip_train.runtime import environment
 from siglip_train.typed import flat
@@ -27,6 +29,9 @@ from siglip_train.typed import flat
 log = logging.getLogger("siglip_train")
 
 T = TypeVar("T")
+
+# in the folder of a run that has seen all of its samples
+_DONE = "DONE"
 
 
 def open_run_dir(wanted: str | None, world: World, rank_log: RankLog) -> Path:
@@ -101,6 +106,22 @@ def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
         ) from None
     except OSError as error:
         log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
+
+
+def write_done(run_dir: Path, *, samples: int, steps: int) -> None:
+    """Write DONE: scripts wait for it, and a run that is started again ends at once. Raises `OSError`."""
+    write_text(run_dir / _DONE, f"{samples} samples in {steps} steps\n")
+
+
+def read_done(run_dir: Path) -> tuple[int, int]:
+    """Samples and steps that DONE names; 0 where there is none. All ranks."""
+    found = re.match(r"(\d+) samples in (\d+) steps", on_main(lambda: read_text(run_dir / _DONE)))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def forget_done(run_dir: Path) -> None:
+    """Remove DONE, as the run goes on: from an earlier checkpoint, or to a larger total_samples. All ranks."""
+    on_main(lambda: _written(lambda: (run_dir / _DONE).unlink(missing_ok=True), run_dir))
 
 
 def earlier_config(run_dir: Path) -> dict[str, Any]:

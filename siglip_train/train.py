@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+from torch.optim import AdamW
 
-from siglip_train import checkpoint, engine, loop, starting_point
+from siglip_train import carry_over, checkpoint, engine, loop, starting_point
+from siglip_train.carry_over import Start
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.batch_pieces import RankShare
@@ -23,10 +25,8 @@ from siglip_train.embedding_cache import embed_pictures, folder_of
 from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
-from siglip_train.files import write_text
 from siglip_train.from_data import fill_from_data
 from siglip_train.gradient_cache import cached_step
-from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description, parameter_shapes, write_export
 from siglip_train.keys import print_keys
 from siglip_train.metrics import MetricWriter, ProgressDisplay
@@ -38,7 +38,15 @@ from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer, lr_for_batch
 from siglip_train.report import write_report
 from siglip_train.resume import choose_checkpoint
-from siglip_train.run_dir import earlier_config, kept_tokenizer, open_run_dir, write_config
+from siglip_train.run_dir import (
+    earlier_config,
+    forget_done,
+    kept_tokenizer,
+    open_run_dir,
+    read_done,
+    write_config,
+    write_done,
+)
 from siglip_train.runtime import check_kernels_package, seed_everything
 from siglip_train.same_program import check_same_program
 from siglip_train.starting_point import Filled
@@ -76,6 +84,8 @@ def run(values: dict[str, Any], written: dict[str, Any] | None = None) -> None:
 
 def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch: Supervision) -> None:
     values, config, world, run_dir = _begin(started, config, watch)
+    if _is_done(config, world, run_dir, watch):
+        return
     seed_everything(config.seed)
 
     tokenizer, transform = _text_and_image_input(config)
@@ -88,11 +98,14 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         rules=config.text_rules,
         resize=transform.resize,
     )
-    saved, progress = _load_weights(model, config, run_dir, description)
+    start = _load_weights(model, config, run_dir, description)
+    progress = start.progress
+    if progress.step < config.total_steps:
+        forget_done(run_dir)
     engine.apply_speed_options(model, config.engine)
 
     precision = _precision(config, world)
-    optimizer = build_optimizer(model, config.optim, progress.pretrained)
+    optimizer = _optimizer(model, config, start)
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
     share = RankShare(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
@@ -111,15 +124,16 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     )
     wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     use_timeout_everywhere(config.distributed)
-    if saved is not None:
-        checkpoint.restore_optimizer(wrapped, saved)
+    engine.restore_moments(wrapped, start.moments)
+    # they take as much memory as two models
+    start = start._replace(moments={})
 
     checkpoints = checkpoint.Checkpoints(
         run_dir,
         config.checkpoint,
         lambda folder, state: write_export(folder, merged(state, config.adapters), description),
     )
-    checkpoints.last_step = progress.step if saved else None
+    checkpoints.last_step = progress.step if start.is_resumed else None
     encoder = Encoder(
         model=model.model,
         tokenizer=tokenizer or _no_tokenizer,
@@ -170,13 +184,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
             expected_initial_loss(config.global_batch_size),
         )
     prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
-    progress = _train(trainer, progress, prepare)
-    watch.standing.at("end")
-    watch.ended = f"ended: {progress.samples_seen} of {config.total_samples} samples seen"
-    if world.is_main:
-        _finish(run_dir, progress, config)
-    barrier()
-    leave_world()
+    _finish(_train(trainer, progress, prepare), config, world, run_dir, watch)
 
 
 class _Begun(NamedTuple):
@@ -199,15 +207,32 @@ def _begin(started: Filled, config: Config, watch: Supervision) -> _Begun:
     return _Begun(values, config, world, run_dir)
 
 
-def _finish(run_dir: Path, progress: checkpoint.Progress, config: Config) -> None:
-    """Write DONE, once all samples are seen, and the report; the run is in its checkpoint, with or without them."""
-    try:
-        if progress.step >= config.total_steps:
-            write_text(run_dir / "DONE", f"{progress.samples_seen} samples in {progress.step} steps\n")
-        report: str | Path = write_report(run_dir)
-    except OSError as error:
-        report = f"none, {said(error)}"
-    log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.samples, report)
+def _is_done(config: Config, world: World, run_dir: Path, watch: Supervision) -> bool:
+    """Whether DONE says that nothing is left to do; then the program may end, with the report made anew. All ranks."""
+    samples, steps = read_done(run_dir)
+    if config.resume != "auto" or steps < config.total_steps:
+        return False
+    log.info("%s is done, as its DONE says; a larger total_samples lets it go on", run_dir)
+    _finish(checkpoint.Progress(steps, samples), config, world, run_dir, watch)
+    return True
+
+
+def _finish(
+    progress: checkpoint.Progress, config: Config, world: World, run_dir: Path, watch: Supervision
+) -> None:
+    """Write DONE, once all samples are seen, and the report, then leave; the run is in its checkpoint. All ranks."""
+    watch.standing.at("end")
+    watch.ended = f"ended: {progress.samples_seen} of {config.total_samples} samples seen"
+    if world.is_main:
+        try:
+            if progress.step >= config.total_steps:
+                write_done(run_dir, samples=progress.samples_seen, steps=progress.step)
+            report: str | Path = write_report(run_dir)
+        except OSError as error:
+            report = f"none, {said(error)}"
+        log.info("%d of %d samples seen; report: %s", progress.samples_seen, config.samples, report)
+    barrier()
+    leave_world()
 
 
 def _train(
@@ -248,10 +273,8 @@ def _no_tokenizer(texts: list[str]) -> Tensor:
     raise UserError(f"{texts[0]!r} needs a tokenizer to be evaluated: tokenizer=PATH")
 
 
-def _load_weights(
-    model: TrainingModel, config: Config, run_dir: Path, description: Description
-) -> tuple[checkpoint.Saved | None, checkpoint.Progress]:
-    """Weights from the checkpoint to resume, which is given back, or from `init_from`, or as initialised.
+def _load_weights(model: TrainingModel, config: Config, run_dir: Path, description: Description) -> Start:
+    """Weights from the checkpoint to resume, or from `init_from`, or as initialised; what goes with them is given back.
 
     Adapters are put beside the layers on the way: a checkpoint has theirs, what `init_from` names has none.
     """
@@ -261,15 +284,30 @@ def _load_weights(
         _add_adapters(model, config)
         checkpoint.restore_weights(model, saved, found)
         log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
-        return saved, saved.progress
-    progress = checkpoint.Progress()
+        return Start(saved.progress, saved.moments, is_resumed=True)
+    start = Start(checkpoint.Progress())
     if config.init_from is not None:
-        report = load_weights(model.model, config.init_from, skip=config.init_skip, inputs=description)
-        log.info("init_from %s: %s", config.init_from, report)
-        names = tuple(checkpoint.MODEL_PREFIX + name for name in (*report.loaded, *report.resampled))
-        progress = progress._replace(pretrained=names)
+        start = carry_over.start_from(
+            config.init_from,
+            model,
+            parts=config.carry_over,
+            skip=config.init_skip,
+            inputs=description,
+            lengths=carry_over.Lengths(config.global_batch_size, config.samples),
+        )
     _add_adapters(model, config)
-    return None, progress
+    return start
+
+
+def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
+    """AdamW by the rules, which freeze what they freeze; in groups by how many updates parameters have had."""
+    steps = engine.steps_of(start.moments)
+    optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
+    if start.is_resumed:
+        checkpoint.check_moments(model, start.moments)
+    elif start.moments:
+        log.info(carry_over.outlook(model, start))
+    return optimizer
 
 
 def _add_adapters(model: TrainingModel, config: Config) -> None:

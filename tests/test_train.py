@@ -396,6 +396,14 @@ MISTAKES = {
         ["optim.decay_pretrained=false"],
         "optim.decay_pretrained=false: it spares loaded weights, so init_from=PATH is needed",
     ),
+    "carry over from no run": (
+        ["carry_over=[model,position,optimizer]"],
+        "carry_over: [model, position, optimizer] of no run; give init_from=RUN_DIR",
+    ),
+    "a schedule that ends before the run": (
+        ["optim.schedule_samples=239"],
+        "optim.schedule_samples=239 ends before total_samples=240",
+    ),
     "init from nowhere": (["init_from=nowhere"], "init_from: there is no nowhere"),
     "batch larger than the data": (["global_batch_size=100000", "total_samples=200000"], "100000"),
     "cuda without a GPU": (["device=cuda"], "cuda"),

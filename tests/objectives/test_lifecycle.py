@@ -116,7 +116,7 @@ def resumed(folder: Path, step: int, stage: int):
         nn.init.constant_(parameter, torch.nan)
     checkpoint.restore_weights(model, saved, folder)
     engine = deepspeed_engine(model, stage)
-    checkpoint.restore_optimizer(engine, saved)
+    engines.restore_moments(engine, saved.moments)
     return engine
 
 

@@ -1,0 +1,180 @@
+"""What a run takes from the run that `init_from` names, beside its model: so stages of a recipe are runs in a chain.
+
+Heads and the state of objectives by name, AdamW's moments by name, and the place in the data and in the schedule.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from siglip_train.checkpoint import MODEL_PREFIX, Progress, read_heads, read_moments, read_progress
+from siglip_train.distributed.collectives import on_main
+from siglip_train.engine import steps_of
+from siglip_train.errors import UserError
+from siglip_train.interop.files import shortened
+from siglip_train.interop.load import load_weights
+from siglip_train.interop.native import Description
+from siglip_train.interop.runs import newest_checkpoint
+from siglip_train.objectives.training_model import TrainingModel
+from siglip_train.resume import fault_on_any_rank
+
+log = logging.getLogger(__name__)
+
+Part = Literal["model", "heads", "objectives", "optimizer", "position"]
+PARTS: tuple[str, ...] = get_args(Part)
+
+# beginnings of init_skip that are meant for what objectives own; all others are meant for the model
+_OBJECTIVES = "objectives."
+
+
+class Start(NamedTuple):
+    """With what a run begins, or goes on; its weights are in the model.
+
+    moments: AdamW's state by parameter name; a parameter that is not named begins at step 0 with moments of zero.
+    dropped: names of parameters whose moments were there and are not taken. is_resumed: the run goes on with a
+    checkpoint of its own.
+    """
+
+    progress: Progress
+    moments: Mapping[str, Tensor] = {}
+    dropped: Sequence[str] = ()
+    is_resumed: bool = False
+
+
+class Lengths(NamedTuple):
+    """Of the run that begins, in pairs; both as in the config."""
+
+    global_batch_size: int
+    total_samples: int
+
+
+def start_from(
+    source: str,
+    model: TrainingModel,
+    *,
+    parts: Collection[str],
+    skip: Sequence[str] = (),
+    inputs: Description | None = None,
+    lengths: Lengths,
+) -> Start:
+    """Load the model of `source`, in any format, and of a run `parts` of the rest; say what was taken.  # all ranks
+
+    skip: beginnings of the names of parameters that begin anew whatever fits, of the model (`text.`) or of objectives
+    (`objectives.NAME.`). inputs: how this run reads texts and images, see `load_weights`.
+    The state of AdamW is given back, of parameters that kept their values, for optimizer and engine to be built with.
+    Raises `UserError` where `source` lacks what is asked for, or has it in another shape.
+    """
+    checkpoint = None if {*parts} == {"model"} else _checkpoint_in(source, parts)
+    takes_own = not {"heads", "objectives"}.isdisjoint(parts)
+    skip_own = [beginning for beginning in skip if takes_own and beginning.startswith(_OBJECTIVES)]
+    skip = [beginning for beginning in skip if beginning not in skip_own]
+    report = load_weights(model.model, checkpoint or source, skip=skip, inputs=inputs)
+    log.info("init_from %s: %s", checkpoint or source, report)
+    loaded, resampled = (
+        [MODEL_PREFIX + name for name in names] for names in (report.loaded, report.resampled)
+    )
+    progress = Progress(pretrained=(*loaded, *resampled))
+    if checkpoint is None:
+        return Start(progress)
+    kept = {*loaded, *(_take_own(model, checkpoint, parts, skip_own) if takes_own else ())}
+    moments = read_moments(checkpoint) if "optimizer" in parts else {}
+    if "position" in parts:
+        progress = _moved_to(read_progress(checkpoint), lengths)
+        log.info(
+            "position from %s: %d samples seen, step %d", checkpoint, progress.samples_seen, progress.step
+        )
+    return Start(
+        progress,
+        {name: tensor for name, tensor in moments.items() if _parameter(name) in kept},
+        sorted({*map(_parameter, moments)} - kept),
+    )
+
+
+def _parameter(moment: str) -> str:
+    return moment.rpartition(".")[0]
+
+
+def _checkpoint_in(source: str, parts: Collection[str]) -> Path:
+    """The checkpoint that `source` is, or the newest of that run, whole and alike on all ranks.  # all ranks"""
+    checkpoint = on_main(partial(newest_checkpoint, Path(source).expanduser()))
+    if not on_main((checkpoint / "state.json").is_file):
+        others = ", ".join(part for part in parts if part != "model")
+        raise UserError(
+            f"carry_over: {source} is a model without the rest of a run, so it has none of {others}: give a run or one "
+            "of its checkpoints (init_from=RUN_DIR), or carry_over=[model]"
+        )
+    fault = fault_on_any_rank(checkpoint)
+    if fault is not None:
+        raise UserError(f"init_from: the checkpoint {checkpoint} is damaged: {fault}; choose another")
+    return checkpoint
+
+
+def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: Sequence[str]) -> list[str]:
+    """Load what objectives own, as far as it is asked for and there; the names of what was loaded."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODEL_PREFIX)}
+    # layers with adapters lie there too, and the model has them merged already
+    theirs = {
+        name: tensor for name, tensor in read_heads(checkpoint).items() if not name.startswith(MODEL_PREFIX)
+    }
+    for beginning in skip:
+        if not any(name.startswith(beginning) for name in (*own, *theirs)):
+            raise UserError(f"init_skip: nothing begins with {beginning!r}, neither here nor in {checkpoint}")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = [
+        name
+        for name in own
+        if ("heads" if name in trained else "objectives") in parts and not name.startswith(tuple(skip))
+    ]
+    taken = {name: theirs[name] for name in wanted if name in theirs}
+    for name, tensor in taken.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"carry_over: {name} is {list(tensor.shape)} in {checkpoint} and {list(own[name].shape)} here; to let "
+                f"it begin anew, init_skip=[{name}]"
+            )
+    model.load_state_dict(taken, strict=False)
+    anew, dropped = sorted(own.keys() - taken.keys()), sorted(theirs.keys() - taken.keys())
+    log.info(
+        "carry_over from %s: %d tensors of heads and objectives%s%s",
+        *(checkpoint, len(taken)),
+        f"; {len(anew)} begin anew ({shortened(anew)})" if anew else "",
+        f"; {len(dropped)} dropped ({shortened(dropped)})" if dropped else "",
+    )
+    return list(taken)
+
+
+def _moved_to(progress: Progress, lengths: Lengths) -> Progress:
+    """Where the run before has come to, in steps of this one."""
+    seen, size = progress.samples_seen, lengths.global_batch_size
+    if seen % size:
+        raise UserError(
+            f"carry_over: the position is {seen} samples, which global_batch_size={size} does not divide; choose "
+            "another batch, or leave position out of carry_over"
+        )
+    if seen >= lengths.total_samples:
+        raise UserError(
+            f"total_samples={lengths.total_samples}: with the position carried it counts from the start of the recipe, "
+            f"and init_from has seen {seen} already; set a larger one, or leave position out of carry_over"
+        )
+    return progress._replace(step=seen // size)
+
+
+def outlook(model: nn.Module, start: Start) -> str:
+    """How AdamW goes on, in a line for the log; once the rules have frozen what they freeze."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    steps = steps_of(start.moments)
+    old, new = [name for name in trained if name in steps], [name for name in trained if name not in steps]
+    dropped = {*start.dropped, *(steps.keys() - trained)}
+    counts = sorted({steps[name] for name in old})
+    parts = [f"{len(old)} parameters go on with their moments"]
+    if counts:
+        parts[0] += f", after {' or '.join(map(str, counts))} updates"
+    if new:
+        parts.append(f"{len(new)} begin at step 0 in groups of their own ({shortened(new)})")
+    if dropped:
+        parts.append(f"moments of {len(dropped)} are dropped ({shortened(dropped)})")
+    return "AdamW: " + "; ".join(parts)
