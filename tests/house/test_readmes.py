@@ -144,6 +144,17 @@ def test_figures_beside_open_clip_are_those_of_the_rows(name: str) -> None:
         assert row.numbers in [wanted(row, ours, theirs) for ours, theirs in both], row
 
 
+def test_figures_of_reading_by_offset_are_those_of_the_rows() -> None:
+    table = re.findall(
+        r"\[`(.*?)`\]\(\S*/(reading_.*?\.md)\) \|(.*)\|", (ROOT / "siglip_train/data/README.md").read_text()
+    )
+    assert len(table) == 3
+    for case, report, cells in table:
+        medians = {name: f"{median:,.0f}" for name, median, _ in measured(Row(case, report, "", []))}
+        _, *rates, _ = [cell.strip() for cell in cells.split("|")]
+        assert rates == [medians[name] for name in ("ours", "webdataset", "index")]
+
+
 def wanted(row: Row, ours: tuple, theirs: tuple) -> list[str]:
     (_, median, memory), (_, their_median, their_memory) = ours, theirs
     memories = [f"{number:,.0f}" if number else "–" for number in (memory, their_memory)]
