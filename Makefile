@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS = constraints-$(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 # with one thread a process, pytest's workers and the ranks they start do not crowd each other
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: setup  ## run the tests but the slow ones (no GPU needed)
 test-all: setup  ## run the slow tests too: faults, property runs, all shapes
 	$(TEST) -m "not gpu"
 
+faults: setup  ## inject the faults alone, and print what became of each
+	$(TEST) tests/faults
+
 test-gpu: setup  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
@@ -60,4 +63,4 @@ types: setup  ## mypy
 check: lint types test  ## everything that CI runs
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup constraints quickstart test test-all test-gpu fmt lint map types check
+.PHONY: help always setup constraints quickstart test test-all faults test-gpu fmt lint map types check

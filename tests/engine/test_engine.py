@@ -17,6 +17,7 @@ from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import OptimConfig, build_optimizer
 from tests.ranks import run_ranks
+from tests.tiers import one_in
 
 STEPS = 5
 GLOBAL_BATCH = 12
@@ -112,14 +113,19 @@ def train_and_resume(stages: list[int]) -> list[dict]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "stages"),
+    [(2, [3]), *(pytest.param(size, [0, 1, 2, 3], marks=pytest.mark.slow) for size in (1, 2, 3))],
+)
+def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(
+    world_size: int, stages: list[int]
+) -> None:
     expected = torch.tensor(plain_run(), dtype=torch.float64)
     acts = expected[:, 1] > OPTIM.clip_norm
     assert acts.any(), "steps with clipping should be seen"
     assert not acts.all(), "steps without clipping should be seen"
-    by_rank = run_ranks(world_size, train_and_resume, [0, 1, 2, 3])
-    for stage, result in enumerate(by_rank[0]):
+    by_rank = run_ranks(world_size, train_and_resume, stages)
+    for stage, result in zip(stages, by_rank[0], strict=True):
         measured = torch.tensor(result["before"] + result["after"], dtype=torch.float64)
         # measured: 2e-7 for the loss, 2e-6 for the norm; with torch 2.11 on three ranks 2e-5
         torch.testing.assert_close(
@@ -145,7 +151,7 @@ def loss_and_gradients() -> dict:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", one_in(2, [2, 3]))
 def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
     (single,) = run_ranks(1, loss_and_gradients)
     for values in run_ranks(world_size, loss_and_gradients):

@@ -313,6 +313,21 @@ def world_of_two():
     }
 
 
+def orders(group):
+    """The order of events of each form, on four ranks."""
+    return {
+        "ring": order_of_events(group, Exchange("ring")),
+        "node_ring": order_of_events(group, Exchange("node_ring", ranks_per_node=2)),
+        "grid": order_of_events(group, Exchange("grid", grid=(2, 2))),
+    }
+
+
+def world_of_four():
+    """Cases of four ranks."""
+    group = dist.group.WORLD
+    return group_cases(group) | {"order": orders(group)}
+
+
 def world_of_eight():
     """Cases of eight ranks, and of groups of fewer: by number of ranks. None where this rank is not a member."""
     members = {
@@ -329,11 +344,7 @@ def world_of_eight():
         if size == 3 and rank == 0:
             found["stranger"] = refusals(rank, group)
         if size == 4 and rank in ranks:
-            found["order"] = {
-                "ring": order_of_events(group, Exchange("ring")),
-                "node_ring": order_of_events(group, Exchange("node_ring", ranks_per_node=2)),
-                "grid": order_of_events(group, Exchange("grid", grid=(2, 2))),
-            }
+            found["order"] = orders(group)
         dist.barrier()
     found["nodes"] = nodes_found(group)
     return found

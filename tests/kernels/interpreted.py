@@ -11,16 +11,16 @@ import torch
 from tests.conftest import ROOT
 
 
-def run_cases(file: Path, selected: str = "") -> None:
+def run_cases(file: Path, selected: str = "", tier: str = "not slow") -> None:
     """The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported, for a whole process.
 
-    selected: as pytest's `-k`.
+    selected: as pytest's `-k`. tier: as its `-m`.
     """
     if sys.platform != "linux":
         pytest.skip("Triton is for Linux")
     environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-k", selected]
+    command += ["-k", selected, "-m", tier]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     if "only 0-dimensional arrays can be converted" in run.stdout:
         pytest.skip("the interpreter of this Triton (3.6) does not run with this numpy (2.4)")

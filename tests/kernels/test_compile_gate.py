@@ -36,6 +36,7 @@ from tests.kernels.compiled import (
     compile_kernel,
     only_where_measured,
 )
+from tests.tiers import one_in
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 # what embeddings of fp32 are cut into
@@ -115,15 +116,23 @@ def test_one_compilation_serves_the_widths_of_the_models(width):
     assert all(width % tile.depth == 0 for tile in tiles)
 
 
+def by_default(capability, dtype, tile, cases):
+    """Slow are all but these cases of a capability and a dtype, and what tuning may choose beside what is shipped."""
+    is_shipped = tile == choose_tile(divmod(capability, 10), ELEMENT[dtype])
+    marks = [] if is_shipped and (capability, dtype) in cases else [pytest.mark.slow]
+    return pytest.param(capability, dtype, tile, marks=marks)
+
+
 # what is shipped, and what tuning may choose
 TILES = [
     (capability, dtype, tile)
     for capability, dtype in SHIPPED
     for tile in candidates(choose_tile(divmod(capability, 10), ELEMENT[dtype]), divmod(capability, 10))
 ]
+WORST = [(80, "fp32"), (90, "bf16"), (100, "bf16")]
 
 
-@pytest.mark.parametrize(("capability", "dtype", "tile"), TILES)
+@pytest.mark.parametrize(("capability", "dtype", "tile"), [by_default(*each, WORST) for each in TILES])
 def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype, tile):
     codes = [tile_kernel(capability, dtype, tile, checked=checked) for checked in (False, True)]
     for code in codes:
@@ -136,7 +145,9 @@ def test_tiles_do_not_spill_and_use_the_matrix_units(capability, dtype, tile):
             assert code.registers * code.threads * 2 <= 65536
 
 
-@pytest.mark.parametrize(("capability", "dtype", "tile"), TILES)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tile"), [by_default(*each, [(90, "bf16")]) for each in TILES]
+)
 def test_pairs_with_a_weight_do_not_spill(capability, dtype, tile):
     """They are gone over once more, by the same kernel, in those tiles that have some."""
     tile = for_alike(tile)
@@ -148,7 +159,7 @@ def test_pairs_with_a_weight_do_not_spill(capability, dtype, tile):
     assert per_logit(code, tile) <= (32 if capability == 80 else 24)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", one_in(3, [90, 80, 100]))
 def test_evaluation_does_not_spill(capability):
     tile = choose_tile((capability // 10, 0), 2)
     value = tile_kernel(capability, "bf16", tile, checked=True, gradients=False)
@@ -162,8 +173,7 @@ def test_evaluation_does_not_spill(capability):
     assert per_logit(value, tile) <= 15
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("capability", "dtype"), one_in(6, [90, 80, 100], ["bf16", "fp32"]))
 def test_scores_do_not_spill(capability, dtype):
     tile = for_scores(choose_tile(divmod(capability, 10), ELEMENT[dtype]))
 
@@ -188,8 +198,9 @@ def test_places_do_not_spill(capability, has_ids):
     check_registers(code)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(86, "bf16"), (89, "fp32")])
-def test_other_gpus_do_not_spill(capability, dtype):
+@pytest.mark.parametrize("gpu", one_in(2, [(86, "bf16"), (89, "fp32")]))
+def test_other_gpus_do_not_spill(gpu):
+    capability, dtype = gpu
     tile = choose_tile(divmod(capability, 10), ELEMENT[dtype])
     code = tile_kernel(capability, dtype, tile, checked=True)
     check_it_runs(code, capability)

@@ -76,6 +76,16 @@ def test_two_ranks():
 
 
 @pytest.mark.dist
+def test_four_ranks():
+    for result in run_ranks(4, exchange_cases.world_of_four):
+        check_group(result, 4)
+        check_order(result["order"])
+        assert result["forms"]["ring", None, None]["peak"] <= 10
+        assert result["forms"]["node_ring", None, 2]["peak"] <= 14
+
+
+@pytest.mark.dist
+@pytest.mark.slow
 def test_eight_ranks_and_groups_of_fewer():
     results = run_ranks(8, exchange_cases.world_of_eight, timeout=900)
     for size in (3, 4, 6, 7, 8):

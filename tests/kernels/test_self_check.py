@@ -20,6 +20,11 @@ def test_triton_kernels_pass_their_self_check():
     run_cases(Path(__file__).with_name("self_check_cases.py"))
 
 
+@pytest.mark.slow
+def test_triton_kernels_pass_their_self_check_with_all_samples():
+    run_cases(Path(__file__).with_name("self_check_cases.py"), tier="slow")
+
+
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)

@@ -12,10 +12,15 @@ from kernels.sigmoid_loss.triton.tiles import choose_chunk_rows, choose_tile
 from tests.kernels.interpreted import run_cases
 
 
+def test_triton_kernels_equal_the_reference():
+    run_cases(Path(__file__).with_name("triton_block_cases.py"))
+
+
 # two processes of some minutes each, on two cores
+@pytest.mark.slow
 @pytest.mark.parametrize("selected", ["alike or scores or scale", "not (alike or scores or scale)"])
-def test_triton_kernels_equal_the_reference(selected):
-    run_cases(Path(__file__).with_name("triton_block_cases.py"), selected)
+def test_triton_kernels_equal_the_reference_in_all_shapes_and_dtypes(selected):
+    run_cases(Path(__file__).with_name("triton_block_cases.py"), selected, "slow")
 
 
 def chosen(tensor):

@@ -26,6 +26,7 @@ from kernels.sigmoid_loss.triton.tiles import INTERPRETED
 from kernels.testing import ODD_SHAPES, OpRecorder, assert_close, poisoned_memory
 from tests.kernels.test_pair_ids import WEIGHTS, make_ids
 from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate, make
+from tests.tiers import one_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,23 +66,21 @@ def check(inputs, *, positives, ids=None, limits=None, **options):
     assert_close(value, expected[0], max(limits[0], LEAST), "value")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m", "width"), SHAPES)
-def test_block_equals_the_reference_for_odd_shapes(n, m, width, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), one_in(23, SHAPES, DTYPES))
+def test_block_equals_the_reference_for_odd_shapes(shape, dtype):
+    n, m, width = shape
     positives = [0, None, 2, -3][(n + m + width + DTYPES.index(dtype)) % 4]
     check(make(n, m, width, 10.0, -3.0, dtype), positives=positives, chunk_rows=48)
 
 
-@pytest.mark.parametrize("bias", [-20.0, -10.0, 0.0])
-@pytest.mark.parametrize("scale", [1.0, 10.0, 120.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "scale", "bias"), one_in(4, DTYPES, [1.0, 10.0, 120.0], [-20.0, -10.0, 0.0])
+)
 def test_block_over_the_range_of_scale_and_bias(scale, bias, dtype):
     check(make(67, 67, 72, scale, bias, dtype), positives=0)
 
 
-@pytest.mark.parametrize("group", [4, 8])
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "parts", "group"), one_in(5, DTYPES, [2, 4], [4, 8]))
 def test_every_way_through_the_tile(dtype, parts, group):
     """Blocks of columns, pairs of a logarithm and descriptors, as the tiles for GPUs have them."""
     tile = WITH_DESCRIPTORS._replace(texts=16 * parts, parts=parts, group=group)
@@ -95,29 +94,30 @@ def test_tiles_without_edges_and_matches(dtype):
     check(make(64, 96, 32, 20.0, -2.0, dtype), positives=None, tile=WITH_DESCRIPTORS)
 
 
-@pytest.mark.parametrize("positives", [-200, -69, -1, 0, 31, 32, 33, 96, 99, 100, 5000])
+@pytest.mark.parametrize("positives", one_in(4, [-200, -69, -1, 0, 31, 32, 33, 96, 99, 100, 5000]))
 def test_matches_anywhere(positives):
     check(make(70, 100, 24, *TRAINED, torch.float32), positives=positives, chunk_rows=32)
 
 
 # tiles of 32 texts in bands of eight: two whole ones, the last of one column, of seven and an edge
-@pytest.mark.parametrize("m", [512, 544, 475])
+@pytest.mark.parametrize("m", one_in(3, [475, 512, 544]))
 def test_several_bands_of_columns(m):
     inputs = make(40, m, 24, *TRAINED, torch.float32)
     check(inputs, positives=m - 20)
     check_scores(inputs, positives=m - 20)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize(("scale", "bias"), [(200.0, 0.0), (200.0, -20.0), (1000.0, 0.0)])
-def test_identical_and_opposite_embeddings_at_extreme_logits(sign, scale, bias, dtype):
+@pytest.mark.parametrize(
+    ("place", "sign", "dtype"),
+    one_in(5, [(200.0, 0.0), (200.0, -20.0), (1000.0, 0.0)], [1.0, -1.0], DTYPES),
+)
+def test_identical_and_opposite_embeddings_at_extreme_logits(place, sign, dtype):
+    scale, bias = place
     images, _, scale, bias = make(33, 33, 16, scale, bias, dtype)
     check([images, sign * images, scale, bias], positives=0)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1e-9, 1e-6, -120.0, 1e5])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "scale"), one_in(8, DTYPES, [0.0, -1e-9, 1e-6, -120.0, 1e5]))
 def test_what_is_masked_stays_out_at_any_scale(dtype, scale):
     """Matching and alike pairs and padding, which a product marks before the scale and its sign come to it."""
     inputs = make(67, 41, 24, scale, -2.0, dtype)
@@ -128,7 +128,7 @@ def test_what_is_masked_stays_out_at_any_scale(dtype, scale):
         check_scores(inputs, positives=1, ids=ids, chunk_rows=48)
 
 
-@pytest.mark.parametrize("scale", [1e-9, -1e-5, -3.0, 1e5])
+@pytest.mark.parametrize("scale", one_in(4, [-3.0, -1e-5, 1e-9, 1e5]))
 def test_alike_pairs_alone_have_a_weight_at_any_scale(scale):
     """The second round starts with all others left out."""
     inputs, ids = make(41, 67, 24, scale, -2.0, torch.bfloat16), make_ids(41, 67, 0.7)
@@ -235,16 +235,16 @@ def test_a_block_without_images():
     assert all(part.count_nonzero() == 0 for part in block)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize(("n", "m", "positives"), [(67, 40, 0), (33, 31, 2), (1, 40, None)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_alike_pairs(dtype, n, m, positives, weight):
+@pytest.mark.parametrize(
+    ("dtype", "shape", "weight"), one_in(11, DTYPES, [(67, 40, 0), (33, 31, 2), (1, 40, None)], WEIGHTS)
+)
+def test_alike_pairs(dtype, shape, weight):
+    n, m, positives = shape
     inputs = make(n, m, 1 + n % 37, *TRAINED, dtype)
     check(inputs, positives=positives, ids=make_ids(n, m, weight), chunk_rows=48)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-@pytest.mark.parametrize("place", [(0, 37), (69, 99), (20, 20), (64, 96)])
+@pytest.mark.parametrize(("place", "weight"), one_in(5, [(0, 37), (69, 99), (20, 20), (64, 96)], [0.0, 0.5]))
 def test_one_alike_pair_anywhere(place, weight):
     """Among tiles that have none: at corners, across tiles, and where it matches as well."""
     n, m = 70, 100
@@ -256,8 +256,7 @@ def test_one_alike_pair_anywhere(place, weight):
     check(inputs, positives=0, ids=PairIds(images, texts, weight), chunk_rows=48)
 
 
-@pytest.mark.parametrize("weight", [0.0, 2.5])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("parts", "weight"), one_in(3, [2, 4], [0.0, 2.5]))
 def test_alike_pairs_by_descriptors_and_in_eights(parts, weight):
     tile = WITH_DESCRIPTORS._replace(texts=16 * parts, parts=parts, group=8)
     # measured 3e-6
@@ -283,14 +282,16 @@ def check_scores(inputs, *, positives, ids=None, **options):
         assert_close(actual, truth, max(1.5e-6, LEAST), name)
 
 
-@pytest.mark.parametrize(("n", "m"), ODD_SHAPES)
-def test_scores_equal_the_reference_for_odd_shapes(n, m):
+@pytest.mark.parametrize("shape", one_in(8, ODD_SHAPES))
+def test_scores_equal_the_reference_for_odd_shapes(shape):
+    n, m = shape
     dtype, positives = DTYPES[(n + 2 * m) % 3], [0, None, 2, -3][(n + m) % 4]
     check_scores(make(n, m, 1 + (n * m) % 37, 10.0, -3.0, dtype), positives=positives, chunk_rows=48)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("tile", [INTERPRETED, WITH_DESCRIPTORS._replace(texts=64, parts=4)])
+@pytest.mark.parametrize(
+    ("tile", "weight"), one_in(5, [INTERPRETED, WITH_DESCRIPTORS._replace(texts=64, parts=4)], WEIGHTS)
+)
 def test_scores_with_alike_pairs(tile, weight):
     # 64 wide: rows that a descriptor takes begin at multiples of 16 bytes
     inputs, ids = make(67, 101, 64, *INIT, torch.float32), make_ids(67, 101, weight)
@@ -321,7 +322,7 @@ def test_not_a_number_shows_in_the_loss():
     assert triton_block.sigmoid_loss_block(images, texts, scale, bias, positives=None).loss.isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", one_in(3, DTYPES))
 def test_memory_is_a_chunk_and_a_few_copies_of_the_embeddings(dtype):
     n, width, rows = 192, 32, 96
     inputs = [tensor.to(DEVICE) for tensor in make(n, n, width, *INIT, dtype)]
@@ -335,6 +336,7 @@ def test_memory_is_a_chunk_and_a_few_copies_of_the_embeddings(dtype):
     assert recorder.allocated[len(largest)] <= (n * width if dtype == torch.float32 else rows * n)
 
 
+@pytest.mark.slow
 def test_memory_of_scores_is_the_sums_and_places_of_tiles():
     n, rows = 320, 64
     inputs = [tensor.to(DEVICE) for tensor in make(n, n, 1, *INIT, torch.bfloat16)]
@@ -350,12 +352,15 @@ def test_memory_of_scores_is_the_sums_and_places_of_tiles():
 
 @pytest.mark.parametrize(
     "tile",
-    [
-        tile
-        for table in (autotune.BESIDE, autotune.BESIDE_ON_BLACKWELL)
-        for tiles in table.values()
-        for tile in tiles
-    ],
+    one_in(
+        7,
+        [
+            tile
+            for table in (autotune.BESIDE, autotune.BESIDE_ON_BLACKWELL)
+            for tiles in table.values()
+            for tile in tiles
+        ],
+    ),
 )
 def test_what_tuning_may_choose_computes_the_same(tile):
     dtype = torch.float32 if tile.group == 4 else torch.bfloat16

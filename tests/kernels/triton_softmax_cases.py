@@ -11,6 +11,7 @@ from kernels.linear_cross_entropy import chunks, softmax, triton_softmax
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from kernels.testing import OpRecorder, assert_close, poisoned_memory
 from tests.kernels.test_linear_cross_entropy import NAMES, SHAPES, check_chunks, differentiate, make
+from tests.tiers import one_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,13 +43,13 @@ def check(inputs, targets, **options):
     check_chunks(inputs, targets.to(DEVICE), LIMITS[inputs[0].dtype], **options)
 
 
-@pytest.mark.parametrize(("turn", "shape"), enumerate(SHAPES))
-def test_chunks_equal_the_reference_for_odd_shapes(turn, shape):
+@pytest.mark.parametrize("case", one_in(4, enumerate(SHAPES)))
+def test_chunks_equal_the_reference_for_odd_shapes(case):
+    turn, shape = case
     check(*make(*shape, DTYPES[turn % 3]), rows=48)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "scale"), one_in(4, DTYPES, [1e-4, 1.0, 1e4]))
 def test_factors_of_any_size_keep_their_digits(dtype, scale):
     """1 / T of a mean, say: as a factor of fp16 probabilities it would leave nothing."""
     inputs, targets = make(40, 16, 200, dtype, scale=0.1)
@@ -89,8 +90,7 @@ def test_the_kernel_equals_torch_in_place_and_beside():
         assert_close(slopes, found[0][1], 1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "reduction"), one_in(5, DTYPES, ["mean", "none"]))
 def test_op_runs_on_it_and_keeps_fp32_parameters(dtype, reduction):
     inputs, targets = make(37, 24, 101, dtype)
     # the parameters in fp32, as they are beside bf16 activations
