@@ -32,6 +32,7 @@ from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.forks import run_program
 from tests.models.small import small_model
+from tests.tiers import one_in
 
 MODULE = "siglip_train.train"
 TRAIN = [sys.executable, "-m", MODULE]
@@ -125,12 +126,20 @@ def test_the_first_loss_is_the_expected_one(finished: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_train_as_one(finished: Path, small_run: list[str], tmp_path: Path, ranks: int) -> None:
-    # by torchrun two ranks, with a worker each
-    stage, workers = {2: (2, 1), 3: (3, 0)}[ranks]
+@pytest.mark.parametrize(
+    ("ranks", "stage", "workers", "by_torchrun"),
+    [
+        (2, 3, 0, False),
+        pytest.param(3, 3, 0, False, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, True, marks=pytest.mark.slow),
+    ],
+)
+def test_several_ranks_train_as_one(
+    finished: Path, small_run: list[str], tmp_path: Path, *, ranks: int, stage: int, workers: int,
+    by_torchrun: bool,
+) -> None:  # fmt: skip
     arguments = [*small_run, f"run_dir={tmp_path}", f"engine.zero_stage={stage}", f"data.workers={workers}"]
-    result = run(arguments, torchrun(2)) if ranks == 2 else run_program(MODULE, arguments, ranks=ranks)
+    result = run(arguments, torchrun(2)) if by_torchrun else run_program(MODULE, arguments, ranks=ranks)
     assert result.returncode == 0, result.stderr
     single = losses(finished)
     for step, loss in losses(tmp_path).items():
@@ -200,7 +209,8 @@ def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
         assert loss == pytest.approx(single[step], rel=1e-5), f"step {step}"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+# the other is sent in the test after this one
+@pytest.mark.parametrize("name", one_in(2, ["SIGTERM", "SIGUSR1"]))
 def test_a_signal_saves_at_the_next_step_and_leaves_cleanly(
     small_run: list[str], tmp_path: Path, name: str
 ) -> None:

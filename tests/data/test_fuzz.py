@@ -24,7 +24,6 @@ from tests.data.conftest import encoded, picture
 from tests.data.fuzz import Fuzz, flipped
 from tests.data.shard_files import sample, write_tar
 
-CASES = 5000
 GUARD_SECONDS = 300
 MEGABYTE = 1 << 20
 
@@ -47,18 +46,19 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def test_thousands_of_damaged_shards(tmp_path: Path):
+@pytest.mark.parametrize("cases", [500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_hundreds_or_thousands_of_damaged_shards(cases: int, tmp_path: Path):
     fuzz, before = Fuzz(tmp_path), _peak_bytes()
-    for number in range(CASES):
+    for number in range(cases):
         fuzz.case(number)
-    for number in range(CASES // 20):
+    for number in range(cases // 20):
         fuzz.gzip_case(number)
     assert _peak_bytes() - before < 300 * MEGABYTE
     # the damage was worth the name, and cost but a few of the eight samples
     for outcome in ("torn: broken header", "torn: truncated", "torn: repeated member", "torn: data after the end",
                     "BrokenTarError", "broken image", "broken json", "not utf-8", "empty caption"):  # fmt: skip
-        assert fuzz.outcomes[outcome] > 10
-    assert fuzz.outcomes["samples"] > 6 * CASES
+        assert fuzz.outcomes[outcome] > cases // 500
+    assert fuzz.outcomes["samples"] > 6 * cases
 
 
 def test_a_loader_trains_on_what_damage_has_left(

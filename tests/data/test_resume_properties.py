@@ -24,6 +24,7 @@ from siglip_train.data.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.data.killed_run import SIZE, loader_of
 from tests.data.shard_files import Member, sample, without, write_shards, write_tar
+from tests.tiers import one_in
 
 CASES = range(45)
 # one case in so many has worker processes, which take longer to start than all else takes
@@ -119,7 +120,7 @@ class Case:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("number", CASES)
+@pytest.mark.parametrize("number", one_in(7, CASES))
 def test_a_run_that_stops_and_goes_on_is_the_uninterrupted_run(
     number: int, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
