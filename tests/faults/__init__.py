@@ -1,4 +1,4 @@
-"""Faults that are injected into runs, and what becomes of the run: `python -m pytest tests/faults` ends with the table.
+"""Faults that are injected into runs, and what becomes of the run: `make faults` ends with the table.
 
 A test injects one fault (parametrise over which rank, which moment, which file), lets the run end or go on, asserts
 what must have happened, and records it:
