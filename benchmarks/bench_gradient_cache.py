@@ -108,7 +108,7 @@ def peer_step(
     """An epoch of one optimizer step in open_clip's own loop."""
     batch, pixels = draw_inputs(split.case, torch.device("cpu"))
     size = split.micro_batch_size
-    batches = _Batches(zip(pixels.split(size), batch.texts.split(size), strict=True))
+    batches = _Batches(zip(pixels.split(size), batch.part("texts").split(size), strict=True))
     arguments = SimpleNamespace(
         device=str(world.device), precision={"fp32": "fp32", "bf16": "amp_bf16"}[precision],
         accum_freq=len(batches), batch_size=size, grad_clip_norm=clip_norm or None, distill=False,

@@ -127,7 +127,7 @@ def draw_inputs(case: Case, device: torch.device) -> tuple[Batch, Tensor]:
     texts = torch.randint(0, case.vocab_size, (size, case.context_length), generator=generator)
     patches = levels.reshape(size, side, 16, side, 16, 3).transpose(2, 3).reshape(size, side * side, -1)
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(size, -1, -1)
-    batch = Batch(Images(patches.to(torch.uint8), grid.contiguous()), texts)
+    batch = Batch({"images": Images(patches.to(torch.uint8), grid.contiguous()), "texts": texts})
     pixels = (levels.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
     return batch.to(device), pixels.to(device)
 
@@ -147,7 +147,7 @@ def build_losses(
             TrainingModel(ours, {"sigmoid": SigmoidLoss(weight=1.0)}).to(device),
             lambda module: module(batch).total,
         ),
-        "open_clip": (PeerTraining(peer).to(device), lambda module: module(pixels, batch.texts)),
+        "open_clip": (PeerTraining(peer).to(device), lambda module: module(pixels, batch.part("texts"))),
     }
 
 

@@ -31,15 +31,19 @@ def load_ours(job: Job, *, reduced_jpeg: bool = True) -> Iterator[Any]:
     """`siglip_train.data`, one worker."""
     from siglip_train.data.batch_pieces import RankShare
     from siglip_train.data.config import DataConfig, SourceConfig
-    from siglip_train.data.inputs.images import ImageTransform
+    from siglip_train.data.image_transform import ImageTransform
+    from siglip_train.data.inputs.base import RunInputs
+    from siglip_train.data.inputs.captions import CaptionInput
+    from siglip_train.data.inputs.images import ImageInput
     from siglip_train.data.pipeline import build_loader
     from siglip_train.data.tokenizer import load_tokenizer
 
     config = DataConfig({"all": SourceConfig(job.shards)}, workers=1, resize="bicubic")
+    transform = ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic", reduced_jpeg=reduced_jpeg)
+    tokenizer = load_tokenizer(job.tokenizer, context_length=CONTEXT_LENGTH)
     loader = build_loader(
         config,
-        tokenizer=load_tokenizer(job.tokenizer, context_length=CONTEXT_LENGTH),
-        transform=ImageTransform(job.image_size, PATCH_SIZE, resize="bicubic", reduced_jpeg=reduced_jpeg),
+        inputs=RunInputs((CaptionInput, ImageInput), transform, tokenizer),
         share=RankShare(BATCH_SIZE),
         seed=0,
     )

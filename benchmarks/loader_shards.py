@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_tools.make_tiny import TinyOptions, make_tiny
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.shards.reader import read_samples
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

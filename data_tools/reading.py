@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_tools.stats.texts import encodable
-from siglip_train.data.inputs.images import Encoded
+from siglip_train.data.image_file import Encoded
 from siglip_train.data.remote.limits import MAX_PIXELS, USUAL_LIMITS
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample

@@ -1,11 +1,13 @@
-"""What travels from the loader to the model: `Batch` and its parts. Data fills them, models and objectives read."""
+"""What travels from the loader to the model: `Batch`, generic over what it holds, and `Images`, one of its parts."""
 
-from collections.abc import Callable
-from operator import itemgetter
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from siglip_train.errors import UserError
 
 
 class Images(NamedTuple):
@@ -23,42 +25,55 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch.
+    """One rank's share of a global batch, or some of its samples.
 
-    images: B images, None where `pooled` stands in their place. texts: `[B, context_length]` int64 tokens, `[B, 0]` of
-    sources without captions. keys: B sample names (`shard/key`), for messages. labels: `[B]` int64 class indices, None
-    of sources without. pooled: `[B, D]` what a locked image tower made of the images once, not normalised.
+    parts: what the inputs of the run have made (`data/inputs`), by their names: `images`, `texts` (`[B,
+    context_length]` int64 tokens), `labels` (`[B]` int64), …; tensors, also nested ones, of B rows each. keys: B
+    sample names (`shard/key`), for messages.
     """
 
-    images: Images | None
-    texts: Tensor
+    parts: dict[str, Any]
     keys: tuple[str, ...] = ()
-    labels: Tensor | None = None
-    pooled: Tensor | None = None
 
     @property
     def size(self) -> int:
-        """Number of image-text pairs."""
-        return len(self.texts)
+        """Number of samples, B."""
+        return len(next(leaf for leaf in tree_leaves(self.parts) if isinstance(leaf, Tensor)))
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def part(self, name: str) -> Any:
+        """What an input has made. Raises `UserError` where the run has no such input."""
+        if name not in self.parts:
+            raise UserError(
+                f"an objective asks for the {name} of a batch, which holds {', '.join(self.parts)}: the objective must"
+                " name the input among its `inputs`"
+            )
+        return self.parts[name]
+
+    def each(self, change: Callable[[Tensor], Any]) -> "Batch":
         """`change` every tensor there is."""
-
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return self._replace(
-            images=None if self.images is None else Images(*map(changed, self.images)),  # type: ignore[arg-type]
-            texts=change(self.texts),
-            labels=changed(self.labels),
-            pooled=changed(self.pooled),
-        )
+        return self._replace(parts=tree_map_only(Tensor, change, self.parts))
 
     def to(self, device: torch.device) -> "Batch":
         """Copy every tensor to `device`, asynchronously from pinned memory."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def rows(self, chosen: slice) -> "Batch":
+        """A view of some samples."""
+        return self.each(lambda tensor: tensor[chosen])._replace(keys=self.keys[chosen])
+
     def split(self, size: int) -> list["Batch"]:
-        """Views of `size` pairs each, in order; the last has what is left."""
-        parts = [slice(start, start + size) for start in range(0, self.size, size)]
-        return [self.each(itemgetter(rows))._replace(keys=self.keys[rows]) for rows in parts]
+        """Views of `size` samples each, in order; the last has what is left."""
+        return [self.rows(slice(start, start + size)) for start in range(0, self.size, size)]
+
+
+def join(batches: Sequence[Batch], *, pin_memory: bool = False) -> Batch:
+    """One batch of the samples of several, a copy, which lies in pinned memory on request."""
+
+    def joined(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        shape = (sum(map(len, leaves)), *leaves[0].shape[1:])
+        return torch.cat(leaves, out=torch.empty(shape, dtype=leaves[0].dtype, pin_memory=pin_memory))
+
+    parts = tree_map(joined, *(batch.parts for batch in batches))
+    return Batch(parts, tuple(key for batch in batches for key in batch.keys))

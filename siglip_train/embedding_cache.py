@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from siglip_train.data.config import DataConfig
-from siglip_train.data.inputs.embeddings import Missing, Pictures, absent, embedding_files, keep, missing
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
+from siglip_train.data.inputs.embeddings import EmbeddingInput, Missing, Pictures, absent, keep, missing
 from siglip_train.data.loader import Loader
 from siglip_train.distributed.collectives import any_rank, broadcast_object, gather_rows, sum_over_ranks
 from siglip_train.errors import UserError
@@ -75,10 +75,13 @@ def embed_pictures(training: Loader, encoder: Encoder, folder: Path) -> None:
     A shard that is done stays done, whatever ends this: what `encoder.on_batch` raises, or a `UserError`, also for
     pictures that cannot be read at the time.
     """
-    shards = []
-    for source in training.sources:
-        source.embeddings = embedding_files(source.shards, folder)
-        shards += [Missing(source.reader, number, file) for number, file in enumerate(source.embeddings)]
+    shards = [
+        Missing(made.reader, number, file)
+        for source in training.sources
+        for made in source.inputs
+        if isinstance(made, EmbeddingInput)
+        for number, file in enumerate(made.files)
+    ]
     wanted = missing(shards, folder)
     log.info(
         "image embeddings: %d of %d shards are still to be embedded, in %s", len(wanted), len(shards), folder

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from siglip_train import engine as engines
 from siglip_train.batch import Batch
+from siglip_train.data.inputs.images import ImageInput
 from siglip_train.errors import UserError
 from siglip_train.loop import StepReport, Trainer, agree, divisors, update_weights
 from siglip_train.models.siglip import Siglip
@@ -95,7 +96,8 @@ def _pair(
     images = torch.cat([first.image_embedding for first in firsts]).requires_grad_()
     texts = torch.cat([first.text_embedding for first in firsts]).requires_grad_()
     # pairs may be told by their captions, but hardly by pixels, which would not all fit
-    light = batch._replace(texts=batch.texts.to(run.world.device))
+    parts = {name: part for name, part in batch.parts.items() if name != ImageInput.part}
+    light = batch._replace(parts=parts).to(run.world.device)
 
     def part(model: TrainingModel, _: ForwardPass) -> Losses:
         return model.losses(StoredPass(model.model, light, images, texts), divisors, names)

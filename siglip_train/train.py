@@ -15,7 +15,10 @@ from siglip_train.carry_over import Start
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.batch_pieces import RankShare
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
+from siglip_train.data.inputs.base import RunInputs
+from siglip_train.data.inputs.captions import CaptionInput
+from siglip_train.data.inputs.embeddings import stands_in
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
@@ -109,16 +112,18 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
     share = RankShare(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
+    inputs = RunInputs(model.inputs, transform, tokenizer, embeddings)
+    if embeddings is not None:
+        inputs = inputs._replace(kinds=stands_in(inputs.kinds))
     loader = build_loader(
         config.data,
-        tokenizer=tokenizer,
-        transform=transform,
+        inputs=inputs,
         share=share,
         seed=config.seed,
         state=progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    flops = _flops_per_pair(config, model.model) + model.flops_per_sample()
+    flops = _flops_per_pair(config, model) + model.flops_per_sample()
     deepspeed_config = engine.deepspeed_config(
         config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
     )
@@ -362,13 +367,12 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 
-def _flops_per_pair(config: Config, model: Siglip) -> float:
-    """What a step costs, once the optimizer's rules have frozen what they freeze; without captions no text is run."""
-    has_texts = any(source.text is not None for source in config.data.sources.values())
+def _flops_per_pair(config: Config, model: TrainingModel) -> float:
+    """What the towers cost in a step, once the optimizer's rules have frozen what they freeze."""
     return flops_per_pair(
         config.model,
-        vision_passes=passes(model.vision) if config.data.embedding_dir is None else 0.0,
-        text_passes=passes(model.text) if has_texts else 0.0,
+        vision_passes=passes(model.model.vision) if config.data.embedding_dir is None else 0.0,
+        text_passes=passes(model.model.text) if CaptionInput in model.inputs else 0.0,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from siglip_train import checkpoint, loop, train
 from siglip_train.data.config import DataConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.embedding_cache import folder_of
 from siglip_train.errors import UserError
 from siglip_train.models.adapters import AdapterConfig, add_adapters

@@ -182,7 +182,10 @@ def add_dropout(model, share: float = 0.2) -> None:
 def gradients_by_hand(model, micro_batch_size: int) -> dict[str, torch.Tensor]:
     """Every micro-batch keeps its graph, so that nothing has to be drawn twice."""
     inner, micro_batches = model.model, tiny_batch(PAIRS).split(micro_batch_size)
-    parts = [(inner.encode_image(part.images), inner.encode_text(part.texts)) for part in micro_batches]
+    parts = [
+        (inner.encode_image(part.part("images")), inner.encode_text(part.part("texts")))
+        for part in micro_batches
+    ]
     images, texts = (torch.cat(side) for side in zip(*parts, strict=True))
     (0.7 * sigmoid_loss(images, texts, inner.logit_scale.exp(), inner.logit_bias)).backward()
     return gradients_of(model)
@@ -303,16 +306,17 @@ def test_a_batch_splits_in_order_with_all_its_parts() -> None:
     images = Images(
         torch.arange(10).reshape(5, 2, 1), torch.zeros(5, 2, 2), torch.ones(5, 2, dtype=torch.bool)
     )
-    batch = Batch(images, torch.arange(5)[:, None], tuple("abcde"), torch.arange(5))
+    batch = Batch(
+        {"images": images, "texts": torch.arange(5)[:, None], "labels": torch.arange(5)}, tuple("abcde")
+    )
     first, second, last = batch.split(2)
     assert [part.size for part in (first, second, last)] == [2, 2, 1]
     assert second.keys == ("c", "d")
-    assert torch.equal(second.images.patches, images.patches[2:4])
-    assert second.images.mask.shape == (2, 2)
-    assert torch.equal(last.labels, torch.tensor([4]))
-    (bare,) = Batch(Images(images.patches, images.grid), batch.texts).split(5)
-    assert bare.images.mask is None
-    assert bare.labels is None
+    assert torch.equal(second.part("images").patches, images.patches[2:4])
+    assert second.part("images").mask.shape == (2, 2)
+    assert torch.equal(last.part("labels"), torch.tensor([4]))
+    (bare,) = Batch({"images": Images(images.patches, images.grid)}).split(5)
+    assert bare.part("images").mask is None
 
 
 STAGES = [0, 1, 2, 3]

@@ -111,7 +111,7 @@ def test_a_run_leaves_what_the_contract_names(finished: Path) -> None:
         "with it; 0.001 stays" in log
     )
     assert "sigmoid loss near" in log
-    assert "source tiny: 600 samples in 4 shards, 100 % of the mix, 0.4 passes in this run" in log
+    assert "source tiny: 600 samples in 4 shards, 100 % of the mix, 0.4 epochs in this run" in log
     counts = data_counts(finished)[-1]
     assert counts["data/passes/tiny"] == pytest.approx(240 / 600)
     assert counts["data/source/tiny"] == counts["data/seen"] == 240

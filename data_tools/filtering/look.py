@@ -20,7 +20,7 @@ from data_tools.filtering.rules import Fields, Looked, Rule, RuleOptions, build_
 from data_tools.reading import picture_header, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample, plain_detail

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_tools.facts import boxes, language
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.packing.pictures import read_mask
 from siglip_train.data.shards.fields import Field, read_facts
 from siglip_train.data.shards.reader import RawSample

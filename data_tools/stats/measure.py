@@ -9,7 +9,7 @@ from pathlib import Path
 from data_tools.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field

@@ -7,12 +7,12 @@ from typing import Any
 from PIL import Image
 
 from data_tools.facts import are_corners, boxes
-from siglip_train.data.inputs.captions import no_caption
-from siglip_train.data.inputs.images import decode, has_16_bits
-from siglip_train.data.inputs.labels import labels_of
+from siglip_train.data.image_file import decode, has_16_bits
 from siglip_train.data.packing.pictures import read_mask
 from siglip_train.data.remote.limits import MAX_PIXELS
+from siglip_train.data.shards.caption_choice import no_caption
 from siglip_train.data.shards.fields import Field, read_facts
+from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import SampleError

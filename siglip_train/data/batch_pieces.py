@@ -6,18 +6,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from siglip_train.batch import Batch, Images
-from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.embeddings import embedding
-from siglip_train.data.inputs.images import ImageTransform
-from siglip_train.data.inputs.labels import class_label
+from siglip_train.batch import Batch
+from siglip_train.data.choices import Choices
+from siglip_train.data.inputs.base import Input
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.quarantine import CAUSE, Place
@@ -27,7 +25,6 @@ from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
-from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import SampleError, UserError
 
 # samples a worker hands over at once: a large batch is made by all workers, and memory stays bounded
@@ -39,8 +36,14 @@ _TRACKED = 1024
 _NOWHERE = -1
 # and draws that may meet a failed shard, which cost next to nothing
 _FAILED_DRAWS = 64
+# bytes; where tensors may begin in shared memory
+_ALIGNED = 64
 # bytes; a tensor in shared memory takes a connection between worker and main process, a copy of a small one less
 _IN_MESSAGE = 1 << 20
+
+
+# what each input makes of a sample, and its name
+_Row = tuple[list[Any], str]
 
 
 class RankShare(NamedTuple):
@@ -62,21 +65,17 @@ class RankShare(NamedTuple):
 
 @dataclass
 class Source:
-    """One source, ready to read. All sources have captions or none has, and so with labels and embeddings.
-
-    embeddings: of each shard, the file with what a locked image tower makes of its pictures, read in their place.
-    """
+    """One source, ready to read. inputs: what is made of its samples; all sources have the same ones."""
 
     name: str
     shards: ShardSet
     order: SourceOrder
-    captions: CaptionChoice | None
-    label: Field | None
+    inputs: list[Input]
+    reads_image: bool
     language: Field | None
     language_name: str | None
     reader: ShardReader
     max_failed_shards: float
-    embeddings: list[Path] | None = None
 
     def substitute(self, slot: int, attempt: int, rng: np.random.Generator) -> int:
         """Another slot to read in place of one that cannot be used; attempt: 1, 2, ..."""
@@ -123,7 +122,7 @@ class Report:
 class Piece:
     """What a worker hands over; `batch` is None where it gave up.
 
-    NOTE: its patches may lie in memory that a later piece takes (`BatchPieces.shared`): copy them before.
+    NOTE: its tensors may lie in memory that a later piece takes (`BatchPieces.shared`): copy them before.
     """
 
     batch: Batch | None
@@ -134,33 +133,18 @@ class Piece:
 
     def __setstate__(self, state: tuple[Batch | None, Report]) -> None:
         batch, self.report = state
-        self.batch = batch and batch.each(_received)
+        self.batch = batch and Batch(tree_map_only(np.ndarray, torch.from_numpy, batch.parts), batch.keys)
 
 
 def _to_send(tensor: torch.Tensor) -> Any:
     return tensor.numpy() if tensor.nbytes <= _IN_MESSAGE else tensor
 
 
-def _received(part: Any) -> torch.Tensor:
-    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part
-
-
-class _Row(NamedTuple):
-    """One finished sample."""
-
-    image: np.ndarray  # uint8 [L, P] patches, or float16 [D] where the pooled output is kept
-    caption: str | None
-    label: int | None
-    key: str
-
-
 class BatchPieces(Dataset):
     """Piece number -> part of this rank's share of a global batch. A pure function, so workers hold no state."""
 
-    def __init__(self, sources: list[Source], mixture: Mixture, share: RankShare, tokenizer: Tokenizer | None,
-                 transform: ImageTransform, max_pixels: int) -> None:  # fmt: skip
+    def __init__(self, sources: list[Source], mixture: Mixture, share: RankShare) -> None:
         self.sources, self.mixture, self.share = sources, mixture, share
-        self.tokenizer, self.transform, self.max_pixels = tokenizer, transform, max_pixels
         self.per_batch = -(-share.size // _PIECE)
         # the position that each piece has come to, by which process, and its sample; the main process looks here when
         # workers are lost
@@ -169,20 +153,20 @@ class BatchPieces(Dataset):
         self._space: torch.Tensor | None = None
 
     def shared(self, count: int) -> "BatchPieces":
-        """These pieces for workers, the patches of every `count`-th in the same memory, one after the other.
+        """These pieces for workers, the large parts of every `count`-th in the same memory, one after the other.
 
-        Fresh shared memory for each piece costs 150 µs per picture of 224 px, which the system spends on its pages; the
+        Fresh shared memory for each piece costs 150 µs per image of 224 px, which the system spends on its pages; the
         memory of a piece before, 7. Raises `UserError` where there is not so much.
         """
-        grid, pixels = len(self.transform.grid), 3 * self.transform.patch_size**2
-        shape = (count, -(-self.share.size // self.per_batch), grid, pixels)
+        rows = -(-self.share.size // self.per_batch)
+        most = sum(-(-rows * each.row_bytes // _ALIGNED) * _ALIGNED for each in self.sources[0].inputs)
         pieces = copy.copy(self)
-        if self.sources[0].embeddings is None and math.prod(shape[1:]) > _IN_MESSAGE:
+        if most > _IN_MESSAGE:
             try:
-                pieces._space = torch.empty(shape, dtype=torch.uint8).share_memory_()
+                pieces._space = torch.empty(count, most, dtype=torch.uint8).share_memory_()
             except RuntimeError as error:
                 raise UserError(
-                    f"no {math.prod(shape) / 2**30:.1f} GiB of shared memory for the pictures that workers hold ready:"
+                    f"no {count * most / 2**30:.1f} GiB of shared memory for the images that workers hold ready:"
                     " lower data.workers or data.prefetch, or allow more (of a container: --shm-size);"
                     f" {str(error).splitlines()[0]}"
                 ) from error
@@ -237,28 +221,14 @@ class BatchPieces(Dataset):
             return Piece(None, report)
         finally:
             report.events += self.sources[0].shards.cache.drain()
-        images, pooled = self._images(number, [row.image for row in rows])
-        captions = [row.caption for row in rows if row.caption is not None]
-        texts = torch.empty(len(rows), 0, dtype=torch.long)
-        if captions:
-            assert self.tokenizer is not None, "build_loader asks for one where there are captions"
-            texts = self.tokenizer(captions)
-        labels = [row.label for row in rows if row.label is not None]
-        keys = tuple(row.key for row in rows)
+        memory = _Memory(None if self._space is None else self._space[number % len(self._space)])
+        columns = zip(self.sources[0].inputs, zip(*(values for values, _ in rows), strict=True), strict=True)
+        parts = {each.part: each.collate(list(column), memory.empty) for each, column in columns}
         reached[number % _TRACKED] = _NOWHERE
-        return Piece(Batch(images, texts, keys, torch.tensor(labels) if labels else None, pooled), report)
-
-    def _images(self, number: int, rows: list[np.ndarray]) -> tuple[Images | None, torch.Tensor | None]:
-        if self.sources[0].embeddings is not None:
-            return None, torch.from_numpy(np.stack(rows))  # [B, D]
-        if self._space is None:
-            out = torch.empty(len(rows), *rows[0].shape, dtype=torch.uint8)
-        else:
-            out = self._space[number % len(self._space), : len(rows)]
-        return self.transform.batch(rows, out), None
+        return Piece(Batch(parts, tuple(key for _, key in rows)), report)
 
     def _row(self, position: int, number_of_source: int, slot: int, report: Report, at: np.ndarray) -> _Row:
-        """Make the sample of a position; at: takes which one is being read."""
+        """What the inputs make of the sample of a position, and its name; at: takes which one is being read."""
         source = self.sources[number_of_source]
         rng = sample_generator(self.mixture.seed, position)
         bad, failed = 0, 0
@@ -270,8 +240,9 @@ class BatchPieces(Dataset):
                 if place in self.quarantined:
                     key = source.reader.key(shard, number)
                     raise SampleError(CAUSE, "left out")
-                sample = source.reader.read(shard, number, image=source.embeddings is None)
-                row = self._finished(sample, source, (shard, number), rng)
+                sample = source.reader.read(shard, number, image=source.reads_image)
+                choices = Choices(rng)
+                row = [each.make(sample, choices) for each in source.inputs], sample.name
             except UnavailableShardError as error:
                 source.check_failed()
                 failed += 1
@@ -291,27 +262,21 @@ class BatchPieces(Dataset):
             f" check data.sources.{source.name}"
         )
 
-    def _finished(
-        self, sample: RawSample, source: Source, place: tuple[int, int], rng: np.random.Generator
-    ) -> _Row:
-        caption = source.captions.draw(sample, rng) if source.captions else None
-        label = class_label(source.label, sample) if source.label else None
-        if source.embeddings is None:
-            image = self.transform.for_training(sample.members["image"], rng, self.max_pixels)
-        else:
-            image = self._embedding(source, *place, rng)
-        return _Row(image, caption, label, sample.name)
 
-    def _embedding(self, source: Source, shard: int, number: int, rng: np.random.Generator) -> np.ndarray:
-        assert source.embeddings is not None
-        row = embedding(source.embeddings[shard], number)  # [D]
-        if row is not None:
-            return row
-        # what was wrong with the picture then is wrong now, and has its own name
-        self.transform.for_training(source.reader.read(shard, number).members["image"], rng, self.max_pixels)
-        raise SampleError(
-            "no embedding", f"the picture could not be read before; remove {source.embeddings[shard]}"
-        )
+class _Memory:
+    """Memory for the tensors of a piece, one behind the other; fresh memory where there is none, or no more."""
+
+    def __init__(self, space: torch.Tensor | None) -> None:
+        self._space, self._used = space, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with anything in it."""
+        end = self._used + math.prod(shape) * dtype.itemsize
+        if self._space is None or end > len(self._space):
+            return torch.empty(shape, dtype=dtype)
+        taken = self._space[self._used : end]
+        self._used = -(-end // _ALIGNED) * _ALIGNED
+        return taken.view(dtype).view(shape)
 
 
 def _counted(source: Source, sample: RawSample, attempt: int) -> Iterator[str]:

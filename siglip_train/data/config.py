@@ -1,14 +1,14 @@
 """What a user says about training data, and what follows from it alone: members, fields and the cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.mixture import StageConfig
 from siglip_train.data.order import Order
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS, Limits
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
+from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import Wanted
 from siglip_train.data.shards.select import Selection
@@ -45,6 +45,18 @@ class SourceConfig:
         """Samples must lie somewhere."""
         if self.shards is None and self.folder is None:
             raise ValueError("no samples: give shards='/data/web/*.tar', or folder=/data/images")
+
+
+@dataclass
+class StageConfig:
+    """Other weights from a sample count on.
+
+    from_sample: the stage begins with the first global batch that starts at or after so many samples. weights: by
+    source; one that is not named gives nothing.
+    """
+
+    from_sample: int
+    weights: dict[str, float]
 
 
 @dataclass
@@ -125,12 +137,14 @@ class DataConfig:
         return worker_count(self.workers)
 
 
-def wanted_of(source: SourceConfig) -> Wanted:
-    """The members that samples of a source need, and those that are read where they are there."""
+def wanted_of(source: SourceConfig, more: Iterable[str] = ()) -> Wanted:
+    """The members that samples of a source need, and those that are read where they are there; more: of these."""
     choice = None if source.text is None else CaptionChoice(source.text)
     label = None if source.label is None else Field.parse(source.label)
-    others = tuple(field.member for field in (label, language_field(source)) if field)
-    return Wanted(extensions(source.image), choice.members if choice else None, others, source.select)
+    texts = choice.members if choice else None
+    others = [field.member for field in (label, language_field(source)) if field]
+    others += [member for member in more if member not in ("image", *others, *(texts or ()))]
+    return Wanted(extensions(source.image), texts, tuple(others), source.select)
 
 
 def cache_of(config: DataConfig) -> ShardCache:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from siglip_train.data.config import DataConfig, SourceConfig, cache_of, wanted_of
-from siglip_train.data.inputs.labels import class_label
 from siglip_train.data.remote.locations import is_remote, short_name
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.labels import class_label
 from siglip_train.data.shards.reader import ShardReader, ShardSet
 from siglip_train.data.shards.select import Selection
 from siglip_train.distributed.collectives import gather_objects, is_distributed

@@ -1,13 +1,21 @@
 """How often a run goes through each of its sources: so far, and in all, said before training begins."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from siglip_train.data.batch_pieces import Source
 from siglip_train.data.mixture import Mixture, Stage
+from siglip_train.data.shards.reader import ShardSet
 
 
-def passes(sources: Sequence[Source], mixture: Mixture, samples: int) -> dict[str, float]:
-    """Passes through each source in the first `samples` of the run; a pure function of the position."""
+class Source(Protocol):
+    """What of a source says how often it is seen."""
+
+    name: str
+    shards: ShardSet
+
+
+def epochs(sources: Sequence[Source], mixture: Mixture, samples: int) -> dict[str, float]:
+    """Epochs of each source in the first `samples` of the run; a pure function of the position."""
     taken = mixture.taken(samples)
     return {source.name: slots / len(source.shards) for source, slots in zip(sources, taken, strict=True)}
 
@@ -17,7 +25,7 @@ def outlook(sources: Sequence[Source], mixture: Mixture, total_samples: int) -> 
     total = -(-total_samples // mixture.global_batch_size) * mixture.global_batch_size
     lines = [
         f"source {source.name}: {len(source.shards):,} samples in {_shards(len(source.shards.urls))},"
-        f" {_percent(slots, total)} of the mix, {_number(slots / len(source.shards))} passes in this run"
+        f" {_percent(slots, total)} of the mix, {_number(slots / len(source.shards))} epochs in this run"
         for source, slots in zip(sources, mixture.taken(total), strict=True)
     ]
     return lines + [_stage(sources, stage) for stage in mixture.stages[1:] if stage.from_sample < total]

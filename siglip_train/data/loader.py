@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from siglip_train.batch import Batch, Images
+from siglip_train.batch import Batch, join
 from siglip_train.data.batch_pieces import BatchPieces, Piece, Report, Source
 from siglip_train.data.config import DataConfig
-from siglip_train.data.epochs import outlook, passes
+from siglip_train.data.epochs import epochs, outlook
 from siglip_train.data.quarantine import Place, Quarantine
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.remote.fetch import Event
@@ -62,7 +62,7 @@ class Loader:
 
     def total_counts(self) -> dict[str, float]:
         """Counts over all ranks, and `passes/<source>` so far, from the position alone.  # all ranks"""
-        done = passes(self._pieces.sources, self._pieces.mixture, self.samples_seen)
+        done = epochs(self._pieces.sources, self._pieces.mixture, self.samples_seen)
         through = {f"passes/{name}": number for name, number in done.items()}
         return {**sum_over_ranks(self.counts), **self.unusable, **through}
 
@@ -176,7 +176,9 @@ class Loader:
         )
         with (
             contextlib.closing(stream),
-            ReadAhead(self._pieces, in_flight(self._pieces, self.config)) as ahead,
+            ReadAhead(
+                self._pieces.sources, self._pieces.mixture, in_flight(self._pieces, self.config)
+            ) as ahead,
         ):
             while True:
                 ahead.at(self.samples_seen)
@@ -254,28 +256,8 @@ def _gathered(pieces: Iterator[Piece], *, per_batch: int, device: int | None) ->
     while True:
         parts = list(itertools.islice(pieces, per_batch))
         batches = [part.batch for part in parts if part.batch is not None]
-        whole = _joined(batches, pin_memory=device is not None) if len(batches) == per_batch else None
+        whole = join(batches, pin_memory=device is not None) if len(batches) == per_batch else None
         yield _Gathered(whole, [part.report for part in parts])
-
-
-def _joined(parts: list[Batch], *, pin_memory: bool) -> Batch:
-    def cat(tensors: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> torch.Tensor:
-        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-        out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin_memory)
-        return torch.cat(tensors, out=out)
-
-    # of training data without a mask
-    images = [part.images[:2] for part in parts if part.images is not None]
-    keys = tuple(key for part in parts for key in part.keys)
-    labels = [part.labels for part in parts if part.labels is not None]
-    pooled = [part.pooled for part in parts if part.pooled is not None]
-    return Batch(
-        Images(*map(cat, zip(*images, strict=True))) if images else None,
-        cat([part.texts for part in parts]),
-        keys,
-        cat(labels) if labels else None,
-        cat(pooled) if pooled else None,
-    )
 
 
 def _data_loader(pieces: BatchPieces, first: int, config: DataConfig) -> DataLoader:

@@ -4,26 +4,14 @@ import bisect
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
+from siglip_train.data.config import StageConfig
 from siglip_train.data.order import LABELS, Ints, generator
 from siglip_train.errors import UserError
-
-
-@dataclass
-class StageConfig:
-    """Other weights from a sample count on.
-
-    from_sample: the stage begins with the first global batch that starts at or after so many samples. weights: by
-    source; one that is not named gives nothing.
-    """
-
-    from_sample: int
-    weights: dict[str, float]
 
 
 class Stage(NamedTuple):

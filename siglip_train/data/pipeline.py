@@ -4,25 +4,21 @@ from typing import Any
 
 from siglip_train.data.batch_pieces import BatchPieces, RankShare, Source
 from siglip_train.data.config import DataConfig, cache_of, language_field, wanted_of
-from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.inputs.base import InputSetup, RunInputs
 from siglip_train.data.loader import Loader, in_flight
 from siglip_train.data.mixture import Mixture, stages_of
 from siglip_train.data.order import SourceOrder
 from siglip_train.data.shards.faults import causes
-from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import Progress, check_room, index_shards
 from siglip_train.data.shards.reader import ShardReader, ShardSet
 from siglip_train.data.shards.select import EVERYTHING
-from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 
 
 def build_loader(
     config: DataConfig,
     *,
-    tokenizer: Tokenizer | None,
-    transform: ImageTransform,
+    inputs: RunInputs,
     share: RankShare,
     seed: int,
     state: dict[str, Any] | None = None,
@@ -31,69 +27,53 @@ def build_loader(
 ) -> Loader:
     """Find and count the shards, check them, and make the loader.  # all ranks
 
-    state: of an interrupted run's loader, on any number of ranks and workers. progress: called with (shards done,
-    shards in all) while counting. Raises `UserError` for what would stop training: shards that are missing or
-    unreadable, too few samples, too many incomplete ones.
+    inputs: what batches hold. state: of an interrupted run's loader, on any number of ranks and workers. progress:
+    called with (shards done, shards in all) while counting. Raises `UserError` for what would stop training: sources
+    that do not say where an input is, shards that are missing or unreadable, too few samples, too many incomplete ones.
     """
     if not config.sources:
         raise UserError("data.sources is empty; give data.sources.NAME.shards=...")
     names, sources = list(config.sources), list(config.sources.values())
     stages = stages_of({name: source.weight for name, source in config.sources.items()}, config.stages)
     mixture = Mixture(stages, share.global_batch_size, seed)
-    _check_alike(config)
-    if tokenizer is None and any(source.text is not None for source in sources):
-        raise UserError(
-            "captions need a tokenizer: tokenizer=PATH to a .model, a tokenizer.json or a folder with one"
-        )
-    choices = [None if source.text is None else CaptionChoice(source.text) for source in sources]
-    labels = [None if source.label is None else Field.parse(source.label) for source in sources]
-    languages = [language_field(source) for source in sources]
-    wanted = [wanted_of(source) for source in sources]
+    members = [
+        {member for kind in inputs.kinds for member in kind.members(name, source)}
+        for name, source in config.sources.items()
+    ]
     cache = cache_of(config)
     shard_sets = index_shards(
         [source.shards for source in sources],
-        wanted,
+        [wanted_of(source, sorted(more)) for source, more in zip(sources, members, strict=True)],
         cache,
         progress,
         left_out=state.get("left_out", ()) if state else (),
         # to lose one more shard on the way would change the order
         may_leave_out=state is None and config.max_failed_shards > 0,
     )
-    ready = [
-        Source(
-            name=name,
-            shards=shards,
-            order=SourceOrder(
-                shards.counts, seed=seed, source=number, window=config.shuffle_window, order=config.order
-            ),
-            captions=choice,
-            label=label,
-            language=language,
-            language_name=None if language else source.language,
-            reader=ShardReader(shards),
-            max_failed_shards=config.max_failed_shards,
-        )
-        for number, (name, source, shards, choice, label, language) in enumerate(
-            zip(names, sources, shard_sets, choices, labels, languages, strict=True)
-        )
-    ]
-    for source in ready:
-        source.check_left_out()
     _check_sizes(names, shard_sets, mixture)
-    pieces = BatchPieces(ready, mixture, share, tokenizer, transform, config.max_image_pixels)
+    ready = []
+    for number, (name, source, shards) in enumerate(zip(names, sources, shard_sets, strict=True)):
+        reader, language = ShardReader(shards), language_field(source)
+        setup = InputSetup(name, source, reader, inputs, config.max_image_pixels)
+        ready.append(
+            Source(
+                name=name,
+                shards=shards,
+                order=SourceOrder(
+                    shards.counts, seed=seed, source=number, window=config.shuffle_window, order=config.order
+                ),
+                inputs=[kind(setup) for kind in inputs.kinds],
+                reads_image="image" in members[number],
+                language=language,
+                language_name=None if language else source.language,
+                reader=reader,
+                max_failed_shards=config.max_failed_shards,
+            )
+        )
+        ready[-1].check_left_out()
+    pieces = BatchPieces(ready, mixture, share)
     check_room(shard_sets, cache, config.shuffle_window, in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)
-
-
-def _check_alike(config: DataConfig) -> None:
-    """A batch has captions for all of its samples or for none, and so with labels."""
-    for key in ("text", "label"):
-        without = [name for name, source in config.sources.items() if getattr(source, key) is None]
-        if 0 < len(without) < len(config.sources):
-            raise UserError(
-                f"data.sources.{without[0]}.{key} is null, and other sources have one: batches mix all sources, so"
-                " give it for each of them or for none"
-            )
 
 
 def _no_sample(name: str, shards: ShardSet) -> str:

@@ -6,18 +6,25 @@ import functools
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from siglip_train.data.batch_pieces import BatchPieces
+from siglip_train.data.mixture import Mixture
+from siglip_train.data.order import SourceOrder
 from siglip_train.data.remote.disk_budget import rounded
 from siglip_train.data.remote.fetch import Event
-from siglip_train.data.shards.reader import open_shard
+from siglip_train.data.shards.reader import ShardSet, open_shard
 
 _THREADS = 4
 # seconds between looks at what is missing or may be tried again
 _PAUSE = 0.5
 _TOUCH_EVERY = 1.0
+
+
+class _Source(Protocol):
+    shards: ShardSet
+    order: SourceOrder
 
 
 class _Task(NamedTuple):
@@ -32,8 +39,8 @@ class ReadAhead:
     the context or of the process. Nothing happens where no source needs copies.
     """
 
-    def __init__(self, pieces: BatchPieces, in_flight: int) -> None:
-        self._sources, self._mixture, self._in_flight = pieces.sources, pieces.mixture, in_flight
+    def __init__(self, sources: Sequence[_Source], mixture: Mixture, in_flight: int) -> None:
+        self._sources, self._mixture, self._in_flight = sources, mixture, in_flight
         self._stopped = threading.Event()
         self._changed = threading.Condition()
         self._needed = any(source.shards.has_copies for source in self._sources)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_train.batch import Images
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.distributed.collectives import gather_objects, gather_rows
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError

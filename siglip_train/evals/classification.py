@@ -51,8 +51,7 @@ class HeadAccuracy:
         head = self._head(encoder)
 
         def scores(images: Images) -> Tensor:
-            no_texts = torch.empty(len(images.patches), 0, dtype=torch.long)
-            return head.logits(ForwardPass(encoder.model, Batch(images, no_texts)))  # [B, C]
+            return head.logits(ForwardPass(encoder.model, Batch({"images": images})))  # [B, C]
 
         images = encoder.encode_images(
             self._source,

@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 from siglip_train.batch import Images
 from siglip_train.data.config import extensions
 from siglip_train.data.folders import benchmark_folder, class_folder, class_folder_names
-from siglip_train.data.inputs.captions import no_caption
-from siglip_train.data.inputs.images import ImageTransform, decode
-from siglip_train.data.inputs.labels import labels_of
+from siglip_train.data.image_file import decode
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import check_local, short_name
+from siglip_train.data.shards.caption_choice import no_caption
 from siglip_train.data.shards.faults import BadSample, BadSampleLog, causes
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
 from siglip_train.data.shards.select import EVERYTHING, Selection
 from siglip_train.data.watchdog import Loss, Verdict, watched

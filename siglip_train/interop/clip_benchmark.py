@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from siglip_train.data.inputs.images import to_rgb
+from siglip_train.data.image_file import to_rgb
 from siglip_train.interop.load import load_model
 from siglip_train.interop.loaded_model import LoadedModel
 from siglip_train.models.siglip import Siglip

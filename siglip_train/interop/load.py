@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import UserError
 from siglip_train.integrity import check

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from siglip_train.batch import Images
-from siglip_train.data.inputs.images import ImageTransform, decode, to_rgb
+from siglip_train.data.image_file import decode, to_rgb
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.prompts import fill, read_class_names, read_templates
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import SampleError, UserError

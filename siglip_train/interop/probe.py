@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from siglip_train.batch import Batch, Images
-from siglip_train.data.inputs.images import ImageTransform, decode
+from siglip_train.data.image_file import decode
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import SampleError, UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig
@@ -74,7 +75,7 @@ def make_probe(
 def our_answers(model: Siglip, probe: Probe, head: Classification | None = None) -> Answers:
     """The probe's embeddings by our own model, or what `head` says of its pictures."""
     if head is not None:
-        return {"logits": head.logits(ForwardPass(model, Batch(probe.images, probe.tokens)))}
+        return {"logits": head.logits(ForwardPass(model, Batch({"images": probe.images})))}
     return {
         "image_embedding": model.encode_image(probe.images),
         "text_embedding": model.encode_text(probe.tokens),

@@ -6,6 +6,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from siglip_train.batch import Batch
+from siglip_train.data.inputs.base import Input
+from siglip_train.data.inputs.captions import CaptionInput
+from siglip_train.data.inputs.images import ImageInput
 from siglip_train.objectives.forward_pass import ForwardPass
 
 
@@ -29,11 +32,13 @@ class Objective(nn.Module):
     others would wait for a rank that leaves one out.
 
     weight: factor of this term in the total. Raises ValueError unless it is finite and above 0.
+    inputs: the classes of what it needs of a sample.
     pairs_samples: whether samples are compared with one another, so that the sums of a batch are not those of its
         parts. Such an objective asks the forward pass for embeddings alone.
     task_weights: factors of its tasks within the term, 1 where none is given.
     """
 
+    inputs: tuple[type[Input], ...] = (CaptionInput, ImageInput)
     pairs_samples = False
 
     def __init__(self, *, weight: float = 1.0) -> None:

@@ -8,6 +8,8 @@ from torch.nn import functional
 from torch.profiler import record_function
 
 from siglip_train.batch import Batch
+from siglip_train.data.inputs.images import ImageInput
+from siglip_train.data.inputs.labels import LabelInput
 from siglip_train.errors import UserError
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -21,6 +23,8 @@ class Classification(Objective):
     the tower's own head makes of them, with which contrastive training ended. label_smoothing: share of the target that
     is spread over all classes.
     """
+
+    inputs = (LabelInput, ImageInput)
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Classification(Objective):
         return 6.0 * self.classifier.in_features * self.classifier.out_features
 
     def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
-        """Return the sum over this rank's images. Raises `UserError` for a label outside 0..C-1, and for none."""
+        """Return the sum over this rank's images. Raises `UserError` for a label outside 0..C-1."""
         labels = self._checked_labels(forward_pass)
         logits = self.logits(forward_pass)
         with record_function("objective/classification"):
@@ -74,12 +78,7 @@ class Classification(Objective):
         return {"images": loss}
 
     def _checked_labels(self, forward_pass: ForwardPass) -> Tensor:
-        labels, keys = forward_pass.batch.labels, forward_pass.batch.keys
-        if labels is None:
-            raise UserError(
-                "classification needs labels: set data.sources.NAME.label to the member (cls) or field (json:class) "
-                "with the class index"
-            )
+        labels, keys = forward_pass.batch.part("labels"), forward_pass.batch.keys
         outside = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
         # before the tower has work to do, as asking waits for the device
         if len(outside):

@@ -26,29 +26,27 @@ class ForwardPass:
     @cached_property
     def image(self) -> VisionFeatures:
         """The vision tower's tokens `[B, L, D]`, pooled output `[B, D]` and mask."""
-        if self.batch.images is None:
+        if "pooled" in self.batch.parts:
             raise UserError(
-                "an objective needs the pictures or their tokens, and of a locked tower data.embedding_dir keeps the "
+                "an objective needs the images or their tokens, and of a locked tower data.embedding_dir keeps the "
                 "pooled output alone: set data.embedding_dir=null, or leave the objective out (objectives.NAME=null)"
             )
+        images = self.batch.part("images")
         with record_function("forward/image"):
-            return self.model.vision(*self.batch.images)
+            return self.model.vision(*images)
 
     @cached_property
     def text(self) -> TextFeatures:
         """The text tower's tokens `[B, context_length, D]` and pooled output `[B, E]`."""
-        if self.batch.texts.shape[1] == 0:
-            raise UserError(
-                "an objective needs captions, and data.sources give none: set data.sources.NAME.text, or leave the"
-                " objective out (objectives.NAME=null)"
-            )
+        texts = self.batch.part("texts")
         with record_function("forward/text"):
-            return self.model.text(self.batch.texts)
+            return self.model.text(texts)
 
     @cached_property
     def image_pooled(self) -> Tensor:
         """The vision tower's pooled output, `[B, D]`: of this pass, or as it was kept."""
-        return self.image.pooled if self.batch.pooled is None else self.batch.pooled.float()
+        kept = self.batch.parts.get("pooled")
+        return self.image.pooled if kept is None else kept.float()
 
     @cached_property
     def image_average(self) -> Tensor:

@@ -49,7 +49,7 @@ class SigmoidLoss(Objective):
         """Return the sum over this rank's images and the texts of all ranks.  # all ranks"""
         model = forward_pass.model
         images, texts = forward_pass.image_embedding, forward_pass.text_embedding
-        ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.texts)
+        ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.part("texts"))
         with record_function("objective/sigmoid"):
             mean = sigmoid_loss(
                 images,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_train.batch import Batch
+from siglip_train.data.inputs.base import Input
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Losses, Objective
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -27,6 +28,11 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(dict(objectives))
+
+    @property
+    def inputs(self) -> tuple[type[Input], ...]:
+        """The classes of what the objectives need of a sample, each once."""
+        return tuple(dict.fromkeys(kind for _, objective in self._named() for kind in objective.inputs))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many of this rank's samples take part in each task, by `objective/task`."""

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.remote.cache import local_tar
+from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.shards.tar import BrokenTarError, TarIndex, scan

@@ -11,10 +11,11 @@ from typing import Any
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import load_tokenizer
+from tests.data.run_inputs import inputs_of
 
 SIZE = 8
 
@@ -31,8 +32,7 @@ def loader_of(
     config = DataConfig(sources, workers=workers, shuffle_window=16, cache_dir=cache, prefetch=2)
     return build_loader(
         config,
-        tokenizer=load_tokenizer(tokenizer, context_length=8),
-        transform=ImageTransform(16, 8),
+        inputs=inputs_of(config, ImageTransform(16, 8), load_tokenizer(tokenizer, context_length=8)),
         share=RankShare(SIZE, rank, ranks),
         seed=5,
         state=state,

@@ -9,10 +9,11 @@ import torch
 from siglip_train.batch import Batch, Images
 from siglip_train.data.batch_pieces import BatchPieces, Piece, RankShare, Report
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import write_shards
 
 
@@ -20,7 +21,13 @@ def test_a_piece_arrives_as_it_was_sent_with_patches_alone_in_shared_memory():
     patches = torch.randint(256, (16, 100, 768), dtype=torch.uint8)
     grid = torch.arange(200).view(100, 2).expand(16, -1, -1)
     texts, labels, pooled = torch.randint(100, (16, 64)), torch.arange(16), torch.randn(16, 5).half()
-    sent = Piece(Batch(Images(patches, grid), texts, ("a/b",) * 16, labels, pooled), Report(failure="none"))
+    sent = Piece(
+        Batch(
+            {"images": Images(patches, grid), "texts": texts, "labels": labels, "pooled": pooled},
+            ("a/b",) * 16,
+        ),
+        Report(failure="none"),
+    )
     arrived = ForkingPickler.loads(bytes(ForkingPickler.dumps(sent)))
     assert arrived.report == sent.report
     assert arrived.batch is not None
@@ -44,15 +51,16 @@ def pieces(tmp_path: Path, tokenizer: Tokenizer, cache: str) -> BatchPieces:
     """Of one sample each, 1.3 million levels, which do not go in a message."""
     config = DataConfig({"all": SourceConfig(write_shards(tmp_path / "in", [8]))}, cache_dir=cache)
     transform = ImageTransform(672, 8)
-    return build_loader(config, tokenizer=tokenizer, transform=transform, share=RankShare(1), seed=0)._pieces
+    return build_loader(
+        config, inputs=inputs_of(config, transform, tokenizer), share=RankShare(1), seed=0
+    )._pieces
 
 
 def test_pieces_of_workers_take_turns_in_the_same_memory(pieces: BatchPieces):
     def patches(pieces: BatchPieces, number: int) -> torch.Tensor:
         batch = pieces[number].batch
         assert batch is not None
-        assert batch.images is not None
-        return batch.images.patches
+        return batch.part("images").patches
 
     own = [patches(pieces, number) for number in range(7)]
     assert not own[0].is_shared()

@@ -9,7 +9,7 @@ import torch
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.embeddings import embedding
+from siglip_train.data.inputs.embeddings import embedding, stands_in
 from siglip_train.data.loader import Loader
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder
 from siglip_train.models.siglip import Siglip
 from tests.data.conftest import encoded, picture
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import sample, write_shards, write_tar
 from tests.test_embedding_cache import TRANSFORM, frozen_model
 
@@ -47,10 +48,15 @@ def encoder_of(model: Siglip, stop_at: int = -1) -> Encoder:
     )
 
 
-def loader_of(tokenizer: Tokenizer, cache: str, *shards: str, **options) -> Loader:
+def loader_of(
+    tokenizer: Tokenizer, cache: str, *shards: str, folder: Path | None = None, **options
+) -> Loader:
     sources = {f"source{number}": SourceConfig(spec) for number, spec in enumerate(shards)}
     config = DataConfig(sources=sources, workers=0, cache_dir=cache, shuffle_window=8, **options)
-    return build_loader(config, tokenizer=tokenizer, transform=TRANSFORM, share=RankShare(4), seed=3)
+    inputs = inputs_of(config, TRANSFORM, tokenizer)
+    if folder is not None:
+        inputs = inputs._replace(kinds=stands_in(inputs.kinds), embedding_dir=folder)
+    return build_loader(config, inputs=inputs, share=RankShare(4), seed=3)
 
 
 def batches_of(loader: Loader, count: int) -> list:
@@ -63,24 +69,40 @@ def test_an_interrupted_computation_goes_on_with_the_shard_it_was_at(
 ) -> None:
     shards = write_shards(tmp_path / "shards", [5, 4, 6])
     model = frozen_model()
-    embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model), tmp_path / "whole")
+    embed_pictures(
+        loader_of(tokenizer, cache, shards, folder=tmp_path / "whole"), encoder_of(model), tmp_path / "whole"
+    )
     with pytest.raises(StopError):
-        embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model, stop_at=2), tmp_path / "rows")
+        embed_pictures(
+            loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
+            encoder_of(model, stop_at=2),
+            tmp_path / "rows",
+        )
     assert len(list((tmp_path / "rows").iterdir())) == 1, "of eight pictures five are a whole shard"
     # ten pictures are left, of which three batches are made
-    embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model, stop_at=3), tmp_path / "rows")
+    embed_pictures(
+        loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
+        encoder_of(model, stop_at=3),
+        tmp_path / "rows",
+    )
     files = sorted((tmp_path / "whole").iterdir())
     assert sorted(os.listdir(tmp_path / "rows")) == [file.name for file in files]
     for file in files:
         np.testing.assert_allclose(np.load(tmp_path / "rows" / file.name), np.load(file), rtol=1e-3)
-    embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model, stop_at=0), tmp_path / "rows")
+    embed_pictures(
+        loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
+        encoder_of(model, stop_at=0),
+        tmp_path / "rows",
+    )
 
 
 def test_a_damaged_file_is_made_again_and_said(
     tmp_path: Path, tokenizer: Tokenizer, cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, model = write_shards(tmp_path / "shards", [5, 4, 6, 3]), frozen_model()
-    embed_pictures(loader_of(tokenizer, cache, shards), encoder_of(model), tmp_path / "rows")
+    embed_pictures(
+        loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"), encoder_of(model), tmp_path / "rows"
+    )
     assert "damaged" not in caplog.text
     expected = {file: np.load(file) for file in (tmp_path / "rows").iterdir()}
     whole, cut, empty, other = expected
@@ -88,7 +110,7 @@ def test_a_damaged_file_is_made_again_and_said(
     empty.write_bytes(b"")
     np.save(other, expected[other][1:])
     kept = whole.stat().st_mtime_ns
-    loader = loader_of(tokenizer, cache, shards)
+    loader = loader_of(tokenizer, cache, shards, folder=tmp_path / "rows")
     embed_pictures(loader, encoder_of(model), tmp_path / "rows")
     (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert "3 files in" in said
@@ -111,17 +133,18 @@ def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
     # two sources share shards, one is a remote shard with two bad pictures
     sources = (shards, shards, f"pipe:cat {tar}")
     model, options = frozen_model(), {"order": order, "max_bad_share": 1.0}
-    plain, cached = (loader_of(tokenizer, cache, *sources, **options) for _ in range(2))
+    plain = loader_of(tokenizer, cache, *sources, **options)
+    cached = loader_of(tokenizer, cache, *sources, folder=tmp_path / "rows", **options)
     embed_pictures(cached, encoder_of(model), tmp_path / "rows")
     assert len(list((tmp_path / "rows").iterdir())) == 3
     for with_pictures, with_rows in zip(batches_of(plain, 12), batches_of(cached, 12), strict=True):
         assert with_rows.keys == with_pictures.keys
-        assert torch.equal(with_rows.texts, with_pictures.texts)
-        assert with_rows.images is None
+        assert torch.equal(with_rows.part("texts"), with_pictures.part("texts"))
+        assert "images" not in with_rows.parts
         with torch.inference_mode():
-            expected = model.vision(*with_pictures.images).pooled
+            expected = model.vision(*with_pictures.part("images")).pooled
         # measured 0.021: training resizes within a level or two of 255
-        torch.testing.assert_close(with_rows.pooled.float(), expected, rtol=0, atol=0.05)
+        torch.testing.assert_close(with_rows.part("pooled").float(), expected, rtol=0, atol=0.05)
     assert plain.counts["bad/broken image"] > 0
     assert plain.counts["bad/damaged picture data"] > 0
     assert cached.counts == plain.counts
@@ -130,7 +153,7 @@ def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
 def test_pictures_that_cannot_be_read_now_do_not_become_bad_for_ever(
     tmp_path: Path, tokenizer: Tokenizer, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4, 5]))
+    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4, 5]), folder=tmp_path / "rows")
     reader = loader.sources[0].reader
     read = reader.read
 
@@ -151,7 +174,7 @@ def test_values_beyond_float16_are_an_error_in_a_line(
 ) -> None:
     model = frozen_model()
     model.vision.pool.mlp.fc2.bias.fill_(1e5)
-    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]))
+    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]), folder=tmp_path / "rows")
     with pytest.raises(UserError, match="beyond 65504"):
         embed_pictures(loader, encoder_of(model), tmp_path / "rows")
 
@@ -160,6 +183,6 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_a_line(
     tmp_path: Path, tokenizer: Tokenizer, cache: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]))
+    loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]), folder=tmp_path / "rows")
     with pytest.raises(UserError, match="cannot make"):
         embed_pictures(loader, encoder_of(frozen_model()), tmp_path / "file" / "rows")

@@ -6,12 +6,13 @@ import pytest
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.mixture import StageConfig
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import write_shards
 
 
@@ -24,16 +25,16 @@ def _loader(folder: Path, tokenizer: Tokenizer, share: RankShare, state: dict | 
     stages = [StageConfig(30, {"few": 0.5, "late": 0.5})]
     config = DataConfig(sources, stages, workers=0, cache_dir=str(folder / "cache"))
     return build_loader(
-        config, tokenizer=tokenizer, transform=ImageTransform(16, 8), share=share, seed=0, state=state
+        config, inputs=inputs_of(config, ImageTransform(16, 8), tokenizer), share=share, seed=0, state=state
     )
 
 
 def test_the_outlook_counts_every_stage_exactly(tmp_path: Path, tokenizer: Tokenizer):
     # 32 samples of the first stage, 64 of the second
     assert _loader(tmp_path, tokenizer, RankShare(8)).outlook(90) == [
-        "source many: 40 samples in 3 shards, 25 % of the mix, 0.6 passes in this run",
-        "source few: 10 samples in 1 shard, 41.7 % of the mix, 4.0 passes in this run",
-        "source late: 16 samples in 1 shard, 33.3 % of the mix, 2.0 passes in this run",
+        "source many: 40 samples in 3 shards, 25 % of the mix, 0.6 epochs in this run",
+        "source few: 10 samples in 1 shard, 41.7 % of the mix, 4.0 epochs in this run",
+        "source late: 16 samples in 1 shard, 33.3 % of the mix, 2.0 epochs in this run",
         "from sample 30 on: many 0 %, few 50 %, late 50 %",
     ]
     assert len(_loader(tmp_path, tokenizer, RankShare(8)).outlook(24)) == 3
@@ -80,7 +81,7 @@ def test_stages_are_part_of_the_fingerprint(tmp_path: Path, tokenizer: Tokenizer
         config = DataConfig(source, stages, workers=0, cache_dir=str(tmp_path / "cache"))
         prints.add(
             build_loader(
-                config, tokenizer=tokenizer, transform=ImageTransform(16, 8), share=RankShare(8), seed=0
+                config, inputs=inputs_of(config, ImageTransform(16, 8), tokenizer), share=RankShare(8), seed=0
             ).fingerprint
         )
     assert len(prints) == 4

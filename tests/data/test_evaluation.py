@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.errors import UserError
 from siglip_train.evals.loader import Caption, EvaluationLoader, EvaluationSource, build_evaluation_loader
 from tests.data.conftest import picture

@@ -15,7 +15,7 @@ import pytest
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.shards.manifest import index_content, read_index
 from siglip_train.data.shards.select import Selection

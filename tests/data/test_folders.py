@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from siglip_train.data.folders import benchmark_folder, class_folder_names
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader, check_found

@@ -14,7 +14,8 @@ import pytest
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform, decode
+from siglip_train.data.image_file import decode
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.remote.cache import ShardCache, was_damaged
 from siglip_train.data.remote.limits import Limits
@@ -22,6 +23,7 @@ from siglip_train.data.shards.tar import scan
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import encoded, picture
 from tests.data.fuzz import Fuzz, flipped
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import sample, write_tar
 
 GUARD_SECONDS = 300
@@ -83,11 +85,11 @@ def test_a_loader_trains_on_what_damage_has_left(
         {"all": source}, workers=0, max_bad_share=1, order="sequential", cache_dir=str(tmp_path / "c")
     )
     share = RankShare(400)
-    loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
+    loader = build_loader(config, inputs=inputs_of(config, transform, tokenizer), share=share, seed=0)
     batch = next(iter(loader))
     seen = [
         (patches.get(image.numpy().tobytes()), texts.get(tuple(text.tolist())))
-        for image, text in zip(batch.images.patches, batch.texts, strict=True)
+        for image, text in zip(batch.part("images").patches, batch.part("texts"), strict=True)
     ]
     assert len(set(texts.values())) == len(texts) == 8
     # a flip in the picture, or in the text, is seen as neither
@@ -167,7 +169,7 @@ def test_contents_that_claim_or_nest_too_much(
     config = DataConfig({"all": source}, workers=0, max_bad_share=1, max_image_pixels=1 << 24,
                         order="sequential", cache_dir=str(tmp_path / "cache"))  # fmt: skip
     share = RankShare(len(samples))
-    loader = build_loader(config, tokenizer=tokenizer, transform=transform, share=share, seed=0, state=None)
+    loader = build_loader(config, inputs=inputs_of(config, transform, tokenizer), share=share, seed=0)
     before = _peak_bytes()
     batch = next(iter(loader))
     assert _peak_bytes() - before < 300 * MEGABYTE

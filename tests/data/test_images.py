@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_train.data.inputs import images
-from siglip_train.data.inputs.images import ImageTransform, decode, patchify, without_texts
+from siglip_train.data import image_file
+from siglip_train.data.choices import Choices
+from siglip_train.data.image_file import decode, without_texts
+from siglip_train.data.image_transform import ImageTransform, patchify
 from siglip_train.errors import SampleError, UserError
 from tests.data.conftest import encoded, picture
 
@@ -51,7 +53,7 @@ def test_few_shot_probes_see_the_middle_of_a_larger_square(size: int, side: int)
 def test_jpeg_decodes_to_the_same_pixels_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch):
     data = encoded(picture(size=(101, 67)).resize((90, 64)), "jpg")
     fast = np.asarray(decode(data))
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(image_file, "simplejpeg", None)
     np.testing.assert_array_equal(fast, np.asarray(decode(data)))
 
 
@@ -66,9 +68,9 @@ def test_training_refuses_a_jpeg_with_a_hole_which_evaluation_reads_as_pillow_do
         decode(hole, strict=True)
     assert found.value.cause == "damaged picture data"
     with pytest.raises(SampleError, match="damaged picture data"):
-        ImageTransform(32, 8).for_training(hole, np.random.default_rng(0))
+        ImageTransform(32, 8).for_training(hole, Choices(np.random.default_rng(0)))
     lenient = np.asarray(decode(hole))
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(image_file, "simplejpeg", None)
     np.testing.assert_array_equal(lenient, np.asarray(decode(hole)))
     np.testing.assert_array_equal(lenient, np.asarray(decode(hole, strict=True)))
 
@@ -77,7 +79,7 @@ def test_padding_is_no_damage():
     whole = jpeg(picture(size=(96, 64)))
     padded = whole[:-2] + bytes(40) + whole[-2:]
     with pytest.raises(ValueError, match="extraneous bytes before marker"):
-        images.simplejpeg.decode_jpeg(padded)
+        image_file.simplejpeg.decode_jpeg(padded)
     np.testing.assert_array_equal(np.asarray(decode(padded, strict=True)), np.asarray(decode(whole)))
 
 

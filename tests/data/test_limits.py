@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from siglip_train.data.inputs.captions import CaptionChoice
-from siglip_train.data.inputs.images import Encoded, decode
-from siglip_train.data.inputs.labels import labels_of
+from siglip_train.data.image_file import Encoded, decode
 from siglip_train.data.remote import cache as caches
 from siglip_train.data.remote import limits
 from siglip_train.data.remote.cache import ShardCache, UnavailableShardError, local_tar
 from siglip_train.data.remote.limits import MAX_PIXELS, MAX_TEXT_BYTES, Limits, OversizedError
 from siglip_train.data.remote.retry import RetryPolicy
 from siglip_train.data.shards import tar, tar_members
+from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
 from siglip_train.data.shards.tar import BrokenTarError, scan
 from siglip_train.errors import SampleError, UserError

@@ -12,12 +12,13 @@ from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.typed import build
 from tests.conftest import ROOT
+from tests.data.run_inputs import inputs_of
 
 EMOJI = ROOT.parent / "shared" / "data" / "emoji_train"
 
@@ -30,10 +31,10 @@ def _sources(name: str) -> dict[str, Any]:
 
 def _loader(sources: dict[str, Any], tokenizer: Path, cache: str, global_batch_size: int) -> Loader:
     values = {"sources": sources, "workers": 0, "cache_dir": cache, "shuffle_window": 100}
+    config = build(DataConfig, values)
     return build_loader(
-        build(DataConfig, values),
-        tokenizer=load_tokenizer(tokenizer, context_length=24),
-        transform=ImageTransform(16, 8),
+        config,
+        inputs=inputs_of(config, ImageTransform(16, 8), load_tokenizer(tokenizer, context_length=24)),
         share=RankShare(global_batch_size),
         seed=0,
     )

@@ -16,13 +16,14 @@ import pytest
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.mixture import StageConfig
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.data.killed_run import SIZE, loader_of
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import Member, sample, without, write_shards, write_tar
 from tests.tiers import one_in
 
@@ -94,10 +95,10 @@ class Case:
         }
 
     def loader(self, *, rank: int, ranks: int, workers: int, state: dict[str, Any] | None) -> Loader:
+        config = DataConfig(**self.options, workers=workers)
         return build_loader(
-            DataConfig(**self.options, workers=workers),
-            tokenizer=self.tokenizer,
-            transform=ImageTransform(16, 8),
+            config,
+            inputs=inputs_of(config, ImageTransform(16, 8), self.tokenizer),
             share=RankShare(self.size, rank, ranks),
             seed=3,
             state=state,

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siglip_train.batch import Batch
-from siglip_train.data.inputs import images
-from siglip_train.data.inputs.images import Encoded, ImageTransform, decode, resize_pixels
+from siglip_train.data import image_file
+from siglip_train.data.choices import Choices
+from siglip_train.data.image_file import Encoded, decode
+from siglip_train.data.image_transform import ImageTransform, resize_pixels
 from siglip_train.errors import SampleError
 from tests.data.conftest import encoded, picture
 
@@ -67,7 +69,7 @@ def test_resize_is_pillows_rows_first(resize: str):
 def test_training_sees_what_a_call_sees(mode: str):
     transform = ImageTransform(32, 8)
     data = encoded(picture(size=(70, 50)).convert(mode), "jpg" if mode == "CMYK" else "png")
-    got = transform.for_training(data, np.random.default_rng(0))
+    got = transform.for_training(data, Choices(np.random.default_rng(0)))
     assert got.dtype == np.uint8
     np.testing.assert_allclose(_levels(got), _levels(transform(decode(data))), rtol=0, atol=1)
 
@@ -82,7 +84,7 @@ def test_both_decoders_give_the_same_small_pixels(mode: str, options: dict, monk
     pytest.importorskip("simplejpeg")
     data = _jpeg(picture(size=(331, 203), mode=mode).resize((501, 307)), **options)
     fast = {divisor: Encoded(data).pixels(divisor) for divisor in (1, 2, 4, 8)}
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(image_file, "simplejpeg", None)
     for divisor, pixels in fast.items():
         assert pixels.shape == (-(-307 // divisor), -(-501 // divisor), 3)
         # they were equal wherever this was tried
@@ -110,8 +112,8 @@ def test_half_as_much_again_as_the_target_is_decoded(
     pixels_of = Encoded.pixels
     monkeypatch.setattr(Encoded, "pixels", lambda self, by=1: decoded.append(by) or pixels_of(self, by))
     data = _jpeg(Image.new("RGB", size))
-    ImageTransform(32, 8).for_training(data, np.random.default_rng(0))
-    ImageTransform(32, 8, reduced_jpeg=False).for_training(data, np.random.default_rng(0))
+    ImageTransform(32, 8).for_training(data, Choices(np.random.default_rng(0)))
+    ImageTransform(32, 8, reduced_jpeg=False).for_training(data, Choices(np.random.default_rng(0)))
     assert decoded == [divisor, 1]
 
 
@@ -123,7 +125,7 @@ def test_reduced_photographs_differ_little(resize: str):
         data = _jpeg(image, quality=90)
         # the short side of the reduced picture is 1.5 times the target, the least there is
         transform = ImageTransform(256, 16, resize)
-        got = transform.for_training(data, np.random.default_rng(0))
+        got = transform.for_training(data, Choices(np.random.default_rng(0)))
         differences.append(np.abs(_levels(got) - _levels(transform(decode(data)))))
     # measured with bilinear and bicubic: mean 1.02 and 0.97 of 255 levels, 99 % within 6, largest 18 and 21
     assert 0.3 < np.mean(differences) < 1.1
@@ -134,16 +136,16 @@ def test_reduced_photographs_differ_little(resize: str):
 def test_size_limit_is_on_the_whole_picture():
     data = _jpeg(Image.new("RGB", (400, 400)))
     transform = ImageTransform(16, 8)
-    transform.for_training(data, np.random.default_rng(0), max_pixels=160_000)
+    transform.for_training(data, Choices(np.random.default_rng(0)), max_pixels=160_000)
     with pytest.raises(SampleError) as caught:
-        transform.for_training(data, np.random.default_rng(0), max_pixels=159_999)
+        transform.for_training(data, Choices(np.random.default_rng(0)), max_pixels=159_999)
     assert caught.value.cause == "image too large"
 
 
 def test_torn_jpeg_is_broken_at_any_size():
     data = _jpeg(picture(size=(400, 400)))
     with pytest.raises(SampleError) as caught:
-        ImageTransform(16, 8).for_training(data[: len(data) * 2 // 3], np.random.default_rng(0))
+        ImageTransform(16, 8).for_training(data[: len(data) * 2 // 3], Choices(np.random.default_rng(0)))
     assert caught.value.cause == "broken image"
 
 
@@ -157,7 +159,7 @@ def test_flip_mirrors_half_of_the_pictures():
     image = picture(size=(16, 16))
     plain, transform = np.asarray(image), ImageTransform(16, 8, flip=True)
     got = [
-        _square(transform.for_training(encoded(image), np.random.default_rng(seed)), 16, 8)
+        _square(transform.for_training(encoded(image), Choices(np.random.default_rng(seed))), 16, 8)
         for seed in range(400)
     ]
     flipped = sum(np.array_equal(square, plain[:, ::-1]) for square in got)
@@ -177,7 +179,7 @@ def test_random_crops_keep_the_least_area_and_the_aspect():
     transform = ImageTransform(50, 10, min_crop_area=0.25)
     boxes = set()
     for seed in range(50):
-        got = _square(transform.for_training(data, np.random.default_rng(seed)), 50, 10).astype(int)
+        got = _square(transform.for_training(data, Choices(np.random.default_rng(seed))), 50, 10).astype(int)
         height, width = np.ptp(got[..., 0]) / 256, np.ptp(got[..., 1]) / 256
         assert height * width > 0.22
         assert 0.68 < width / height < 1.47
@@ -191,7 +193,7 @@ def test_crops_of_reduced_jpegs_are_the_same_crops():
     whole = ImageTransform(16, 8, min_crop_area=0.1, reduced_jpeg=False)
     for seed in range(30):
         got, expected = (
-            _levels(transform.for_training(data, np.random.default_rng(seed)))
+            _levels(transform.for_training(data, Choices(np.random.default_rng(seed))))
             for transform in (reduced, whole)
         )
         # an edge of the crop may lie half a pixel of the reduced picture aside: up to two levels here
@@ -200,8 +202,10 @@ def test_crops_of_reduced_jpegs_are_the_same_crops():
 
 def test_crop_of_a_picture_nothing_fits_is_the_whole():
     data = encoded(picture(size=(300, 2)))
-    cropped = ImageTransform(16, 8, min_crop_area=0.9).for_training(data, np.random.default_rng(0))
-    np.testing.assert_array_equal(cropped, ImageTransform(16, 8).for_training(data, np.random.default_rng(0)))
+    cropped = ImageTransform(16, 8, min_crop_area=0.9).for_training(data, Choices(np.random.default_rng(0)))
+    np.testing.assert_array_equal(
+        cropped, ImageTransform(16, 8).for_training(data, Choices(np.random.default_rng(0)))
+    )
 
 
 def test_a_worker_stacks_into_shared_memory(monkeypatch: pytest.MonkeyPatch):
@@ -217,7 +221,9 @@ def test_a_worker_stacks_into_shared_memory(monkeypatch: pytest.MonkeyPatch):
 
 def test_levels_go_to_the_device_as_bytes_and_without_waiting(monkeypatch: pytest.MonkeyPatch):
     transform = ImageTransform(16, 8)
-    batch = Batch(transform.batch([transform(picture())]), torch.zeros(1, 8, dtype=torch.int64))
+    batch = Batch(
+        {"images": transform.batch([transform(picture())]), "texts": torch.zeros(1, 8, dtype=torch.int64)}
+    )
     copied = []
     to = torch.Tensor.to
 
@@ -227,6 +233,6 @@ def test_levels_go_to_the_device_as_bytes_and_without_waiting(monkeypatch: pytes
 
     monkeypatch.setattr(torch.Tensor, "to", record)
     moved = batch.to(torch.device("meta"))
-    assert moved.images.patches.dtype == torch.uint8
+    assert moved.part("images").patches.dtype == torch.uint8
     assert [dtype for dtype, _ in copied] == [torch.uint8, torch.int64, torch.int64]
     assert all(options == {"non_blocking": True} for _, options in copied)

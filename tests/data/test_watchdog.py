@@ -14,13 +14,14 @@ import pytest
 from siglip_train.data import quarantine
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.loader import Loader
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import UserError
 from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader
 from tests.data.conftest import encoded, picture
+from tests.data.run_inputs import inputs_of
 from tests.data.shard_files import sample, write_tar
 from tests.data.trap import ODD, Deadly, Trap
 
@@ -56,8 +57,7 @@ class Build:
         )
         return build_loader(
             config,
-            tokenizer=self.tokenizer,
-            transform=transform or ImageTransform(16, 8),
+            inputs=inputs_of(config, transform or ImageTransform(16, 8), self.tokenizer),
             share=RankShare(4),
             seed=0,
             state=state,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from siglip_train.data.inputs.images import ImageTransform, decode
+from siglip_train.data.choices import Choices
+from siglip_train.data.image_file import decode
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.remote.limits import MAX_PIXELS
 
 ODD = (33, 33)
@@ -18,13 +20,13 @@ class Trap(ImageTransform):
 
     caught: Path | None = None
 
-    def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def for_training(self, data: bytes, choices: Choices, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if decode(data).size == ODD and not (self.caught is not None and self.caught.exists()):
             if self.caught is not None:
                 self.caught.touch()
             while True:
                 time.sleep(1)
-        return super().for_training(data, rng, max_pixels)
+        return super().for_training(data, choices, max_pixels)
 
 
 class Deadly(ImageTransform):
@@ -32,7 +34,7 @@ class Deadly(ImageTransform):
 
     always = False
 
-    def for_training(self, data: bytes, rng: np.random.Generator, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def for_training(self, data: bytes, choices: Choices, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if self.always or decode(data).size == ODD:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().for_training(data, rng, max_pixels)
+        return super().for_training(data, choices, max_pixels)

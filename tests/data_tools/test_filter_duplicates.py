@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from data_tools.filtering.duplicates import near_duplicates, near_pairs, repeated
 from data_tools.filtering.fingerprint import COLOUR_TOLERANCE, Fingerprint, fingerprint
-from siglip_train.data.inputs.images import decode
+from siglip_train.data.image_file import decode
 from siglip_train.data.shards.reader import read_samples
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -22,7 +22,7 @@ from siglip_train.composition import defaults_of, instantiate_all, plain
 from siglip_train.config import Config
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.pipeline import build_loader
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder, check_all, run_all
@@ -34,6 +34,7 @@ from siglip_train.starting_point import _fill_sources
 from siglip_train.train import OPEN_GROUPS
 from siglip_train.typed import build
 from tests.conftest import ROOT
+from tests.data.run_inputs import inputs_of
 
 from .hub import serve
 from .stores import STORES
@@ -144,17 +145,17 @@ def read_in_training(overrides: list[str]) -> None:
     values = composed("train", Config, OPEN_GROUPS, overrides)
     _fill_sources(values)
     data = {**values["data"], "workers": 0, "shuffle_window": 100, "resize": DataConfig.resize}
+    config = build(DataConfig, data)
     loader = build_loader(
-        build(DataConfig, data),
-        tokenizer=Bytes(),  # type: ignore[arg-type]
-        transform=ImageTransform(16, 8),
+        config,
+        inputs=inputs_of(config, ImageTransform(16, 8), Bytes()),  # type: ignore[arg-type]
         share=RankShare(4),
         seed=0,
     )
     batch = next(iter(loader))
     assert len(batch.keys) == 4
     for source in values["data"]["sources"].values():
-        assert (batch.texts.shape[1] == 0) == (source.get("text", "txt") is None)
+        assert ("texts" in batch.parts) == (source.get("text", "txt") is not None)
     tokenizer = values["tokenizer"]
     assert "PATH" in tokenizer or os.path.exists(tokenizer) or "init_from" in values
     # null is what a run fills from the sources of its data

@@ -40,7 +40,7 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
     grid = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).expand(GLOBAL_BATCH, 4, 2)
     texts = torch.randint(0, 31, (GLOBAL_BATCH, 5), generator=generator)
     share = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    return Batch(Images(patches[share], grid[share]), texts[share])
+    return Batch({"images": Images(patches[share], grid[share]), "texts": texts[share]})
 
 
 def plain_run() -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from siglip_train import checkpoint
 from siglip_train import engine as engines
 from siglip_train.batch import Batch
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder
 from siglip_train.evals.classification import HeadAccuracy
@@ -43,10 +43,12 @@ def training_model() -> TrainingModel:
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    images, texts, *_ = whole.batch(step, rank, world_size)
+    pairs = whole.batch(step, rank, world_size)
     labels = torch.randint(0, 3, (whole.GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
-    size = len(texts)
-    return Batch(images, torch.empty(size, 0).long(), ("",) * size, labels[rank * size : (rank + 1) * size])
+    size = pairs.size
+    return Batch(
+        {"images": pairs.part("images"), "labels": labels[rank * size : (rank + 1) * size]}, ("",) * size
+    )
 
 
 def plain_run() -> tuple[list[float], TrainingModel]:
@@ -135,7 +137,7 @@ def accuracy_after(model: TrainingModel) -> float:
     with torch.no_grad():
         for number, label in enumerate(LABELS):
             images = transform.batch([transform(picture(number))])
-            forward_pass = ForwardPass(model.model, Batch(images, torch.empty(1, 0).long()))
+            forward_pass = ForwardPass(model.model, Batch({"images": images}))
             hits += int(model.objectives["head"].logits(forward_pass).argmax()) == label
     return hits / len(LABELS)
 
@@ -163,7 +165,7 @@ def test_every_stage_equals_plain_adamw_and_resumes_and_saves_merged_weights(
         assert result["moments"] == 3 * len(trained)
         saved = checkpoint.read(newest_checkpoint(tmp_path / str(stage)))
         checkpoint.restore_weights(live, saved, tmp_path)
-        images = batch(0).images
+        images = batch(0).part("images")
         plain = load_model(tmp_path / str(stage)).model.encode_image(images)
         torch.testing.assert_close(plain, live.model.encode_image(images), rtol=0, atol=1e-6)
         assert result["metrics"]["acc1"] == pytest.approx(accuracy_after(live))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from siglip_train.data.inputs.images import ImageTransform
+from siglip_train.data.image_transform import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation, check_all, flat_metrics, run_all, write_evaluations

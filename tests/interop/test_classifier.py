@@ -55,7 +55,7 @@ def our_logits(run: Path, pictures: list) -> Tensor:
     """As the objective has them, from the loaded model."""
     loaded = load_model(run)
     with torch.inference_mode():
-        batches = [Batch(loaded.preprocess(picture), torch.empty(1, 0)) for picture in pictures]
+        batches = [Batch({"images": loaded.preprocess(picture)}) for picture in pictures]
         head = read_heads(run)["kind"]
         return torch.cat([head.logits(ForwardPass(loaded.model, batch)) for batch in batches])
 

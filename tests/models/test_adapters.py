@@ -13,7 +13,7 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.training_model import TrainingModel
 from tests.objectives.tiny import tiny_batch, tiny_model
 
-IMAGES = tiny_batch(3, torch.float32).images
+IMAGES = tiny_batch(3, torch.float32).part("images")
 
 
 def adapted(config: AdapterConfig, seed: int = 1) -> Siglip:

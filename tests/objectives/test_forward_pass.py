@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from siglip_train.batch import Batch
 from siglip_train.errors import UserError
 from siglip_train.objectives.forward_pass import ForwardPass
 from tests.objectives.tiny import tiny_batch, tiny_model
@@ -30,8 +31,8 @@ def test_each_pass_runs_once_and_only_on_demand():
 def test_embeddings_are_those_of_the_model_s_encoders():
     model, batch = tiny_model(), tiny_batch(4)
     forward_pass = ForwardPass(model, batch)
-    assert torch.equal(forward_pass.image_embedding, model.encode_image(batch.images))
-    assert torch.equal(forward_pass.text_embedding, model.encode_text(batch.texts))
+    assert torch.equal(forward_pass.image_embedding, model.encode_image(batch.part("images")))
+    assert torch.equal(forward_pass.text_embedding, model.encode_text(batch.part("texts")))
 
 
 def test_embeddings_stay_in_fp32_under_autocast():
@@ -55,13 +56,13 @@ def test_passes_are_named_in_a_profile():
 
 def test_a_kept_pooled_output_takes_the_place_of_the_image_tower():
     (model, calls), batch = counting_model(), tiny_batch(3, torch.float32)
-    pooled = model.vision(*batch.images).pooled.half()
+    pooled = model.vision(*batch.part("images")).pooled.half()
     calls.clear()
-    forward_pass = ForwardPass(model, batch._replace(images=None, pooled=pooled))
+    forward_pass = ForwardPass(model, Batch({"texts": batch.part("texts"), "pooled": pooled}))
     assert forward_pass.image_embedding.dtype == torch.float32
     # measured 1.5e-4: float16 rounds each number by up to 5e-4 of itself
     torch.testing.assert_close(
-        forward_pass.image_embedding, model.encode_image(batch.images), rtol=0, atol=1e-3
+        forward_pass.image_embedding, model.encode_image(batch.part("images")), rtol=0, atol=1e-3
     )
     assert torch.equal(forward_pass.image_pooled, pooled.float())
     assert calls == ["image"], "of the comparison"

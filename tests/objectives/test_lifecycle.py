@@ -43,11 +43,11 @@ class Scored(Objective):
         self.steps_told = 0
 
     def counts(self, batch):
-        return {"even": int((batch.texts[:, 0] % 2 == 0).sum()), "all": batch.size}
+        return {"even": int((batch.part("texts")[:, 0] % 2 == 0).sum()), "all": batch.size}
 
     def forward(self, forward_pass):
         scores = self.head(forward_pass.image_pooled).squeeze(1)
-        is_even = (forward_pass.batch.texts[:, 0] % 2 == 0).to(scores.dtype)
+        is_even = (forward_pass.batch.part("texts")[:, 0] % 2 == 0).to(scores.dtype)
         self._seen += torch.stack([(scores * is_even).sum(), is_even.sum()]).detach()
         surprise = (scores - 1 - self.average[0]).square()
         return {"even": (surprise * is_even).sum(), "all": scores.square().sum()}
@@ -187,7 +187,7 @@ def test_a_term_is_the_weighted_sum_of_the_means_of_its_tasks_and_an_empty_task_
     terms = losses.terms
     assert terms["scored"].item() == pytest.approx((2 * terms["scored/even"] + terms["scored/all"]).item())
     assert losses.total.item() == pytest.approx((0.5 * terms["sigmoid"] + terms["scored"]).item())
-    odd = batch._replace(texts=torch.full_like(batch.texts, 7))
+    odd = batch._replace(parts={**batch.parts, "texts": torch.full_like(batch.part("texts"), 7)})
     assert model.counts(odd)["scored/even"] == 0
     empty = model(odd)
     assert empty.terms["scored/even"] == 0

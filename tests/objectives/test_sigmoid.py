@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from kernels.testing import assert_close, rms_ratio
-from siglip_train.batch import Batch, Images
 from siglip_train.objectives.forward_pass import ForwardPass
 from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, text_ids
 from siglip_train.objectives.training_model import TrainingModel
@@ -17,7 +16,7 @@ from tests.ranks import run_ranks
 
 def formula(model, batch):
     """Section 3.2 of SigLIP, with the towers' public encoders."""
-    images, texts = model.encode_image(batch.images), model.encode_text(batch.texts)
+    images, texts = model.encode_image(batch.part("images")), model.encode_text(batch.part("texts"))
     logits = model.logit_scale.exp() * images @ texts.T + model.logit_bias
     signs = 2 * torch.eye(batch.size, dtype=logits.dtype) - 1
     return -logsigmoid(signs * logits).sum() / batch.size
@@ -46,11 +45,11 @@ def test_value_and_every_gradient_equal_the_formula():
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_pairs_of_equal_texts_count_as_told(weight):
     batch, model = tiny_batch(6), tiny_model()
-    batch = batch._replace(texts=batch.texts[[0, 1, 0, 2, 1, 0]])
-    images, texts = model.encode_image(batch.images), model.encode_text(batch.texts)
+    batch.parts["texts"] = batch.part("texts")[[0, 1, 0, 2, 1, 0]]
+    images, texts = model.encode_image(batch.part("images")), model.encode_text(batch.part("texts"))
     logits = model.logit_scale.exp() * images @ texts.T + model.logit_bias
     signs = 2 * torch.eye(6, dtype=logits.dtype) - 1
-    alike = (batch.texts[:, None] == batch.texts).all(2) & (signs < 0)
+    alike = (batch.part("texts")[:, None] == batch.part("texts")).all(2) & (signs < 0)
     assert alike.sum() == 8
     expected = -(logsigmoid(signs * logits) * torch.where(alike, weight, 1.0)).sum() / 6
     loss = SigmoidLoss(same_text_weight=weight)(ForwardPass(model, batch))["images"] / batch.size
@@ -86,8 +85,7 @@ def test_expected_initial_loss():
 
 def share(batch, rank, size):
     rows = slice(rank * batch.size // size, (rank + 1) * batch.size // size)
-    images = Images(*(None if part is None else part[rows] for part in batch.images))
-    return Batch(images, batch.texts[rows])
+    return batch.rows(rows)
 
 
 def one_rank(exchange):

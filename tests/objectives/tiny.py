@@ -20,7 +20,7 @@ def tiny_batch(size: int, dtype: torch.dtype = torch.float64) -> Batch:
     """`size` random pairs; a smaller batch is the beginning of a larger one."""
     pairs = [_pair(seed, dtype) for seed in range(size)]
     images = patchify(torch.stack([pixels for pixels, _ in pairs]), 8)
-    return Batch(images, torch.stack([tokens for _, tokens in pairs]))
+    return Batch({"images": images, "texts": torch.stack([tokens for _, tokens in pairs])})
 
 
 def _pair(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

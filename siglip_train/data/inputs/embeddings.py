@@ -11,12 +11,18 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
+from siglip_train.data.choices import Choices
+from siglip_train.data.config import SourceConfig
+from siglip_train.data.inputs.base import Empty, Input, InputSetup
+from siglip_train.data.inputs.images import ImageInput
 from siglip_train.data.remote.failed import UnavailableShardError
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
@@ -70,6 +76,45 @@ def keep(rows: NDArray[np.float16], file: Path) -> None:
     """Write the rows of a shard; they appear complete or not at all. Raises `OSError`."""
     with appearing(file) as partial, partial.open("wb") as stream:
         np.save(stream, rows, allow_pickle=False)
+
+
+class EmbeddingInput(Input):
+    """`[B, D]` float16: what the locked image tower has made of the images, in their place; not normalised.
+
+    files: of each shard.
+    """
+
+    part = "pooled"
+
+    def __init__(self, setup: InputSetup) -> None:
+        assert setup.run.embedding_dir is not None, "stands_in puts it in only where there is one"
+        self.reader = setup.reader
+        self.files = embedding_files(setup.reader.shards, setup.run.embedding_dir)
+        self._images = ImageInput(setup)
+
+    @classmethod
+    def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
+        """None: the image, the largest part of a sample, is not read."""
+        return ()
+
+    def make(self, sample: RawSample, choices: Choices) -> NDArray[np.float16]:
+        """`[D]`."""
+        shard, number = sample.place
+        row = embedding(self.files[shard], number)
+        if row is not None:
+            return row
+        # what was wrong with the image then is wrong now, and has its own name
+        self._images.make(self.reader.read(shard, number), choices)
+        raise SampleError("no embedding", f"the image could not be read before; remove {self.files[shard]}")
+
+    def collate(self, rows: list[Any], empty: Empty) -> Tensor:
+        """Stack them."""
+        return torch.from_numpy(np.stack(rows))
+
+
+def stands_in(kinds: Iterable[type[Input]]) -> tuple[type[Input], ...]:
+    """The inputs of a run that reads embeddings where it would read images."""
+    return tuple(EmbeddingInput if kind is ImageInput else kind for kind in kinds)
 
 
 class Missing(NamedTuple):

@@ -1,44 +1,45 @@
-"""The classes of a sample: one index for training, all that are right for evaluation."""
+"""The class of a sample."""
 
-import io
+from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
+from siglip_train.data.choices import Choices
+from siglip_train.data.config import SourceConfig
+from siglip_train.data.inputs.base import Empty, Input, InputSetup
 from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.labels import class_label
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.errors import SampleError
+from siglip_train.errors import UserError
 
 
-def class_label(label: Field, sample: RawSample) -> int:
-    """The class index that stands in `label`. Raises `SampleError` where there is none, or something else."""
-    value = label.first(sample)
-    try:
-        # a fraction or a truth value is no class
-        return int(value if isinstance(value, str) or type(value) is int else "")
-    except ValueError:
-        raise SampleError("bad label", f"{label.text} is {value!r}, not an integer") from None
+class LabelInput(Input):
+    """Class indices `[B]` int64."""
+
+    part = "labels"
+
+    def __init__(self, setup: InputSetup) -> None:
+        self._label = _field(setup.name, setup.source)
+
+    @classmethod
+    def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
+        """The one that holds the label."""
+        return (_field(name, source).member,)
+
+    def make(self, sample: RawSample, choices: Choices) -> int:
+        """The class index."""
+        return class_label(self._label, sample)
+
+    def collate(self, rows: list[Any], empty: Empty) -> Tensor:
+        """Put them in a row."""
+        return torch.tensor(rows)
 
 
-def labels_of(label: Field, sample: RawSample) -> tuple[int, ...]:
-    """The classes a sample belongs to; none where its list is empty. Raises `SampleError`."""
-    if label.member == "npy":
-        return _set_bits(sample.members.get("npy", b""))
-    values = [value for _, value in label.values(sample)]
-    if not values and label.empty_list(sample):
-        return ()  # as in ReaL, where no label was agreed upon
-    try:
-        # a fraction or a truth value is no class
-        return tuple(
-            int(value if isinstance(value, str) or type(value) is int else "") for value in values or [None]
+def _field(name: str, source: SourceConfig) -> Field:
+    if source.label is None:
+        raise UserError(
+            f"data.sources.{name}.label is null, and an objective needs labels: set it to the member (cls) or field"
+            " (json:class) with the class index"
         )
-    except ValueError:
-        shown = values if len(values) > 1 else next(iter(values), None)
-        raise SampleError("bad label", f"{label.text} is {shown!r}, not an integer") from None
-
-
-def _set_bits(data: bytes) -> tuple[int, ...]:
-    try:
-        vector = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise SampleError("bad label", f"npy: {error}") from None
-    return tuple(np.flatnonzero(vector).tolist())
+    return Field.parse(source.label)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from siglip_train.data.inputs.images import decode, has_16_bits, without_texts
+from siglip_train.data.image_file import decode, has_16_bits, without_texts
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.errors import SampleError
 

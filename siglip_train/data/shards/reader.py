@@ -28,11 +28,12 @@ _ATTEMPTS = 3
 
 
 class RawSample(NamedTuple):
-    """The bytes of a sample. `members` maps extensions to content."""
+    """The bytes of a sample. `members` maps extensions to content; place: (shard, sample) in its `ShardSet`."""
 
     shard: str
     key: str
     members: dict[str, bytes]
+    place: tuple[int, int] = (-1, -1)
 
     @property
     def name(self) -> str:
@@ -185,7 +186,7 @@ class ShardReader:
         with self._descriptor(shard, path) as descriptor:
             limit = self.shards.cache.limits.member_bytes
             members = {name: read_member(index, descriptor, place, limit) for name, place in places.items()}
-        return RawSample(short_name(self.shards.urls[shard]), index.key(row), members)
+        return RawSample(short_name(self.shards.urls[shard]), index.key(row), members, (shard, sample))
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a complete sample; "?" in a remote shard, which might have to be fetched for it."""
