@@ -6,10 +6,14 @@ import os
 # as the programs of the tests run: DeepSpeed asks for the device when it is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: F401
+import deepspeed
 
 import siglip_train.evaluate
 import siglip_train.train  # noqa: F401
 
 with contextlib.suppress(ImportError):
     import peft  # noqa: F401
+
+with contextlib.suppress(ImportError):
+    # imported by `deepspeed.initialize`, and with it all of torch's compiler: half the time of a short run
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import one_in
+
 PROGRAM = """
 import sys
 from siglip_train.errors import UserError, exit_on_user_error
@@ -49,8 +51,7 @@ def test_a_program_ends_with_a_line_and_a_status(what: str, status: int, said: s
     assert run(what, subprocess.DEVNULL) == (status, said)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("what", ["little", "much"])
+@pytest.mark.parametrize(("what", "unbuffered"), one_in(3, ["little", "much"], ["", "1"]))
 def test_a_program_that_nobody_reads_ends_without_a_word(
     what: str, unbuffered: str, monkeypatch: pytest.MonkeyPatch
 ):
