@@ -328,6 +328,7 @@ def trained_run(run_dir: Path, export: str, shards: str) -> str:
     return str(run_dir)
 
 
+@pytest.mark.slow
 def test_a_runs_exports_have_the_same_zero_shot_table_in_a_process_without_us(
     export: str, sets: dict[str, str], tmp_path: Path
 ) -> None:
