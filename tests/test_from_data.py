@@ -180,6 +180,14 @@ def test_a_folder_is_packed_and_says_the_classes(tmp_path: Path) -> None:
         run_of_folder(folder, earlier=values)
 
 
+def test_a_folder_without_captions_is_told_where_they_are_needed(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "mine", "a b")
+    with pytest.raises(
+        UserError, match=r"mine: no sample of it can be trained on \(\d+ no text\).* --caption-template"
+    ):
+        run_of_folder(folder, "data.source_defaults.text=txt")
+
+
 def test_names_of_a_file_may_not_contradict_those_of_the_folders(tmp_path: Path) -> None:
     folder, names = class_folders(tmp_path / "mine", "n02 n01"), tmp_path / "names.txt"
     given = f"objectives.classification.classnames={names}"

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from siglip_train.data.config import DataConfig, SourceConfig, cache_of, wanted_of
 from siglip_train.data.remote.locations import is_remote, short_name
+from siglip_train.data.shards.faults import causes
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.labels import class_label
@@ -18,10 +19,22 @@ from siglip_train.errors import SampleError, UserError
 
 _LOG = logging.getLogger(__name__)
 
+_MAKE_CAPTIONS = "; folders of classes give no captions, siglip-data pack --caption-template makes some"
+
 
 def count_samples(config: DataConfig) -> dict[str, int]:
-    """The complete samples that are selected of each source, by its name.  # all ranks"""
+    """The complete samples that are selected of each source, by its name.  # all ranks
+
+    Raises `UserError` for a source that has none.
+    """
     sets = _surveyed(config, list(config.sources.values()))
+    for (name, source), shards in zip(config.sources.items(), sets, strict=True):
+        if not len(shards):
+            lacking = f" ({causes(shards.excluded)})" if shards.excluded else ""
+            raise UserError(
+                f"data.sources.{name}: no sample of it can be trained on{lacking}; check its image, text and select"
+                + _MAKE_CAPTIONS * (source.folder is not None)
+            )
     return dict(zip(config.sources, map(len, sets), strict=True))
 
 
