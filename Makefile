@@ -54,8 +54,9 @@ lint: setup  ## ruff, import floors, spelling
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell siglip_train kernels data_tools tests benchmarks conf README.md CONTRIBUTING.md
 
-map: setup  ## print every module, its lines and what it is for
+map: setup  ## print every module, its lines and what it is for, and the sizes of the house
 	$(BIN)/python -m tests.house.module_map
+	$(BIN)/python -m tests.house.measures
 
 types: setup  ## mypy
 	$(BIN)/mypy
