@@ -17,7 +17,7 @@ from siglip_train.batch import Batch
 from siglip_train.checkpoint import Checkpoints, Progress
 from siglip_train.distributed.collectives import gather_objects, mean_over_ranks
 from siglip_train.distributed.peers import Standing
-from siglip_train.distributed.ring import exchange_seconds
+from siglip_train.distributed.ring import exchange_seconds, waiting
 from siglip_train.distributed.setup import World
 from siglip_train.distributed.slow_ranks import SlowRank, Times, largest
 from siglip_train.errors import UserError
@@ -181,7 +181,9 @@ def divisors(run: Trainer, batch: Batch) -> Divisors:
     """
     counts = run.engine.module.counts(batch)
     values = torch.tensor(list(counts.values()), dtype=torch.float64).to(run.world.device, non_blocking=True)
-    dist.all_reduce(values)
+    # ranks that are late, by their data say, are met here first: that is no compute of those that wait
+    with waiting(run.world.device):
+        dist.all_reduce(values)
     return dict(zip(counts, (values.clamp(min=1) / run.world.world_size).unbind(), strict=True))
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exchange_seconds
 from kernels.sigmoid_loss.exchange.cost_model import Form
+from kernels.sigmoid_loss.exchange.messages import waiting
 from siglip_train.distributed.collectives import is_distributed
 
-__all__ = ["Ring", "exchange_seconds", "parse_exchange"]
+__all__ = ["Ring", "exchange_seconds", "parse_exchange", "waiting"]
 
 log = logging.getLogger(__name__)
 

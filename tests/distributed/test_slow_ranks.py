@@ -2,9 +2,16 @@
 
 import logging
 import re
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from siglip_train import loop
+from siglip_train.distributed.ring import exchange_seconds
+from siglip_train.distributed.setup import World
 from siglip_train.distributed.slow_ranks import SlowRank, Times, largest
 
 
@@ -52,3 +59,17 @@ def test_a_rank_that_lags_is_named_once_until_it_has_caught_up(
     for _ in range(9):
         slow.seen(_ranks(compute=1.15))
     assert not caplog.records, "within the excess"
+
+
+def test_waiting_for_a_late_rank_before_the_forward_pass_is_exchange_and_not_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the rank that waits would be named, as slow in compute, and not the one that it waits for."""
+    monkeypatch.setattr(loop.dist, "all_reduce", lambda _: time.sleep(0.05))
+    module = SimpleNamespace(counts=lambda _: {"pairs": 4})
+    run: Any = SimpleNamespace(
+        engine=SimpleNamespace(module=module), world=World(0, 2, 0, torch.device("cpu"))
+    )
+    exchange_seconds()
+    assert loop.divisors(run, None) == {"pairs": 2}  # type: ignore[arg-type]
+    assert exchange_seconds() >= 0.05
