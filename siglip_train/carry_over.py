@@ -138,12 +138,10 @@ def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: 
             )
     model.load_state_dict(taken, strict=False)
     anew, dropped = sorted(own.keys() - taken.keys()), sorted(theirs.keys() - taken.keys())
-    log.info(
-        "carry_over from %s: %d tensors of heads and objectives%s%s",
-        *(checkpoint, len(taken)),
-        f"; {len(anew)} begin anew ({shortened(anew)})" if anew else "",
-        f"; {len(dropped)} dropped ({shortened(dropped)})" if dropped else "",
-    )
+    line = [f"{len(taken)} tensors of heads and objectives loaded"]
+    line += [f"{len(anew)} begin anew: {shortened(anew)}"] if anew else []
+    line += [f"{len(dropped)} dropped: {shortened(dropped)}"] if dropped else []
+    log.info("carry_over from %s: %s", checkpoint, "; ".join(line))
     return list(taken)
 
 
@@ -170,11 +168,11 @@ def outlook(model: nn.Module, start: Start) -> str:
     old, new = [name for name in trained if name in steps], [name for name in trained if name not in steps]
     dropped = {*start.dropped, *(steps.keys() - trained)}
     counts = sorted({steps[name] for name in old})
-    parts = [f"{len(old)} parameters go on with their moments"]
+    parts = [f"{len(old)} parameters with the moments of the run before"]
     if counts:
         parts[0] += f", after {' or '.join(map(str, counts))} updates"
     if new:
-        parts.append(f"{len(new)} begin at step 0 in groups of their own ({shortened(new)})")
+        parts.append(f"{len(new)} at step 0 in groups of their own: {shortened(new)}")
     if dropped:
-        parts.append(f"moments of {len(dropped)} are dropped ({shortened(dropped)})")
+        parts.append(f"{len(dropped)} whose moments are dropped: {shortened(dropped)}")
     return "AdamW: " + "; ".join(parts)

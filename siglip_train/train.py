@@ -310,7 +310,7 @@ def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
     optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
     if start.is_resumed:
         checkpoint.check_moments(model, start.moments)
-    elif start.moments:
+    elif start.moments or start.dropped:
         log.info(carry_over.outlook(model, start))
     return optimizer
 

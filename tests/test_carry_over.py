@@ -1,9 +1,8 @@
-"""Stages of a recipe: a run that goes on from another, as its user starts it, and what it says of what it takes."""
+"""What a run takes from another, what it says of it, and mistakes answered in one line."""
 
 import json
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,52 +21,7 @@ from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import OptimConfig, ParameterRule, build_optimizer, schedule
 from tests.conftest import ROOT
 from tests.engine.test_engine import CONFIG
-from tests.faults.injected import at, die
-from tests.forks import run_program_by_rank
-from tests.test_train import MODULE, losses, mistake, records, run
-
-ALL = f"carry_over=[{','.join(PARTS)}]"
-
-
-def test_a_run_in_two_stages_has_the_losses_and_rates_of_one_also_where_the_second_is_killed(
-    small_run: list[str], tmp_path: Path
-) -> None:
-    common = [each for each in small_run if not each.startswith(("evaluation.", "total_samples"))]
-    common.append("evaluation.tasks=null")
-    first = [*common, "total_samples=96", "optim.schedule_samples=240", f"run_dir={tmp_path}/first"]
-    second = [*common, "total_samples=240", f"run_dir={tmp_path}/second", f"init_from={tmp_path}/first", ALL]
-    for arguments in ([*common, "total_samples=240", f"run_dir={tmp_path}/whole"], first):
-        assert run(arguments).returncode == 0
-    assert (tmp_path / "first/DONE").read_text() == "96 samples in 4 steps\n"
-    # behind the checkpoint of step 6
-    (killed,) = run_program_by_rank(MODULE, second, ranks=1, prepare=partial(at, "data", 9, (0,), die))
-    assert killed.returncode == -9, killed.stderr
-    assert "position from" in killed.stderr
-    assert not (tmp_path / "second/DONE").exists()
-    resumed = run(second)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from" in resumed.stderr
-    assert (tmp_path / "second/DONE").read_text() == "240 samples in 10 steps\n"
-
-    whole = losses(tmp_path / "whole")
-    assert {**losses(tmp_path / "first"), **losses(tmp_path / "second")} == whole
-    assert sorted(losses(tmp_path / "second")) == [5, 6, 7, 8, 9, 10]
-    rates = {
-        name: [record["train/lr"] for record in records(tmp_path / name) if "train/lr" in record]
-        for name in ("whole", "first", "second")
-    }
-    assert rates["first"] + rates["second"] == rates["whole"]
-    assert min(rates["whole"]) == rates["whole"][-1], (
-        "the cosine ends with the second stage, not with the first"
-    )
-
-    again = run(first)
-    assert again.returncode == 0
-    assert f"{tmp_path}/first is done, as its DONE says" in again.stderr
-    assert "resuming" not in again.stderr
-    longer = run([*first, "total_samples=144", "stop_after_steps=5"])
-    assert longer.returncode == 0
-    assert not (tmp_path / "first/DONE").exists(), "there is more to do now"
+from tests.test_train import mistake
 
 
 class Scored(Objective):
@@ -132,17 +86,17 @@ def test_what_is_taken_new_and_dropped_is_said_by_name(
     assert begun.progress.pretrained == ("model.logit_bias",), "the recipe's start decides what is pretrained"
     checkpoint = source / "checkpoints/step-00000010"
     assert (
-        f"carry_over from {checkpoint}: 3 tensors of heads and objectives; 3 begin anew (objectives.new.centre, "
-        "objectives.new.head.bias, objectives.new.head.weight); 3 dropped (objectives.old.centre, "
-        "objectives.old.head.bias, objectives.old.head.weight)" in caplog.text
+        f"carry_over from {checkpoint}: 3 tensors of heads and objectives loaded; 3 begin anew: objectives.new.centre, "
+        "objectives.new.head.bias, objectives.new.head.weight; 3 dropped: objectives.old.centre, "
+        "objectives.old.head.bias, objectives.old.head.weight" in caplog.text
     )
     assert f"position from {checkpoint}: 240 samples seen, step 10" in caplog.text
     towers = len(list(model.model.parameters()))
     build_optimizer(model, OptimConfig(rules=[ParameterRule("logit_bias", frozen=True)]))
     assert outlook(model, begun) == (
-        f"AdamW: {towers + 1} parameters go on with their moments, after 10 updates; 2 begin at step 0 in groups of "
-        "their own (objectives.new.head.bias, objectives.new.head.weight); moments of 3 are dropped "
-        "(model.logit_bias, objectives.old.head.bias, objectives.old.head.weight)"
+        f"AdamW: {towers + 1} parameters with the moments of the run before, after 10 updates; 2 at step 0 in groups "
+        "of their own: objectives.new.head.bias, objectives.new.head.weight; 3 whose moments are dropped: "
+        "model.logit_bias, objectives.old.head.bias, objectives.old.head.weight"
     )
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,8 @@ from siglip_train.models.published import likeness
 from siglip_train.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
-from tests.forks import run_program
+from tests.faults.injected import at, die
+from tests.forks import run_program, run_program_by_rank
 from tests.models.small import small_model
 from tests.tiers import one_in
 
@@ -192,6 +194,44 @@ def test_resumed_losses_are_identical(finished: Path, small_run: list[str], tmp_
     damaged = run(arguments)
     assert damaged.returncode == 2
     assert f"error: cannot read {tmp_path / 'config.yaml'}" in damaged.stderr
+
+
+def test_a_run_in_two_stages_has_the_losses_and_rates_of_one_also_where_the_second_is_killed(
+    finished: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    common = [each for each in small_run if not each.startswith(("evaluation.", "total_samples"))]
+    common.append("evaluation.tasks=null")
+    first = [*common, "total_samples=96", "optim.schedule_samples=240", f"run_dir={tmp_path}/first"]
+    second = [*common, "total_samples=240", f"run_dir={tmp_path}/second", f"init_from={tmp_path}/first"]
+    second.append("carry_over=[model,heads,objectives,optimizer,position]")
+    assert run(first).returncode == 0
+    assert (tmp_path / "first/DONE").read_text() == "96 samples in 4 steps\n"
+    # behind the checkpoint of step 6
+    (killed,) = run_program_by_rank(MODULE, second, ranks=1, prepare=partial(at, "data", 9, (0,), die))
+    assert killed.returncode == -9, killed.stderr
+    assert "position from" in killed.stderr
+    assert not (tmp_path / "second/DONE").exists()
+    resumed = run(second)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
+    assert (tmp_path / "second/DONE").read_text() == "240 samples in 10 steps\n"
+
+    assert {**losses(tmp_path / "first"), **losses(tmp_path / "second")} == losses(finished)
+    assert sorted(losses(tmp_path / "second")) == [5, 6, 7, 8, 9, 10]
+    rates = {
+        run_dir.name: [record["train/lr"] for record in records(run_dir) if "train/lr" in record]
+        for run_dir in (finished, tmp_path / "first", tmp_path / "second")
+    }
+    assert rates["first"] + rates["second"] == rates["run"]
+    assert min(rates["run"]) == rates["run"][-1], "the cosine ends with the second stage, not with the first"
+
+    again = run(first)
+    assert again.returncode == 0
+    assert f"{tmp_path}/first is done, as its DONE says" in again.stderr
+    assert "resuming" not in again.stderr
+    longer = run([*first, "total_samples=144", "stop_after_steps=5"])
+    assert longer.returncode == 0
+    assert not (tmp_path / "first/DONE").exists(), "there is more to do now"
 
 
 def test_micro_batches_change_no_loss_also_where_a_run_resumes_with_others(
