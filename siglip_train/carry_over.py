@@ -1,6 +1,7 @@
-"""What a run takes from the run that `init_from` names, beside its model: so stages of a recipe are runs in a chain.
+"""What a run takes over from the run that `init_from` names, so that the stages of a recipe are a chain of runs.
 
-Heads and the state of objectives by name, AdamW's moments by name, and the place in the data and in the schedule.
+Besides the model these are the heads and the state of objectives, AdamW's moments (all by name), and the position in
+the data and in the schedule.
 """
 
 import logging
@@ -27,16 +28,16 @@ log = logging.getLogger(__name__)
 Part = Literal["model", "heads", "objectives", "optimizer", "position"]
 PARTS: tuple[str, ...] = get_args(Part)
 
-# beginnings of init_skip that are meant for what objectives own; all others are meant for the model
+# init_skip entries with this prefix are meant for what objectives own, all others for the model
 _OBJECTIVES = "objectives."
 
 
 class Start(NamedTuple):
-    """With what a run begins, or goes on; its weights are in the model.
+    """The state that a run starts or continues with, apart from the weights, which are in the model.
 
-    moments: AdamW's state by parameter name; a parameter that is not named begins at step 0 with moments of zero.
-    dropped: names of parameters whose moments were there and are not taken. is_resumed: the run goes on with a
-    checkpoint of its own.
+    moments: AdamW's state by parameter name; a parameter that is not named starts at step 0 with moments of zero.
+    dropped: names of parameters whose moments the source has and this run does not take. is_resumed: the run continues
+    from a checkpoint of its own.
     """
 
     progress: Progress
@@ -46,7 +47,7 @@ class Start(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Of the run that begins, in pairs; both as in the config."""
+    """Two keys of the config of the run that starts, in pairs."""
 
     global_batch_size: int
     total_samples: int
@@ -63,9 +64,9 @@ def start_from(
 ) -> Start:
     """Load the model of `source`, in any format, and of a run `parts` of the rest; say what was taken.  # all ranks
 
-    skip: beginnings of the names of parameters that begin anew whatever fits, of the model (`text.`) or of objectives
+    skip: prefixes of names of parameters that keep their initial values, in the model (`text.`) or in objectives
     (`objectives.NAME.`). inputs: how this run reads texts and images, see `load_weights`.
-    The state of AdamW is given back, of parameters that kept their values, for optimizer and engine to be built with.
+    The result holds AdamW's state of those parameters that kept their values; the optimizer is grouped by it.
     Raises `UserError` where `source` lacks what is asked for, or has it in another shape.
     """
     checkpoint = None if {*parts} == {"model"} else _checkpoint_in(source, parts)
@@ -114,9 +115,9 @@ def _checkpoint_in(source: str, parts: Collection[str]) -> Path:
 
 
 def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: Sequence[str]) -> list[str]:
-    """Load what objectives own, as far as it is asked for and there; the names of what was loaded."""
+    """Load what objectives own where `parts` asks for it and the checkpoint has it; return the names loaded."""
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODEL_PREFIX)}
-    # layers with adapters lie there too, and the model has them merged already
+    # the file also holds layers with adapters, which the model has in merged form
     theirs = {
         name: tensor for name, tensor in read_heads(checkpoint).items() if not name.startswith(MODEL_PREFIX)
     }
@@ -134,19 +135,19 @@ def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: 
         if tensor.shape != own[name].shape:
             raise UserError(
                 f"carry_over: {name} is {list(tensor.shape)} in {checkpoint} and {list(own[name].shape)} here; to let "
-                f"it begin anew, init_skip=[{name}]"
+                f"it start from initial values, init_skip=[{name}]"
             )
     model.load_state_dict(taken, strict=False)
-    anew, dropped = sorted(own.keys() - taken.keys()), sorted(theirs.keys() - taken.keys())
+    initial, dropped = sorted(own.keys() - taken.keys()), sorted(theirs.keys() - taken.keys())
     line = [f"{len(taken)} tensors of heads and objectives loaded"]
-    line += [f"{len(anew)} begin anew: {shortened(anew)}"] if anew else []
+    line += [f"{len(initial)} start from initial values: {shortened(initial)}"] if initial else []
     line += [f"{len(dropped)} dropped: {shortened(dropped)}"] if dropped else []
     log.info("carry_over from %s: %s", checkpoint, "; ".join(line))
     return list(taken)
 
 
 def _moved_to(progress: Progress, lengths: Lengths) -> Progress:
-    """Where the run before has come to, in steps of this one."""
+    """The position of the previous run, in steps of this one."""
     seen, size = progress.samples_seen, lengths.global_batch_size
     if seen % size:
         raise UserError(
@@ -162,13 +163,13 @@ def _moved_to(progress: Progress, lengths: Lengths) -> Progress:
 
 
 def outlook(model: nn.Module, start: Start) -> str:
-    """How AdamW goes on, in a line for the log; once the rules have frozen what they freeze."""
+    """One line for the log on how AdamW continues. Call it after the rules have frozen parameters."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     steps = steps_of(start.moments)
     old, new = [name for name in trained if name in steps], [name for name in trained if name not in steps]
     dropped = {*start.dropped, *(steps.keys() - trained)}
     counts = sorted({steps[name] for name in old})
-    parts = [f"{len(old)} parameters with the moments of the run before"]
+    parts = [f"{len(old)} parameters continue with their moments"]
     if counts:
         parts[0] += f", after {' or '.join(map(str, counts))} updates"
     if new:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: complete or absent, safetensors and JSON only, loadable at any ZeRO stage and number of ranks.
 
 `checkpoints/step-NNNNNNNN/` holds `weights/` (an export folder that `load_model` opens), `heads.safetensors` (what
-objectives own, and layers with adapters, which are merged in `weights/` and go on from here), `moments.safetensors`
+objectives own, and layers with adapters, which `weights/` has in merged form), `moments.safetensors`
 (AdamW's state by parameter name), `state.json`, and `manifest.json` with size and SHA-256 of these files;
 `checkpoints/LAST` names the newest. Which one a run resumes from is decided in `resume.py`.
 """
@@ -154,7 +154,7 @@ class Checkpoints:
             seal.add(folder / "state.json")
 
     def _put(self, partial: Path, final: Path) -> None:
-        """Give the checkpoint its name. One that has it was damaged, or a run went back behind it."""
+        """Rename the folder to the name of its step, and remove a damaged or abandoned checkpoint of that name."""
         replaced = self._folder / f".{final.name}.replaced"
         if final.exists():
             self._remove(replaced)
@@ -163,7 +163,7 @@ class Checkpoints:
         self._remove(replaced)
 
     def _aged(self, newest: Path) -> list[Path]:
-        """What goes, now that `newest` is complete and LAST names it: of the others all but the latest saved."""
+        """The checkpoints to delete, now that `newest` is complete and LAST names it."""
         config = self._config
         # later steps are of a time before the run went back, so they were saved earlier
         others = sorted(
@@ -175,7 +175,7 @@ class Checkpoints:
         return [path for path in aged if not every or step_of(path) % every]
 
     def _remove(self, path: Path) -> None:
-        """Remove a folder if that can be done: the run does not depend on it."""
+        """Remove a folder. A failure is logged once and does not end the run."""
         try:
             shutil.rmtree(path)
         except FileNotFoundError:
@@ -244,7 +244,7 @@ def _read_state(folder: Path) -> tuple[Progress, bool]:
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is as it was written.
+    """Say what is wrong with a checkpoint; None where it is as it was written.
 
     One of an earlier version has no manifest: only whether its files can be opened is seen then.
     """
@@ -285,7 +285,7 @@ def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:
 
 
 def check_moments(model: nn.Module, moments: Mapping[str, Tensor]) -> None:
-    """Raise a `UserError` where a run that goes on trains what it has not trained before."""
+    """Raise a `UserError` where a resumed run trains parameters that were frozen before."""
     missing = [
         name
         for name, parameter in model.named_parameters()

@@ -195,9 +195,9 @@ def _check_carry_over(config: Config) -> None:
         return
     if config.init_from is None:
         raise UserError(f"carry_over: [{', '.join(parts)}] of no run; give init_from=RUN_DIR")
-    begins_anew = "position" in parts and "optimizer" not in parts
-    if begins_anew and config.total_samples is not None and config.optim.warmup(config.total_samples):
+    restarts = "position" in parts and "optimizer" not in parts
+    if restarts and config.total_samples is not None and config.optim.warmup(config.total_samples):
         raise UserError(
-            "carry_over: position without optimizer lets AdamW begin anew where its warm-up is over: add optimizer, or "
-            "set optim.warmup_samples=0"
+            "carry_over: position without optimizer would restart AdamW with zero moments after its warm-up: add "
+            "optimizer, or set optim.warmup_samples=0"
         )

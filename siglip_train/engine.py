@@ -1,4 +1,4 @@
-"""DeepSpeed, bare: from `EngineConfig` to DeepSpeed's own engine, and the optimizer state by parameter name.
+"""Turns `EngineConfig` into DeepSpeed's own engine, and reads and sets the optimizer state by parameter name.
 
 The only file that imports deepspeed. Precision is DeepSpeed's torch_autocast over fp32 parameters: `bf16.enabled` would
 cast frozen teachers too.
@@ -76,7 +76,7 @@ def build_engine(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Numbers in all parameters and in those that train, also where ZeRO-3 has sharded them."""
+    """The number of values in all parameters and in those that train, also where ZeRO-3 has sharded them."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
@@ -119,7 +119,7 @@ def gradient_norm(engine: Any) -> float:
 
 
 def unclipped_norm_without_zero(engine: Any) -> Tensor:
-    """The same for stage 0, where DeepSpeed clips without telling: to be called before `engine.step()`."""
+    """The norm before clipping at stage 0, where DeepSpeed does not report it. Call it before `engine.step()`."""
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
@@ -230,7 +230,7 @@ def gather_moments(engine: Any) -> dict[str, Tensor]:
 def restore_moments(engine: Any, moments: Mapping[str, Tensor]) -> None:
     """Set AdamW's moments and step counts from what `gather_moments` gave. All ranks, each with all moments.
 
-    A parameter that `moments` lacks begins anew, with moments of zero at step 0. The parameters of a group must have
+    A parameter that `moments` lacks starts at step 0 with moments of zero. The parameters of a group must have
     one step count (`optim.parameter_groups` sees to that), as stages 1 to 3 keep no other.
     """
     for name, parameter in engine.module.named_parameters():

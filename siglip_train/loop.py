@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class BatchStream(Protocol):
-    """What the loop asks of a loader: batches without end, its state, its counts."""
+    """What the loop needs of a loader: an endless stream of batches, its state and its counts."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def state(self) -> dict[str, Any]:
-        """What resumes it after the last batch it gave out. All ranks."""
+        """The state that resumes it after the last batch it gave out. All ranks."""
         ...
 
     def total_counts(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Schedule(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What one optimizer step gave: this rank's losses (on the device) and the norm before clipping."""
+    """The results of one optimizer step: this rank's losses (on the device) and the norm before clipping."""
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
@@ -166,7 +166,7 @@ def _save(run: Trainer, progress: Progress) -> None:
 
 
 def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
-    """One forward, backward and optimizer step; also whether any rank was asked to stop. All ranks."""
+    """Take one forward, backward and optimizer step; also return whether any rank was asked to stop. All ranks."""
     losses = run.engine(batch.to(run.world.device), divisors(run, batch))
     stop = agree(run, losses.total, step)
     run.engine.backward(losses.total)
@@ -220,7 +220,7 @@ def _last_good(run: Trainer) -> str:
 
 
 def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
-    """Set every group's rate for the step about to be taken; returns the base rate."""
+    """Set every group's learning rate for the next step; return the base rate."""
     batch, total = run.schedule.global_batch_size, run.schedule.total_samples
     lr = run.optim.lr * optim.schedule(run.optim, samples_seen=samples_seen, batch=batch, total_samples=total)
     for group in engines.inner_optimizer(run.engine).param_groups:
@@ -263,7 +263,7 @@ def _evaluate(run: Trainer, progress: Progress) -> bool:
 
 
 class _Timer:
-    """Where the time of the steps since the last log went: waiting for data, for exchange, and the rest."""
+    """Measures the time of the steps since the last log: waiting for data, exchange between ranks, and the rest."""
 
     def __init__(self, run: Trainer) -> None:
         self._run = run
@@ -277,7 +277,7 @@ class _Timer:
         exchange_seconds()
 
     def restart_if(self, *, paused: bool) -> None:
-        """Forget the steps so far after a checkpoint or an evaluation, whose time is not the step's."""
+        """Restart after a checkpoint or an evaluation, so that their time does not count as a step's."""
         if paused:
             self._restart()
 

@@ -95,16 +95,16 @@ class OptimConfig:
             raise ValueError(f"lr_by_width maps widths to rates above 0, got {self.lr_by_width}")
 
     def lr_for(self, width: int) -> float:
-        """The rate in `lr_by_width` of the widest tower that is not wider than `width`, else of the narrowest."""
+        """The rate in `lr_by_width` for the largest width up to `width`, or for the smallest width in the table."""
         table = sorted((int(key), rate) for key, rate in self.lr_by_width.items())
         return max((entry for entry in table if entry[0] <= width), default=table[0])[1]
 
     def length(self, total_samples: int) -> int:
-        """Samples of the whole schedule of a run that ends at `total_samples`."""
+        """Number of samples in the whole schedule of a run that ends at `total_samples`."""
         return self.schedule_samples or total_samples
 
     def warmup(self, total_samples: int) -> int:
-        """Samples of warm-up in a run that ends at `total_samples`."""
+        """Number of samples in the warm-up of a run that ends at `total_samples`."""
         if self.warmup_samples is not None:
             return self.warmup_samples
         return round(self.warmup_share * self.length(total_samples))
@@ -205,7 +205,7 @@ class UnusedParameters:
         ]
 
     def stop(self) -> list[str]:
-        """Watch no longer; the names of those that got none."""
+        """Stop watching; return the names of parameters that got no gradient."""
         for hook in self._hooks:
             hook.remove()
         return sorted(self._waiting)

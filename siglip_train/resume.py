@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, and the same on every rank, or nobody starts."""
+"""Chooses the checkpoint that a run resumes from: the newest one that is whole and the same on every rank."""
 
 import logging
 import os
@@ -17,11 +17,11 @@ from siglip_train.records import read_text
 
 log = logging.getLogger(__name__)
 
-_ANEW = "to start anew, give another run_dir, or move its checkpoints away"
+_ANEW = "to start a new run, give another run_dir, or move its checkpoints away"
 
 
 class _Choice(NamedTuple):
-    """What rank 0 finds: checkpoints in the order in which they are tried. may_fall_back: whether after the first."""
+    """Checkpoints that rank 0 finds, in the order in which they are tried. may_fall_back: whether to try the second."""
 
     candidates: list[Path]
     may_fall_back: bool = True
@@ -55,7 +55,7 @@ def choose_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
 
 
 def fault_on_any_rank(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint on rank 0; None where it is whole, and the same on every rank. All ranks."""
+    """Say what is wrong with a checkpoint on rank 0; None where it is whole and the same on every rank. All ranks."""
     expected = broadcast_object(_fingerprint(checkpoint))
     faults = gather_objects((socket.gethostname(), _fault(checkpoint, expected)))
     first, *others = (fault for _, fault in faults)
@@ -86,7 +86,7 @@ def _fingerprint(checkpoint: Path) -> str | None:
 
 
 def _refuse_if_seen(folder: Path) -> None:
-    """A run must not begin beside checkpoints that rank 0 alone does not see. All ranks."""
+    """Raise a `UserError` if another rank sees checkpoints that rank 0 does not see. All ranks."""
     seen = gather_objects((socket.gethostname(), [path.name for path in checkpoints_in(folder)]))
     for rank, (host, names) in enumerate(seen):
         if names:
@@ -97,7 +97,7 @@ def _refuse_if_seen(folder: Path) -> None:
 
 
 def _settle(chosen: Path, folder: Path) -> None:
-    """Make `chosen` the newest of its run: later ones are damaged, or the run goes back behind them. Rank 0."""
+    """Make `chosen` the newest of its run by setting later checkpoints aside. Rank 0."""
     if not has_manifest(chosen):
         log.warning(
             "%s was saved by an earlier version, without digests: bits that flipped would not be seen", chosen
@@ -149,7 +149,7 @@ def _find(resume: str | None, run_dir: Path) -> _Choice:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run as they are tried. LAST may name one before: of a run killed before it wrote LAST."""
+    """The checkpoints of a run, newest first. LAST names an older one if the run was killed before it wrote LAST."""
     there = checkpoints_in(folder)
     if there and last_checkpoint(folder) != there[0]:
         named = read_text(folder / LAST).strip().strip("\0") or "nothing"

@@ -1,4 +1,4 @@
-"""What a config leaves open, null, is filled before it is parsed: from the checkpoint that the run starts from.
+"""Fills the keys that a config leaves null before it is parsed, from the checkpoint that the run starts from.
 
 Sizes (conf/model/auto.yaml), tokenizer, text rules and the filter of resizing are those of `init_from`, or, when a run
 goes on, of its own checkpoint; of a run from scratch those of SigLIP 2 B/16. What is not null was set by the user or an
@@ -28,7 +28,7 @@ _RESAMPLED = {"image_size": "positions", "patch_size": "stem and positions"}
 
 
 class Filled(NamedTuple):
-    """A config without open values, and what is to be said of them in the log, a line each."""
+    """A config without open values, and notes on how they were filled: one line each, for the log."""
 
     values: dict[str, Any]
     notes: list[str]
@@ -68,7 +68,7 @@ def _check_groups(values: dict[str, Any]) -> None:
 
 
 def _resumed(values: dict[str, Any]) -> Path | None:
-    """The checkpoint with which the run goes on, as far as its sizes are concerned: the newest."""
+    """The checkpoint whose sizes a resumed run has: its newest. None for a new run."""
     resume, run_dir = values.get("resume"), values.get("run_dir")
     root = run_dir if resume == "auto" else resume
     if not isinstance(root, str):
@@ -78,7 +78,7 @@ def _resumed(values: dict[str, Any]) -> Path | None:
 
 
 def _own_description(checkpoint: Path) -> Description:
-    """What the run was, its tokenizer where it was, or the run's own copy if it is no longer there."""
+    """The description of a run's own model, with its tokenizer file or, where that is gone, the run's copy of it."""
     described = read_description(checkpoint)
     run = checkpoint.parent.parent
     recorded = run_config(run).get("tokenizer") if (run / "config.yaml").is_file() else None
@@ -97,10 +97,10 @@ def _described(start: Any) -> Description:
 
 
 def _fill_from(described: Description, values: dict[str, Any]) -> list[str]:
-    """Fill the nulls that a model can fill; the names of what was filled, for the log."""
+    """Fill the nulls that a model can fill; return the names of what was filled, for the log."""
     model, sizes = values["model"], described.config
     if "text." in described.absent:
-        # the text tower that begins anew is as large, as in the papers
+        # a text tower with initial values is as large as the image tower, as in the papers
         tower = {key: getattr(sizes.vision, key) for key in ("width", "depth", "mlp_dim", "heads", "gelu")}
         sizes.text = replace(TextConfig(), **tower)
     if sizes.vision.position_grid == sizes.vision.grid:
@@ -149,7 +149,7 @@ def _reads_texts(values: dict[str, Any]) -> bool:
 
 
 def _take_vocabulary(values: dict[str, Any]) -> None:
-    """A text tower that begins anew has as many tokens as the tokenizer it will get."""
+    """A text tower with initial values has as many tokens as the tokenizer of the run."""
     rules = build(TextRules, values["text_rules"], "text_rules")
     values["model"]["text"]["vocab_size"] = load_tokenizer(values["tokenizer"], rules).vocab_size
 
@@ -160,11 +160,11 @@ def _skip_absent(described: Description, values: dict[str, Any]) -> list[str]:
     if not lacking:
         return []
     values["init_skip"] = [*skipped, *lacking]
-    return [f"{values['init_from']} has none of {', '.join(lacking)}: these begin anew"]
+    return [f"{values['init_from']} has none of {', '.join(lacking)}: these start from initial values"]
 
 
 def _differences(described: Description, values: dict[str, Any]) -> list[str]:
-    """What is set, and other than in the checkpoint, where that makes no error: a line each."""
+    """One line for each value that is set and differs from the checkpoint's, where that is no error."""
     vision, theirs = values["model"]["vision"], described.config.vision
     found = [
         f"{key} {vision[key]} instead of {getattr(theirs, key)}: {what} resampled"
@@ -178,7 +178,7 @@ def _differences(described: Description, values: dict[str, Any]) -> list[str]:
 
 
 def _fill_sources(values: dict[str, Any]) -> None:
-    """What `data.source_defaults` says of every source that does not say it itself."""
+    """Give every source the values of `data.source_defaults` that it does not set itself."""
     defaults = values["data"].get("source_defaults") or {}
     for source in (values["data"].get("sources") or {}).values():
         if isinstance(source, dict):
@@ -186,7 +186,7 @@ def _fill_sources(values: dict[str, Any]) -> None:
 
 
 def _fill_for_the_tower(values: dict[str, Any]) -> None:
-    """Heads as wide as the image tower, and the learning rate of its size."""
+    """Make heads as wide as the image tower, and choose the learning rate for that width."""
     width = values["model"]["vision"].get("width")
     for node in (values.get("objectives") or {}).values():
         if isinstance(node, dict):

@@ -213,7 +213,7 @@ def _begin(started: Filled, config: Config, watch: Supervision) -> _Begun:
 
 
 def _is_done(config: Config, world: World, run_dir: Path, watch: Supervision) -> bool:
-    """Whether DONE says that nothing is left to do; then the program may end, with the report made anew. All ranks."""
+    """Whether DONE says that nothing is left to do; if so, write the report once more and end the run. All ranks."""
     samples, steps = read_done(run_dir)
     if config.resume != "auto" or steps < config.total_steps:
         return False
@@ -225,7 +225,7 @@ def _is_done(config: Config, world: World, run_dir: Path, watch: Supervision) ->
 def _finish(
     progress: checkpoint.Progress, config: Config, world: World, run_dir: Path, watch: Supervision
 ) -> None:
-    """Write DONE, once all samples are seen, and the report, then leave; the run is in its checkpoint. All ranks."""
+    """Write DONE if all samples are seen, write the report, and leave the process group. All ranks."""
     watch.standing.at("end")
     watch.ended = f"ended: {progress.samples_seen} of {config.total_samples} samples seen"
     if world.is_main:
@@ -279,7 +279,7 @@ def _no_tokenizer(texts: list[str]) -> Tensor:
 
 
 def _load_weights(model: TrainingModel, config: Config, run_dir: Path, description: Description) -> Start:
-    """Weights from the checkpoint to resume, or from `init_from`, or as initialised; what goes with them is given back.
+    """Load weights from the checkpoint to resume or from `init_from`, if any; return the state that belongs to them.
 
     Adapters are put beside the layers on the way: a checkpoint has theirs, what `init_from` names has none.
     """
@@ -305,7 +305,7 @@ def _load_weights(model: TrainingModel, config: Config, run_dir: Path, descripti
 
 
 def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
-    """AdamW by the rules, which freeze what they freeze; in groups by how many updates parameters have had."""
+    """AdamW by the rules, in groups of parameters that have had equally many updates; rules may freeze parameters."""
     steps = engine.steps_of(start.moments)
     optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
     if start.is_resumed:
@@ -368,7 +368,7 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
 
 
 def _flops_per_pair(config: Config, model: TrainingModel) -> float:
-    """What the towers cost in a step, once the optimizer's rules have frozen what they freeze."""
+    """FLOPs of the towers for one pair. Call it after the rules have frozen parameters."""
     return flops_per_pair(
         config.model,
         vision_passes=passes(model.model.vision) if config.data.embedding_dir is None else 0.0,
@@ -406,7 +406,7 @@ def _announce(
 
 
 def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
-    """Where the global batch is not that of the experiment's file, but the rate is: which one would be usual."""
+    """Log the usual learning rate if the global batch differs from the experiment's file and the rate does not."""
     batch, lr = config.global_batch_size, config.optim.lr
     if batch != written["global_batch_size"] and lr == written["optim"]["lr"]:
         log.info(
@@ -420,7 +420,7 @@ def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
 
 
 def _begins_unlearned(progress: checkpoint.Progress) -> bool:
-    """Whether scale and bias have their initial values still: neither a checkpoint nor `init_from` gave others."""
+    """Whether scale and bias still have their initial values, and not those of a checkpoint or of `init_from`."""
     given = {name.removeprefix(checkpoint.MODEL_PREFIX) for name in progress.pretrained}
     return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 

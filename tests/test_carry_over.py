@@ -86,7 +86,8 @@ def test_what_is_taken_new_and_dropped_is_said_by_name(
     assert begun.progress.pretrained == ("model.logit_bias",), "the recipe's start decides what is pretrained"
     checkpoint = source / "checkpoints/step-00000010"
     assert (
-        f"carry_over from {checkpoint}: 3 tensors of heads and objectives loaded; 3 begin anew: objectives.new.centre, "
+        f"carry_over from {checkpoint}: 3 tensors of heads and objectives loaded; 3 start from initial values: "
+        "objectives.new.centre, "
         "objectives.new.head.bias, objectives.new.head.weight; 3 dropped: objectives.old.centre, "
         "objectives.old.head.bias, objectives.old.head.weight" in caplog.text
     )
@@ -94,7 +95,7 @@ def test_what_is_taken_new_and_dropped_is_said_by_name(
     towers = len(list(model.model.parameters()))
     build_optimizer(model, OptimConfig(rules=[ParameterRule("logit_bias", frozen=True)]))
     assert outlook(model, begun) == (
-        f"AdamW: {towers + 1} parameters with the moments of the run before, after 10 updates; 2 at step 0 in groups "
+        f"AdamW: {towers + 1} parameters continue with their moments, after 10 updates; 2 at step 0 in groups "
         "of their own: objectives.new.head.bias, objectives.new.head.weight; 3 whose moments are dropped: "
         "model.logit_bias, objectives.old.head.bias, objectives.old.head.weight"
     )
@@ -120,7 +121,9 @@ def test_only_what_is_asked_for_is_taken(before: tuple[Path, TrainingModel]) -> 
         assert len(begun.progress.pretrained) == len(list(model.model.parameters()))
         taken = engines.steps_of(begun.moments)
         assert len(taken) == (len(begun.progress.pretrained) if "optimizer" in parts else 0)
-        assert f"{head}.exp_avg" not in begun.moments, "moments of a head that begins anew would mislead it"
+        assert f"{head}.exp_avg" not in begun.moments, (
+            "a head with initial values must not get moments of another"
+        )
 
 
 def test_a_parameter_in_a_group_has_as_many_updates_as_the_others(before: tuple[Path, TrainingModel]) -> None:
@@ -197,7 +200,7 @@ def test_a_damaged_start_is_told(before: tuple[Path, TrainingModel], tmp_path: P
         ("[optimizer]", "carry_over: [optimizer] leaves out the model"),
         (
             "[model,position]",
-            "carry_over: position without optimizer lets AdamW begin anew where its warm-up is over",
+            "carry_over: position without optimizer would restart AdamW with zero moments after its warm-up",
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_an_image_tower_alone_is_a_start_whose_text_tower_begins_anew(
     assert values["init_skip"] == ["text.", "logit_"]
     assert notes == [
         f"from {folder}: image tower, bicubic resizing",
-        f"{folder} has none of text., logit_: these begin anew",
+        f"{folder} has none of text., logit_: these start from initial values",
     ]
     model = build(SiglipConfig, values["model"], "model")
     same = {"width": 24, "mlp_dim": 40, "depth": 2, "heads": 3}

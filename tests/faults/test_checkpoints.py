@@ -165,7 +165,7 @@ def test_all_damaged_ends_the_run_and_nothing_is_overwritten(
     assert [result.returncode for result in results] == [2, 2]
     (error,) = (line for line in results[0].stderr.splitlines() if line.startswith("error: "))
     assert f"no checkpoint in {run_dir}/checkpoints is whole ({NEWEST}: moments.safetensors has" in error
-    assert "to start anew, give another run_dir, or move its checkpoints away" in error
+    assert "to start a new run, give another run_dir, or move its checkpoints away" in error
     assert checkpoints_in(run_dir / "checkpoints") == there
     record_fault("every checkpoint damaged", ranks=2, happened="both ranks end with one line")
 
