@@ -72,7 +72,7 @@ def batch(kind: str, step: int, rank: int = 0, world_size: int = 1) -> Batch:
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(size, side**2, 2)
     texts = torch.randint(0, 31, (size, 5), generator=generator)
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
-    return Batch(Images(patches[share], grid[share]), texts[share])
+    return Batch({"images": Images(patches[share], grid[share]), "texts": texts[share]})
 
 
 def deepspeed_engine(model: TrainingModel, start: Start, stage: int, clip_norm: float = OPTIM.clip_norm):
