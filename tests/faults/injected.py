@@ -84,6 +84,8 @@ def absent(times: tuple[tuple[float, int], ...], rank: int) -> None:
     if rank == 1:
         # before it has met the others, so that for them it is as one that never was started
         os._exit(7)
+    # nohup, should the tests have been started by it, ignores this one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     join = dist.init_process_group
 
     def joined(*args: Any, **options: Any) -> None:

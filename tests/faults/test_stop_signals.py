@@ -147,6 +147,8 @@ def _take_the_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # nohup, should the tests have been started by it, ignores this one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_nohup_is_respected() -> None:
