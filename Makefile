@@ -61,7 +61,7 @@ map: setup  ## print every module, its lines and what it is for, and the sizes o
 types: setup  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## everything that CI runs
+check: lint types test-all  ## everything that CI runs
 
 .DEFAULT_GOAL := help
 .PHONY: help always setup constraints quickstart test test-all faults test-gpu fmt lint map types check
