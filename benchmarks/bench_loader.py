@@ -1,6 +1,6 @@
 """Training samples a second and core: this project's loader, open_clip's pipeline and plain webdataset.
 
-Each has one worker, the same shards, picture size, resize filter and sentencepiece model. open_clip's pipeline needs
+Each has one worker, the same shards, image size, resize filter and sentencepiece model. open_clip's pipeline needs
 webdataset 0.2.86, which is installed into `.venv-peer` on first use and found by that contestant alone.
 """
 
@@ -124,7 +124,7 @@ def worker_note(case: str, contestants: Sequence[Contestant]) -> str:
 
 
 def main() -> None:
-    """Compare on generated pictures, photographs and emoji."""
+    """Compare on generated images, photographs and emoji."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.5, help="of one measurement")
@@ -151,7 +151,7 @@ def main() -> None:
             notes.append(worker_note(name, taking_part))
             if case.of_jpeg:
                 sizes = [len(sample.members["jpg"]) for sample in read_samples(case.shards)]
-                notes.append(f"a picture of {name} has {sum(sizes) / len(sizes) / 1000:.0f} KB")
+                notes.append(f"an image of {name} has {sum(sizes) / len(sizes) / 1000:.0f} KB")
     notes = [
         *notes,
         "one worker each, batches of 64, bicubic squash, 64 tokens of the same sentencepiece model; "

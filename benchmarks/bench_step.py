@@ -1,6 +1,6 @@
 """A training step - forward, loss, backward, AdamW - of this project against open_clip's, in one process.
 
-Same sizes, same weights, same pictures and captions, same optimizer class, same precision. Before timing, the
+Same sizes, same weights, same images and captions, same optimizer class, same precision. Before timing, the
 losses of both on the same batch must agree, and parameters and FLOPs are counted on both sides.
 """
 

@@ -19,7 +19,7 @@ WARMUP_BATCHES = 8  # more than a loader holds ready, so that none is measured t
 
 
 class Job(NamedTuple):
-    """What to load: shards, the side of the pictures, a sentencepiece model, and for how long to measure."""
+    """What to load: shards, the side of the images, a sentencepiece model, and for how long to measure."""
 
     shards: list[str]
     image_size: int

@@ -17,7 +17,7 @@ LARGE, LARGE_SHARDS, LARGE_PER_SHARD = (1024, 768), 2, 128
 
 
 class Case(NamedTuple):
-    """What is loaded: shards and the side of the squares. of_jpeg: no other pictures; compares_decoders: of ours."""
+    """What is loaded: shards and the side of the squares. of_jpeg: no other images; compares_decoders: of ours."""
 
     shards: list[str]
     image_size: int
@@ -41,7 +41,7 @@ def prepare_cases(scratch: Path) -> dict[str, Case]:
             name = f"1024 px photographs, quality {quality}, to 224 px"
             cases[name] = Case(enlarged, 224, of_jpeg=True, compares_decoders=quality == 90)
     else:
-        print("../shared/data is absent: no photographs and emoji, and the large pictures are made of scenes")
+        print("../shared/data is absent: no photographs and emoji, and the large images are made of scenes")
         tiles, grid = scenes, (8, 6)
     for quality in (75, 90):
         mosaics = write_mosaics(tiles, scratch / f"mosaics-{quality}", grid, quality)
@@ -61,7 +61,7 @@ def _repeated(shard: Path, scratch: Path) -> list[str]:
 
 
 def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int], quality: int) -> list[str]:
-    """Shards of 1024 x 768 JPEGs, each `tiles` (columns, rows) pictures of `shards` side by side, with a caption.
+    """Shards of 1024 x 768 JPEGs, each `tiles` (columns, rows) images of `shards` side by side, with a caption.
 
     Four shrunk ones have detail at every pixel, more than a photograph of that size; a single one is enlarged and has
     less. 4:2:0, the same bytes every time. Quality 75 is what encoders write unless told otherwise.

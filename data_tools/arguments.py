@@ -43,7 +43,7 @@ def add_max_pixels(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         type=positive,
         default=MAX_PIXELS,
         metavar="N",
-        help="width x height; a picture with more counts as bad, as in data.max_image_pixels (%(default)s)",
+        help="width x height; an image with more counts as bad, as in data.max_image_pixels (%(default)s)",
     )
 
 

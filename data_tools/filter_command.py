@@ -65,7 +65,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     rules.add_argument("--keep-list", metavar="FILE", help="stay: `key` or `shard/key`, one a line")
     rules.add_argument("--drop-list", metavar="FILE", help="go: `key` or `shard/key`, one a line")
     rules.add_argument("--headers-only", action="store_true",
-                       help="do not decode pictures to find broken ones: after a `verify` that passed")  # fmt: skip
+                       help="do not decode images to find broken ones: after a `verify` that passed")  # fmt: skip
 
 
 def _add_joint(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def _add_joint(parser: argparse.ArgumentParser) -> None:
         "over all shards, among the samples that stay; the first in order stays"
     )
     joint.add_argument("--dedup-images", nargs="?", type=_bits, const=_IMAGE_BITS, metavar="BITS",
-                       help=f"drop pictures whose perceptual hashes differ in at most so many of 64 bits, and whose "
+                       help=f"drop images whose perceptual hashes differ in at most so many of 64 bits, and whose "
                        f"colours agree ({_IMAGE_BITS} where no number is given)")  # fmt: skip
     joint.add_argument("--dedup-texts", nargs="?", type=positive, const=1, metavar="N",
                        help="keep N samples of each caption, case and punctuation aside (1)")  # fmt: skip
@@ -114,7 +114,7 @@ def _options(arguments: argparse.Namespace) -> FilterOptions:
             f"--max-aspect is {arguments.max_aspect}, but is long side over short side: at least 1"
         )
     if arguments.headers_only and arguments.dedup_images is not None:
-        raise UserError("--dedup-images has to decode the pictures: leave --headers-only out")
+        raise UserError("--dedup-images has to decode the images: leave --headers-only out")
     weigh = arguments.balance_as == "weights"
     if weigh and not arguments.balance:
         raise UserError("--balance-as weights needs --balance FILE")

@@ -1,4 +1,4 @@
-"""`siglip-data pack`: shards from a folder of pictures, a table, COCO annotations, or other shards."""
+"""`siglip-data pack`: shards from a folder of images, a table, COCO annotations, or other shards."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.arguments import add_max_pixels, add_workers, folder_name, positive, share
-from siglip_train.data.packing.pictures import FORMATS, PictureOptions
+from siglip_train.data.packing.pictures import FORMATS, ImageOptions
 from siglip_train.data.packing.plan import SKIPPED, Packed, PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
 from siglip_train.errors import UserError
@@ -23,8 +23,8 @@ EXAMPLE = """examples:
     --caption-template 'a photo of a {}'
 """
 _SOURCE_HELP = (
-    "folder of pictures with NAME.txt, NAME.json, NAME.mask.png, NAME.cls beside them, a metadata.jsonl, or in one "
-    "folder a class; table (.csv .tsv .jsonl .json .parquet) of paths, or pictures, and captions; Parquet by URL; COCO "
+    "folder of images with NAME.txt, NAME.json, NAME.mask.png, NAME.cls beside them, a metadata.jsonl, or in one "
+    "folder a class; table (.csv .tsv .jsonl .json .parquet) of paths, or images, and captions; Parquet by URL; COCO "
     "captions or instances (.json); shards, as in data.sources.NAME.shards"
 )
 
@@ -33,15 +33,15 @@ def add_command(commands: Any) -> None:
     """Add `pack` to the sub-parsers of `siglip-data`."""
     parser = commands.add_parser(
         "pack",
-        help="make shards from pictures and captions in files, tables, COCO annotations or other shards",
+        help="make shards from images and captions in files, tables, COCO annotations or other shards",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pictures, defaults = PictureOptions(), PackOptions()
+    pictures, defaults = ImageOptions(), PackOptions()
     parser.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to create, or to go on with")
-    parser.add_argument("--image-root", help="folder of a table's or COCO's pictures (that of the file)")
+    parser.add_argument("--image-root", help="folder of a table's or COCO's images (that of the file)")
     parser.add_argument("--image-column", help="of paths in a table (the first of the usual names)")
     parser.add_argument(
         "--caption-column", help="column, or json field, of captions (the first of the usual names)"
@@ -54,13 +54,13 @@ def add_command(commands: Any) -> None:
                         help="captions made of the names of classes, put where {} is; a sample takes one")  # fmt: skip
     parser.add_argument("--coco-instances", metavar="FILE", help="boxes to add to the captions")
     parser.add_argument("--resize", type=positive, metavar="SHORTEST_SIDE",
-                        help="shrink larger pictures to it, pixels")  # fmt: skip
+                        help="shrink larger images to it, pixels")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default=pictures.format,
                         help="keep = the bytes as they are, unless shrunk (%(default)s)")  # fmt: skip
     parser.add_argument("--quality", type=positive, default=pictures.quality,
                         help="of jpg and webp that are encoded anew, 1 to 100 (%(default)s)")  # fmt: skip
     parser.add_argument("--grey-bits", type=int, choices=range(8, 16), metavar="8..15",
-                        help="of the 16 of grey pictures, those in use: 12 of many cameras and scanners")  # fmt: skip
+                        help="of the 16 of grey images, those in use: 12 of many cameras and scanners")  # fmt: skip
     add_max_pixels(parser)
     parser.add_argument("--shard-samples", type=positive, default=defaults.shard_samples,
                         help="records a shard (%(default)s)")  # fmt: skip
@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
             key_column=arguments.key_column,
             caption_template=arguments.caption_template,
         ),
-        pictures=PictureOptions(
+        pictures=ImageOptions(
             arguments.resize, arguments.format, arguments.quality, arguments.grey_bits, arguments.max_pixels
         ),
         shard_samples=arguments.shard_samples,

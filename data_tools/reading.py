@@ -41,6 +41,6 @@ def first_text(fields: Sequence[Field], sample: RawSample) -> str:
 
 
 def picture_header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
-    """(format, width, height) of a picture without decoding it. Raises `SampleError`."""
+    """(format, width, height) of an image without decoding it. Raises `SampleError`."""
     picture = Encoded(data, max_pixels)
     return picture.format, *picture.size

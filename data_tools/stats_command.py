@@ -31,7 +31,7 @@ FIELDS = (
     ("--language", ["json:language", "json:lang"], "fields with the language, where no mapping names it"),
     ("--labels", ["json:objects.*.label", "json:boxes.*.label"], "fields with the labels of objects"),
 )
-# pictures of all shards together
+# images of all shards together
 _DECODED = 512
 _SHOWN = 24
 # of kept tallies: raise it when they hold something else
@@ -56,7 +56,7 @@ def add_command(commands: Any) -> None:
                         help="captions above are counted, the end token included (%(default)s)")  # fmt: skip
     parser.add_argument("--samples", type=_not_negative, default=0, metavar="N",
                         help="read so many at most, spread evenly over the shards (0: all)")  # fmt: skip
-    parser.add_argument("--report", type=Path, metavar="OUT.html", help="a page with charts and pictures")
+    parser.add_argument("--report", type=Path, metavar="OUT.html", help="a page with charts and images")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="all numbers")
     add_cache_dir(parser)
     add_workers(parser)

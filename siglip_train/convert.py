@@ -11,7 +11,7 @@ from siglip_train.interop.conversion import PARTS, TARGETS, Conversion, Request,
 from siglip_train.interop.files import shortened
 
 _EPILOG = """The source is recognised by what is in it: a run, a checkpoint of any ZeRO stage and number of ranks, an
-export, a HuggingFace folder, an open_clip folder, or an .npz of big_vision. Both sides embed the same pictures and
+export, a HuggingFace folder, an open_clip folder, or an .npz of big_vision. Both sides embed the same images and
 texts before the folder gets its name."""
 
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--patch-size", type=int, metavar="N", help="resample the stem to patches of N x N pixels"
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="PATH", help="compare on these instead of drawn pictures"
+        "--pictures", type=Path, metavar="PATH", help="compare on these instead of drawn images"
     )
     return parser
 
@@ -85,7 +85,7 @@ def summary(conversion: Conversion) -> list[str]:
         tokens = "; tokens equal" if conversion.tokenizer else ""
         texts = f" and {conversion.texts} texts" if conversion.texts else ""
         lines.append(
-            f"largest difference to {whose or 'what was read back'}, {conversion.pictures} pictures{texts}: "
+            f"largest difference to {whose or 'what was read back'}, {conversion.pictures} images{texts}: "
             f"{found}{tokens}"
         )
     return lines

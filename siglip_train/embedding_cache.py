@@ -1,4 +1,4 @@
-"""A locked image tower runs once over every training picture; what it makes of them is kept, and read ever after.
+"""A locked image tower runs once over every training image; what it makes of them is kept, and read ever after.
 
 Locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) may then spend its time on texts alone.
 """
@@ -16,12 +16,19 @@ from numpy.typing import NDArray
 
 from siglip_train.data.config import DataConfig
 from siglip_train.data.image_transform import ImageTransform
-from siglip_train.data.inputs.embeddings import EmbeddingInput, Missing, Pictures, absent, keep, missing
+from siglip_train.data.inputs.embeddings import (
+    EmbeddingInput,
+    Missing,
+    UnembeddedImages,
+    absent,
+    keep,
+    missing,
+)
 from siglip_train.data.loader import Loader
 from siglip_train.distributed.collectives import any_rank, broadcast_object, gather_rows, sum_over_ranks
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder
-from siglip_train.evals.loader import EvaluationLoader, build_picture_loader
+from siglip_train.evals.loader import EvaluationLoader, build_image_loader
 from siglip_train.models.adapters import is_unmerged
 from siglip_train.models.vision import VisionTower
 
@@ -36,7 +43,7 @@ _SECONDS = 30.0
 def folder_of(
     tower: VisionTower, config: DataConfig, transform: ImageTransform, precision: str
 ) -> Path | None:
-    """Where the embeddings by this very tower lie, None = pictures are to be read.  # all ranks
+    """Where the embeddings by this very tower lie, None = images are to be read.  # all ranks
 
     Call it when the optimizer's rules have frozen what they freeze. Raises `UserError` for a tower that is not locked.
     """
@@ -45,14 +52,14 @@ def folder_of(
     names = [name for name, _ in tower.named_parameters()]
     if any(map(is_unmerged, names)):
         raise UserError(
-            "data.embedding_dir: adapters change what the image tower makes of a picture; keep them to the text tower,"
+            "data.embedding_dir: adapters change what the image tower makes of an image; keep them to the text tower,"
             " adapters.pattern='text\\.encoder\\..*\\.(query|key|value|out)$', or set data.embedding_dir=null"
         )
     trained = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
     if trained:
         raise UserError(
             f"data.embedding_dir: {len(trained)} of {len(names)} parameters of the image tower are trained, such as"
-            f" vision.{trained[0]}, which changes what it makes of a picture; freeze them all,"
+            f" vision.{trained[0]}, which changes what it makes of an image; freeze them all,"
             " optim.rules=[{pattern: '^model\\.vision\\.', frozen: true}], or set data.embedding_dir=null"
         )
     about = (_VERSION, tower.config, transform.resize, config.max_image_pixels, precision)
@@ -69,11 +76,11 @@ def _digest(tower: VisionTower, about: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def embed_pictures(training: Loader, encoder: Encoder, folder: Path) -> None:
+def embed_images(training: Loader, encoder: Encoder, folder: Path) -> None:
     """Make the files that are not in `folder`, shard after shard, and let a loader read them.  # all ranks
 
     A shard that is done stays done, whatever ends this: what `encoder.on_batch` raises, or a `UserError`, also for
-    pictures that cannot be read at the time.
+    images that cannot be read at the time.
     """
     shards = [
         Missing(made.reader, number, file)
@@ -87,8 +94,8 @@ def embed_pictures(training: Loader, encoder: Encoder, folder: Path) -> None:
         "image embeddings: %d of %d shards are still to be embedded, in %s", len(wanted), len(shards), folder
     )
     if wanted:
-        loader = build_picture_loader(
-            Pictures(wanted),
+        loader = build_image_loader(
+            UnembeddedImages(wanted),
             encoder.transform,
             max_pixels=training.config.max_image_pixels,
             batch_size=encoder.batch_size,
@@ -107,7 +114,7 @@ def embed_pictures(training: Loader, encoder: Encoder, folder: Path) -> None:
 
 
 def _rows_in_order(encoder: Encoder, loader: EvaluationLoader) -> Iterator[NDArray[np.float16]]:
-    """The rows of consecutive pictures, `[ranks * B, D]`, NaN where there is none; the same on all ranks."""
+    """The rows of consecutive images, `[ranks * B, D]`, NaN where there is none; the same on all ranks."""
     for batch, pooled in encoder.encoded(loader, encoder.pool_images):
         is_filler = (batch.index < 0).to(pooled.device)
         rows = pooled.half()
@@ -129,7 +136,7 @@ def _with_progress(batches: Iterable[NDArray], total: int) -> Iterator[NDArray]:
         if done == total or now - said >= _SECONDS:
             rate = done / (now - begin)
             log.info(
-                "embedded %d of %d pictures, %.0f/s, %.0f s left", done, total, rate, (total - done) / rate
+                "embedded %d of %d images, %.0f/s, %.0f s left", done, total, rate, (total - done) / rate
             )
             said = now
 
@@ -150,11 +157,11 @@ def _by_shard(batches: Iterable[NDArray], shards: Sequence[Missing]) -> Iterator
 
 
 def _check_read(loader: EvaluationLoader) -> None:
-    """Raise `UserError` if pictures were not read that may be readable another time: they would stay bad for ever."""
+    """Raise `UserError` if images were not read that may be readable another time: they would stay bad for ever."""
     count = int(sum_over_ranks(loader.counts).get("bad/shard unavailable", 0))
     if count:
         raise UserError(
-            f"data.embedding_dir: {count} pictures could not be read, which the log names; the shards before them are"
+            f"data.embedding_dir: {count} images could not be read, which the log names; the shards before them are"
             " embedded: start the run again when they are back"
         )
 

@@ -44,7 +44,7 @@ class _Replay(NamedTuple):
 
 
 class StoredPass(ForwardPass):
-    """A pass of which only the embeddings were kept, for objectives that pair samples. Its pictures are elsewhere."""
+    """A pass of which only the embeddings were kept, for objectives that pair samples. Its images are elsewhere."""
 
     def __init__(self, model: Siglip, batch: Batch, images: Tensor, texts: Tensor) -> None:
         super().__init__(model, batch)

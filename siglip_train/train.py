@@ -24,7 +24,7 @@ from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
 from siglip_train.distributed.setup import World, init_world, leave_world, use_timeout_everywhere
 from siglip_train.distributed.slow_ranks import SlowRank
-from siglip_train.embedding_cache import embed_pictures, folder_of
+from siglip_train.embedding_cache import embed_images, folder_of
 from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
@@ -188,7 +188,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
             "a sigmoid loss near %.2f is to be expected at the start",
             expected_initial_loss(config.global_batch_size),
         )
-    prepare = partial(embed_pictures, loader, encoder, embeddings) if embeddings is not None else None
+    prepare = partial(embed_images, loader, encoder, embeddings) if embeddings is not None else None
     _finish(_train(trainer, progress, prepare), config, world, run_dir, watch)
 
 

@@ -1,4 +1,4 @@
-"""A locked tower's embeddings, made once: training as with pictures, and towers that are not locked refused."""
+"""A locked tower's embeddings, made once: training as with images, and towers that are not locked refused."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ TRANSFORM = ImageTransform(16, 8)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, small_run: list[str], tiny_data: Path) -> Path:
-    """`start` trains a tower, and the others a text tower to it: `pictures` as ever, `makes` and `reads` by rows.
+    """`start` trains a tower, and the others a text tower to it: `images` as ever, `makes` and `reads` by rows.
 
     So does `ranks`, on two ranks at ZeRO 3, with workers, rows of its own, and in micro-batches.
     """
@@ -63,7 +63,7 @@ def test_rows_train_as_pictures_do_and_are_made_once(runs: Path) -> None:
         assert records(runs / name)[-1]["val/loss/loss"] == pytest.approx(validation, rel=2e-5)
     logs = [(runs / name / "log.txt").read_text() for name in ("makes", "reads")]
     assert "embeddings: 4 of 4 shards" in logs[0]
-    assert "embedded 600 of 600 pictures" in logs[0]
+    assert "embedded 600 of 600 images" in logs[0]
     assert "embeddings: 0 of 4 shards" in logs[1]
     one, two = (
         {file.name: np.load(file).astype(float) for file in (runs / folder).glob("*/*.npy")}

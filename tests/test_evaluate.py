@@ -93,7 +93,7 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
     shutil.copytree(export, tmp_path / "checkpoints" / "step-00000001" / "weights")
     (tmp_path / "checkpoints" / "LAST").write_text("step-00000001\n")
     (tmp_path / "config.yaml").write_text(
-        "evaluation:\n  tasks:\n    pictures:\n      _target_: siglip_train.evals.retrieval.Retrieval\n"
+        "evaluation:\n  tasks:\n    images:\n      _target_: siglip_train.evals.retrieval.Retrieval\n"
         f"      shards: {tiny_data}/validation/*.tar\n      text: json:captions\n      languages: [de]\n"
     )
     result = evaluate(f"checkpoint={tmp_path}", "workers=0")

@@ -1,4 +1,4 @@
-"""Which samples repeat an earlier one: equal digests of texts, and fingerprints of pictures that are near.
+"""Which samples repeat an earlier one: equal digests of texts, and fingerprints of images that are near.
 
 Pairs of hashes at a distance of at most r bits are found exactly, without comparing all with all: 64 bits are cut
 into m > r blocks, and two such hashes agree in at least m - r of them. So every choice of m - r blocks is sorted, and
@@ -32,7 +32,7 @@ def repeated(digests: NDArray[np.uint64], most: int = 1) -> NDArray[np.int64]:
 def near_duplicates(
     hashes: NDArray[np.uint64], colours: NDArray[np.uint8], bits: int, tolerance: int = COLOUR_TOLERANCE
 ) -> NDArray[np.int64]:
-    """`[n]`: the place of an earlier picture that stays and is near, -1 for those that stay.
+    """`[n]`: the place of an earlier image that stays and is near, -1 for those that stay.
 
     hashes `[n]`, colours `[n, C]`. Near are at most `bits` different bits, and no colour further than `tolerance`.
     Chains do not join: what is dropped is near to something that stays.
@@ -42,7 +42,7 @@ def near_duplicates(
     codes = np.concatenate((hashes[:, None].view(np.uint8), colours), axis=1)  # [n, 8 + C]
     whole = np.ascontiguousarray(codes).view(np.dtype((np.void, codes.shape[1]))).ravel()
     _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
-    # in file order from here on, so that a smaller number is an earlier picture
+    # in file order from here on, so that a smaller number is an earlier image
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))

@@ -1,9 +1,9 @@
-"""What near-duplicate pictures share: a 64-bit perceptual hash of the shapes, a coarse signature of the colours.
+"""What near-duplicate images share: a 64-bit perceptual hash of the shapes, a coarse signature of the colours.
 
 The hash follows the cosine-transform hash of Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-Functions" (2010): the signs of the lowest frequencies of a 32 x 32 grey picture. His square of frequencies leaves out
+Functions" (2010): the signs of the lowest frequencies of a 32 x 32 grey image. His square of frequencies leaves out
 those along one axis, so that all stripes look alike (585 pairs of other flags and squares have equal hashes in
-`emoji_train`, 148 with the round choice here). A hash says nothing of colours, and nothing at all of a flat picture:
+`emoji_train`, 148 with the round choice here). A hash says nothing of colours, and nothing at all of a flat image:
 hence the signature. Its 8 x 8 cells also tell apart what differs in a detail: with 4 x 4, three times as many pairs
 of different drawings in `emoji_train` count as near.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 
 _SIDE, _BITS, _CELLS = 32, 64, 8
 COLOURS = 3 * _CELLS * _CELLS
-# the largest difference of two colours, in levels of 255: a picture 10 % brighter differs by 26 at most
+# the largest difference of two colours, in levels of 255: an image 10 % brighter differs by 26 at most
 COLOUR_TOLERANCE = 32
 # amplitude in grey levels; below is noise of an encoder, whose sign would be chance
 _FAINT = 0.5
@@ -53,7 +53,7 @@ _COSINES = _cosines()
 
 
 def fingerprint(image: Image.Image) -> Fingerprint:
-    """Of an RGB picture, squashed to a square: sizes and encodings change it little, crops and mirroring much."""
+    """Of an RGB image, squashed to a square: sizes and encodings change it little, crops and mirroring much."""
     small = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.float64)
     grey = small @ (0.299, 0.587, 0.114)
     amplitudes = (_COSINES @ grey @ _COSINES.T)[_VERTICAL, _HORIZONTAL]

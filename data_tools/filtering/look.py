@@ -1,6 +1,6 @@
 """What the decision needs to know of every sample of a shard: the task of one process, kept until the run is complete.
 
-The picture is decoded last, and only of samples that no rule drops.
+The image is decoded last, and only of samples that no rule drops.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from siglip_train.files import appearing
 class Wanted:
     """What is looked for. spec: the file of `--balance`; facts: must `json` be one object, or absent?
 
-    max_pixels: of a picture; one with more is broken.
+    max_pixels: of an image; one with more is broken.
     """
 
     rules: RuleOptions

@@ -53,7 +53,7 @@ class Looked:
 
     @property
     def picture(self) -> bytes:
-        """The bytes of the picture."""
+        """The bytes of the image."""
         members = self.sample.members
         name = next((name for name in self._fields.image if name in members), None)
         if name is None:
@@ -62,12 +62,12 @@ class Looked:
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height) by the header of the picture."""
+        """(width, height) by the header of the image."""
         return picture_header(self.picture)[1:]
 
 
 class Fields:
-    """Where pictures, captions and languages are. Raises `UserError`."""
+    """Where images, captions and languages are. Raises `UserError`."""
 
     def __init__(self, options: RuleOptions) -> None:
         self.image = options.image

@@ -109,7 +109,7 @@ class _Counted:
             self.tally.bad.add(BadSample.of(self.sample.shard, self.sample.key, fault))
 
     def show(self) -> None:
-        """Keep the sample for the report, unless it has no readable picture."""
+        """Keep the sample for the report, unless it has no readable image."""
         with contextlib.suppress(SampleError):
             url = thumbnail(decode(self.picture or b""), 192)
             captions = tuple(self.texts[:_SHOWN_CAPTIONS])

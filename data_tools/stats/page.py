@@ -40,7 +40,7 @@ def _headline(summary: Summary) -> dict[str, str]:
         "samples": f"{summary['samples']:,}",
         "shards": f"{summary['shards']['read']:,}",
         "captions": f"{captions['number']:,}",
-        "repeated pictures": percent(pictures["duplicates"]["share"]),
+        "repeated images": percent(pictures["duplicates"]["share"]),
         "repeated captions": percent(captions["duplicates"]["share"]),
         "bad samples": f"{sum(summary['bad']['causes'].values()):,}",
         "decoded per second and core": short(round(decoding["pictures_per_second_and_core"])),
@@ -66,7 +66,7 @@ def _caption_charts(tally: Tally, captions: Summary) -> list[Markup]:
     return [
         histogram("length", tally.characters, "characters"),
         histogram("length with the end token", tally.tokens, "tokens"),
-        histogram("captions per picture", tally.captions_per_picture, "captions"),
+        histogram("captions per image", tally.captions_per_picture, "captions"),
         _frequent("most frequent captions", captions["most_frequent"], captions["number"], least=2),
         _frequent("most frequent words", captions["words"], words),
     ]
@@ -74,7 +74,7 @@ def _caption_charts(tally: Tally, captions: Summary) -> list[Markup]:
 
 def _object_charts(tally: Tally, objects: Summary) -> list[Markup]:
     return [
-        histogram("objects per picture that has any", tally.objects_per_picture, "objects"),
+        histogram("objects per image that has any", tally.objects_per_picture, "objects"),
         _frequent("labels", objects["labels"], tally.labels.counts.total() + tally.labels.dropped),
     ]
 

@@ -23,7 +23,7 @@ class Tally:
 
     shard_bytes: of the tars, unpacked. aspects: width / height. languages, language_characters, language_tokens:
     number of captions and the sums over them. tokens count the end token, as the context length does.
-    decode_seconds: of processor time, for `decoded` pictures of so many bytes and megapixels.
+    decode_seconds: of processor time, for `decoded` images of so many bytes and megapixels.
     """
 
     shards: int = 0

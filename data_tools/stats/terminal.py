@@ -32,11 +32,11 @@ def _distributions(summary: Summary) -> Table:
         "height": pictures["height"],
         "megapixels": pictures["megapixels"],
         "width / height": pictures["aspect"],
-        "bytes of a picture": pictures["bytes"],
-        "captions per picture": captions["per_picture"],
+        "bytes of an image": pictures["bytes"],
+        "captions per image": captions["per_picture"],
         "characters of a caption": captions["characters"],
         "tokens of a caption": captions.get("tokens", {"count": 0}),
-        "objects per picture": summary["objects"]["per_picture"],
+        "objects per image": summary["objects"]["per_picture"],
     }
     for name, numbers in rows.items():
         if numbers["count"]:
@@ -54,13 +54,13 @@ def _facts(summary: Summary) -> Table:
         "languages": _shares(
             {name: each["captions"] for name, each in captions["languages"].items()}, captions["number"]
         ),
-        "repeated pictures": _repeated(pictures["duplicates"]),
+        "repeated images": _repeated(pictures["duplicates"]),
         "repeated captions": _repeated(captions["duplicates"]),
         "frequent captions": _listed([pair for pair in captions["most_frequent"]["top"][:3] if pair[1] > 1]),
         "frequent words": _listed(captions["words"]["top"]),
         "labels": _listed(summary["objects"]["labels"]["top"]),
-        "decoding": f"{decoding['pictures_per_second_and_core']:.0f} pictures/s, "
-        f"{decoding['megabytes_per_second_and_core']:.1f} MB/s per core ({decoding['pictures']} pictures)",
+        "decoding": f"{decoding['pictures_per_second_and_core']:.0f} images/s, "
+        f"{decoding['megabytes_per_second_and_core']:.1f} MB/s per core ({decoding['pictures']} images)",
     }
     if "tokens" in captions:
         share = percent(captions["over_context_length_share"])

@@ -1,1 +1,1 @@
-"""The synthetic data set: scenes of coloured shapes, their pictures, and captions that are true of them."""
+"""The synthetic data set: scenes of coloured shapes, their images, and captions that are true of them."""

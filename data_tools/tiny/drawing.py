@@ -1,4 +1,4 @@
-"""Draw a planned scene: the picture, its class map, and the box each object really covers."""
+"""Draw a planned scene: the image, its class map, and the box each object really covers."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]
 
 
 def draw_scene(scene: Scene) -> tuple[Image.Image, Image.Image, list[Box]]:
-    """Return the RGB picture, the class map and the pixel box of every object.
+    """Return the RGB image, the class map and the pixel box of every object.
 
     The map has 8 bits a pixel: 0 is background, else the class + 1. A box is left, top, right, bottom
     (the last two exclusive) of the object's pixels in the map.

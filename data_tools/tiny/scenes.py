@@ -37,7 +37,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to draw a picture and to caption it."""
+    """Everything needed to draw an image and to caption it."""
 
     width: int
     height: int

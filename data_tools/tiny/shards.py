@@ -57,7 +57,7 @@ def plan_training(seed: int, index: int) -> Scene:
 
 
 def plan_validation(seed: int, count: int) -> list[Scene]:
-    """Scenes of which no two show the same objects, so that a caption has one right picture."""
+    """Scenes of which no two show the same objects, so that a caption has one right image."""
     scenes: list[Scene] = []
     known = set()
     index = 0

@@ -1,4 +1,4 @@
-"""What can be wrong inside one sample: member names, captions, picture, mask, boxes."""
+"""What can be wrong inside one sample: member names, captions, image, mask, boxes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Rules:
     """What a good sample is.
 
     image: extensions in order of preference. text: fields that hold captions, () = none is wanted. label: the field of
-    the class, None = none is wanted. min_side: pixels. max_pixels: of a picture. max_aspect: long side over
+    the class, None = none is wanted. min_side: pixels. max_pixels: of an image. max_aspect: long side over
     short side. tokenizer: path, None = lengths are not looked at. context_length: tokens, with the end.
     """
 
@@ -98,7 +98,7 @@ class SampleChecks:
             yield SampleError("dotted key", f"read as {name} of sample {sample.key}")
 
     def _swallowed(self, members: Mapping[str, bytes]) -> str:
-        """The first member, such as `b.jpg`, that was meant to be a picture or caption of sample `a.b`."""
+        """The first member, such as `b.jpg`, that was meant to be an image or caption of sample `a.b`."""
         stems: dict[str, set[str]] = {}
         for extension in members:
             stem, dot, last = extension.rpartition(".")
@@ -107,7 +107,7 @@ class SampleChecks:
         for stem, lasts in stems.items():
             images = lasts.intersection(self.rules.image)
             texts = lasts.intersection(field.member for field in self.fields)
-            # `depth.png` beside a picture is an extension; `b.jpg` without one, or with `b.txt`, is not
+            # `depth.png` beside an image is an extension; `b.jpg` without one, or with `b.txt`, is not
             if (
                 (images and texts)
                 or (images and not self._has_image(members))
@@ -176,7 +176,7 @@ class SampleChecks:
 
 
 def _dark_faults(data: bytes, picture: Image.Image) -> Iterator[SampleError]:
-    """Levels of 12 bits in a picture of 16 are a sixteenth of what they should be, and no one can see it in numbers."""
+    """Levels of 12 bits in an image of 16 are a sixteenth of what they should be, and no one can see it in numbers."""
     if not has_16_bits(data):
         return
     highest = max(high for _, high in picture.getextrema())  # type: ignore[misc]
@@ -191,7 +191,7 @@ def _size_faults(facts: Mapping[str, Any], width: int, height: int) -> Iterator[
     said = [(name, facts.get(name), side) for name, side in (("width", width), ("height", height))]
     if any(type(value) in (int, float) and value != side for _, value, side in said):
         stated = ", ".join(f"{name} {value}" for name, value, _ in said)
-        yield SampleError("wrong size", f"json says {stated}, but the picture is {width} x {height}")
+        yield SampleError("wrong size", f"json says {stated}, but the image is {width} x {height}")
 
 
 def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
@@ -203,11 +203,11 @@ def _box_faults(facts: Mapping[str, Any]) -> Iterator[SampleError]:
 
 
 def _mask_faults(data: bytes, size: tuple[int, int] | None) -> Iterator[SampleError]:
-    """size: of the picture, None where it is not known."""
+    """size: of the image, None where it is not known."""
     try:
         mask = read_mask(data)
     except SampleError as error:
         yield error
         return
     if size is not None and mask.size != size:
-        yield SampleError("mask size", "{} x {}, but the picture {} x {}".format(*mask.size, *size))
+        yield SampleError("mask size", "{} x {}, but the image {} x {}".format(*mask.size, *size))

@@ -73,7 +73,7 @@ class DataConfig:
     below 1, a random crop of at least this share of the area is taken in place of the whole image.
     reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
     max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
-    max_image_pixels: larger pictures count as bad, before they take memory: 50 million pixels take 150 MB, those of
+    max_image_pixels: larger images count as bad, before they take memory: 50 million pixels take 150 MB, those of
     a PNG with transparency 800 (assumption). max_member_mib: so do members of a tar. max_unpack_ratio, max_unpack_gib:
     a packed shard may unpack to so many times its size beyond 64 MiB, and to so much; one that would counts as bad if
     it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards, indexes and packed folders.
@@ -83,8 +83,8 @@ class DataConfig:
     cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
     bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
     that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
-    embedding_dir: a folder that all ranks see: what a locked image tower makes of every picture is computed once, kept
-    there, and read in place of the pictures; null = no.
+    embedding_dir: a folder that all ranks see: what a locked image tower makes of every image is computed once, kept
+    there, and read in place of the images; null = no.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class DataConfig:
             )
         if self.embedding_dir is not None and (self.flip or self.min_crop_area < 1):
             raise ValueError(
-                "embedding_dir keeps what the tower makes of whole pictures, so they cannot be cropped or mirrored: set"
+                "embedding_dir keeps what the tower makes of whole images, so they cannot be cropped or mirrored: set"
                 " data.flip=false data.min_crop_area=1.0, or data.embedding_dir=null"
             )
 

@@ -1,4 +1,4 @@
-"""Evaluation sets that are a folder: CLIP_benchmark's layout of shards, or pictures in one folder a class."""
+"""Evaluation sets that are a folder: CLIP_benchmark's layout of shards, or images in one folder a class."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
 from siglip_train.files import read_text
 
-# endings of pictures, in any case; those that Pillow cannot read, for want of a plugin, count as broken
-PICTURES = (
+# endings of images, in any case; those that Pillow cannot read, for want of a plugin, count as broken
+IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(
         ".avif",
@@ -83,11 +83,11 @@ def benchmark_folder(shards: str | Sequence[str]) -> BenchmarkFolder | None:
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Pictures as `root/CLASS/…/FILE`, read as samples with the members `image` and `cls`.
+    """Images as `root/CLASS/…/FILE`, read as samples with the members `image` and `cls`.
 
     files: paths below root and the label of each, class by class. Folders that are all numbers are labels themselves
     (ImageNet-v2 is laid out so); else they count in sorted order, which for ImageNet's WordNet ids is the order of
-    everyone's class lists. others: paths of files that are no pictures by their endings.
+    everyone's class lists. others: paths of files that are no images by their endings.
     """
 
     root: Path
@@ -102,7 +102,7 @@ class ClassFolder:
         return self.root.name, _key(self.files[place][0])
 
     def read(self, place: int) -> RawSample:
-        """The bytes of a picture and its label."""
+        """The bytes of an image and its label."""
         path, label = self.files[place]
         members = {"image": (self.root / path).read_bytes(), "cls": str(label).encode()}
         return RawSample(*self.name(place), members)
@@ -128,15 +128,15 @@ def class_folder_names(shards: str | Sequence[str]) -> dict[int, str]:
 def class_folder(
     shards: str | Sequence[str], extensions: Sequence[str], select: Selection
 ) -> ClassFolder | None:
-    """Find the pictures of a folder of classes; None where it is something else or has none.
+    """Find the images of a folder of classes; None where it is something else or has none.
 
-    Pictures are files with one of the usual endings or of the `extensions`.
+    Images are files with one of the usual endings or of the `extensions`.
     """
     names = class_folder_names(shards)
     root = _folder(shards)
     if root is None:
         return None
-    endings = (*PICTURES, *(f".{extension}" for extension in extensions))
+    endings = (*IMAGE_ENDINGS, *(f".{extension}" for extension in extensions))
     found = [(path, label) for label, name in names.items() for path in _files(root, name)]
     files = [
         (path, label) for path, label in found if path.lower().endswith(endings) and _key(path) in select

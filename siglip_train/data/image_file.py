@@ -27,12 +27,12 @@ _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 class Encoded:
-    """A picture whose `size` (width, height) is known and whose pixels are decoded, once, when they are asked for.
+    """An image whose `size` (width, height) is known and whose pixels are decoded, once, when they are asked for.
 
     strict: refuse too a JPEG in whose data libjpeg lost its way, which it fills with grey or streaks, as training and
     `siglip-data` do; evaluation takes it, as others' does. Only simplejpeg tells, so that nothing changes without it,
     nor for CMYK. Raises `SampleError` for what cannot be decoded completely
-    and for more than `max_pixels` pixels, before they take memory. grey_bits: those of 16 that grey pictures use.
+    and for more than `max_pixels` pixels, before they take memory. grey_bits: those of 16 that grey images use.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Encoded:
         return self._opened().format or "unknown"
 
     def image(self) -> Image.Image:
-        """The picture in RGB."""
+        """The image in RGB."""
         decoded = self._decoded(1)
         return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
 
     def pixels(self, divisor: Literal[1, 2, 4, 8] = 1) -> NDArray:
         """uint8 `[H, W, 3]`; a JPEG with its sides divided and rounded up, other formats as they are.
 
-        A JPEG is stored in blocks of frequencies, and the low ones alone give the smaller picture: less work, and
+        A JPEG is stored in blocks of frequencies, and the low ones alone give the smaller image: less work, and
         the same pixels from both decoders.
         """
         decoded = self._decoded(divisor)
@@ -96,7 +96,7 @@ class Encoded:
 def decode(
     data: bytes, max_pixels: int = MAX_PIXELS, *, strict: bool = False, grey_bits: int = 16
 ) -> Image.Image:
-    """Decode JPEG, PNG, WebP, ... to an RGB picture.
+    """Decode JPEG, PNG, WebP, ... to an RGB image.
 
     Transparent pixels are put over white; 16-bit grey keeps its upper 8 of `grey_bits` bits; CMYK, palettes and 1-bit
     follow Pillow. The EXIF orientation is ignored, as the published models' pipelines do.
@@ -146,7 +146,7 @@ def _formats(data: bytes) -> list[str]:
 @functools.cache
 def _other_formats() -> list[str]:
     Image.init()
-    # what people store pictures in: of the others one is a program (EPS), and some hold a picture larger than they say
+    # what people store images in: of the others one is a program (EPS), and some hold an image larger than they say
     return [name for name in ("GIF", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.ID]
 
 

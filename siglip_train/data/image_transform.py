@@ -45,9 +45,9 @@ def patch_grid(rows: int, columns: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """A picture of any size to the patches of an `image_size` square: squashed, not cropped, as in SigLIP.
+    """An image of any size to the patches of an `image_size` square: squashed, not cropped, as in SigLIP.
 
-    flip: mirror every second picture. min_crop_area: below 1, a random crop of at least this share of the
+    flip: mirror every second image. min_crop_area: below 1, a random crop of at least this share of the
     area, of aspect 3/4 to 4/3, is resized instead. reduced_jpeg: decode a large JPEG at 1/2, 1/4 or 1/8 where both
     sides (of the crop) stay half as long again as needed. These are for training; a call is exact.
     """
@@ -64,19 +64,19 @@ class ImageTransform:
             raise UserError(f"resize is {self.resize!r}, but must be one of {', '.join(_FILTERS)}")
         if not 0 < self.min_crop_area <= 1:
             raise UserError(
-                f"min_crop_area is {self.min_crop_area}, but is a share of the picture: 0 < share <= 1"
+                f"min_crop_area is {self.min_crop_area}, but is a share of the image: 0 < share <= 1"
             )
         if not 0 < self.patch_size <= self.image_size:
             raise UserError(f"patch_size {self.patch_size} does not fit into image_size {self.image_size}")
 
     @property
     def grid(self) -> torch.Tensor:
-        """`[L, 2]` int64 patch coordinates, the same for every picture."""
+        """`[L, 2]` int64 patch coordinates, the same for every image."""
         side = self.image_size // self.patch_size
         return patch_grid(side, side)
 
     def __call__(self, image: Image.Image, center: float = 1.0) -> NDArray:
-        """RGB picture to uint8 `[L, P]`, without augmentation, to the last bit as Pillow resizes it."""
+        """RGB image to uint8 `[L, P]`, without augmentation, to the last bit as Pillow resizes it."""
         return patchify(np.asarray(self.resized(image, center)), self.patch_size)
 
     def resized(self, image: Image.Image, center: float = 1.0) -> Image.Image:
@@ -133,7 +133,7 @@ def resize_pixels(
 
 
 def _cut(pixels: NDArray, box: Box, size: tuple[int, int]) -> NDArray:
-    """The part in `box`, which is in pixels of the whole picture of this `size`."""
+    """The part in `box`, which is in pixels of the whole image of this `size`."""
     rows, columns = pixels.shape[:2]
     left, right = (round(edge * columns / size[0]) for edge in box[::2])
     top, bottom = (round(edge * rows / size[1]) for edge in box[1::2])
@@ -145,7 +145,7 @@ def _is_mirrored(rng: np.random.Generator) -> bool:
 
 
 def _random_box(size: tuple[int, int], min_area: float, rng: np.random.Generator) -> Box | None:
-    """The Inception crop, or None for the whole picture when none fits."""
+    """The Inception crop, or None for the whole image when none fits."""
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * rng.uniform(min_area, 1.0)

@@ -50,7 +50,7 @@ class ImageSet(NamedTuple):
     """A whole evaluation set, in data order, the same on every rank; bad samples are left out.
 
     embeddings: `[n, E]` fp32 on the CPU, unit norm unless pooled outputs were asked for. labels: those that are right
-    for each image, or None. keys: `shard/key` of each. groups: "" where none are wanted. picture: the RGB original of
+    for each image, or None. keys: `shard/key` of each. groups: "" where none are wanted. image: the RGB original of
     image i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
     """
 

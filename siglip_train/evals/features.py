@@ -32,7 +32,7 @@ class Features(NamedTuple):
 class Method(Protocol):
     """A way to classify by training features. The same on every rank, and in every run.
 
-    center: the share of the squashed pictures, in the middle, that its protocol embeds (`EvaluationSource`).
+    center: the share of the squashed images, in the middle, that its protocol embeds (`EvaluationSource`).
     """
 
     center: float

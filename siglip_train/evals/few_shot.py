@@ -17,8 +17,8 @@ class RidgeFewShot:
     """The protocol of big_vision's `fewshot_lsr`.
 
     For each seed and number of shots, that many images of each class are drawn (all of a class that has fewer);
-    features are whitened by them, targets are 1 for the class and -1 for others, and the penalty is l2. Pictures are
-    squashed to 256 / 224 of the model's size, of which the middle is embedded: `center`; 1 embeds the whole picture.
+    features are whitened by them, targets are 1 for the class and -1 for others, and the penalty is l2. Images are
+    squashed to 256 / 224 of the model's size, of which the middle is embedded: `center`; 1 embeds the whole image.
     ImageNet as published: the first 65,000 training images (`train.max_samples`), tested on the validation set.
     """
 

@@ -13,7 +13,7 @@ from siglip_train.errors import UserError
 from siglip_train.files import read_text
 
 LabelSet = tuple[int, ...]
-# entry i of a list such as ReaL's is about picture i + 1 of ImageNet's validation set
+# entry i of a list such as ReaL's is about image i + 1 of ImageNet's validation set
 _VALIDATION_KEY = re.compile(r"val_0*(\d+)$")
 
 

@@ -55,8 +55,8 @@ class EvaluationSource:
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
     `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
-    side of a picture (ObjectNet frames its pictures). center: below 1, the share of both sides that is kept, in the
-    middle, of the squashed picture (few-shot probes keep 224 of 256). max_pixels: larger pictures count as bad.
+    side of an image (ObjectNet frames its images). center: below 1, the share of both sides that is kept, in the
+    middle, of the squashed image (few-shot probes keep 224 of 256). max_pixels: larger images count as bad.
     """
 
     shards: str | list[str]
@@ -284,7 +284,7 @@ def build_evaluation_loader(
     return loader
 
 
-def build_picture_loader(
+def build_image_loader(
     samples: Samples,
     transform: ImageTransform,
     *,
@@ -294,7 +294,7 @@ def build_picture_loader(
     world_size: int = 1,
     workers: int = 0,
 ) -> EvaluationLoader:
-    """Pictures of training alone, the ranks taking turns, so that together they go through `samples` in order.
+    """Images of training alone, the ranks taking turns, so that together they go through `samples` in order.
 
     Row i of batch k is place (k * world_size + rank) * batch_size + i, or a filler where that is bad or beyond the end.
     """

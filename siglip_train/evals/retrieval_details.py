@@ -1,4 +1,4 @@
-"""What a retrieval found, in pictures and words, for the report."""
+"""What a retrieval found, in images and words, for the report."""
 
 from typing import Any, NamedTuple
 

@@ -46,7 +46,7 @@ class ZeroShotClassification:
     `real.json` of ImageNet-ReaL. class_map: a file `{class: indices}` or ObjectNet's folder `mappings`, where classes
     of the set stand for others; only the mapped classes are predicted, only images of mapped classes count.
     canonical: lower-case prompts without punctuation. group: `json:field`, accuracy by its values. border: pixels cut
-    off each picture's sides. bootstrap: resamples for confidence intervals, 0 = none. language: of the prompts, for
+    off each image's sides. bootstrap: resamples for confidence intervals, 0 = none. language: of the prompts, for
     the results. gallery: mistaken images kept for the report.
     """
 

@@ -1,6 +1,6 @@
 """Read a SigLIP or SigLIP 2 model, or a ViT alone, as big_vision wrote it: one `.npz`, blocks apart or stacked.
 
-Such a file holds arrays alone, so the sizes are read off their shapes. It says neither how pictures are resized
+Such a file holds arrays alone, so the sizes are read off their shapes. It says neither how images are resized
 nor which tokenizer belongs to it: those are what big_vision's own configurations for these models say.
 """
 
@@ -166,7 +166,7 @@ def _vision(tensors: Mapping[str, Tensor], path: Path) -> VisionConfig:
 
 
 def _image_size(grid: int, patch_size: int) -> int:
-    # the one released model whose patches do not cover the picture: 384 / 14
+    # the one released model whose patches do not cover the image: 384 / 14
     return 384 if (grid, patch_size) == (27, 14) else grid * patch_size
 
 

@@ -156,7 +156,7 @@ def _comparison(conversion: dict[str, Any]) -> str:
     found = [
         f"{name.replace('_', ' ')} {value:.1e}" for name, value in conversion["largest_difference"].items()
     ]
-    asked = f"{conversion['pictures']} pictures"
+    asked = f"{conversion['pictures']} images"
     if conversion["texts"]:
         asked += f" and {conversion['texts']} texts"
     where = "a unit-norm embedding:" if conversion["part"] != "classifier" else "the"

@@ -69,7 +69,7 @@ def register() -> None:
 def open_clip_parts(
     loaded: LoadedModel,
 ) -> tuple[OpenClipModel, Callable[[Image.Image], Tensor], Callable[[str | list[str]], Tensor]]:
-    """Give model, transform (picture -> `[3, H, W]` in -1..1) and tokenizer (texts -> `[n, context_length]`)."""
+    """Give model, transform (image -> `[3, H, W]` in -1..1) and tokenizer (texts -> `[n, context_length]`)."""
 
     def transform(image: Image.Image) -> Tensor:
         pixels = np.array(loaded.transform.resized(to_rgb(image)))  # [H, W, 3]

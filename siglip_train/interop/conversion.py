@@ -42,7 +42,7 @@ class Request:
 
     part: `vision` = that tower alone, `classifier` = with a classification head of the run on it (both hf).
     tokenizer: a file or folder, instead of the model's own; "none" leaves it out. image_size, patch_size: resample to
-    these. pictures: a folder to compare both sides on, instead of drawn pictures. objective: the head's name, where
+    these. images: a folder to compare both sides on, instead of drawn images. objective: the head's name, where
     there are several. class_names: in label order.
     """
 

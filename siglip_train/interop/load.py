@@ -169,7 +169,7 @@ def load_weights(
     resample: resize position table and stem where image or patch size differ, as `fit_weights` says. fresh:
     beginnings of names that may keep their initial values where no tensor fits. skip: beginnings of names that keep
     them whatever fits, and need not be there; also of names of the file's own that the model has no place for.
-    inputs: how the model will get its texts and pictures, see `check_inputs`; None = that is not compared.
+    inputs: how the model will get its texts and images, see `check_inputs`; None = that is not compared.
     Raises `UserError` with the names of all other tensors that are missing or of another shape, and where
     heads or activation differ, as such weights would load and mean something else.
     """

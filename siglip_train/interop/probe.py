@@ -1,4 +1,4 @@
-"""What both sides of a conversion are asked, a few pictures and captions, and how far their answers may differ."""
+"""What both sides of a conversion are asked, a few images and captions, and how far their answers may differ."""
 
 import math
 from pathlib import Path
@@ -34,9 +34,9 @@ TEXTS = (
 
 
 class Probe(NamedTuple):
-    """Pictures as both sides take them, and texts as tokens.
+    """Images as both sides take them, and texts as tokens.
 
-    pictures: RGB. images: uint8 patches of the squared pictures. pixels: `[n, 3, S, S]` in -1..1, the same.
+    images: RGB. images: uint8 patches of the squared images. pixels: `[n, 3, S, S]` in -1..1, the same.
     tokens: `[m, context_length]`, of `texts`, or random where the model has no tokenizer and `texts` is empty.
     """
 
@@ -54,8 +54,8 @@ Answers = dict[str, Tensor]
 def make_probe(
     config: SiglipConfig, transform: ImageTransform, tokenizer: Tokenizer | None, folder: Path | None
 ) -> Probe:
-    """Pictures of `folder`, or drawn ones, and captions in several languages."""
-    pictures = _read_pictures(folder) if folder else [_drawn(*size) for size in _SIZES]
+    """Images of `folder`, or drawn ones, and captions in several languages."""
+    pictures = _read_images(folder) if folder else [_drawn(*size) for size in _SIZES]
     squares = [
         torch.frombuffer(bytearray(transform.resized(p).tobytes()), dtype=torch.uint8) for p in pictures
     ]
@@ -73,7 +73,7 @@ def make_probe(
 
 @torch.inference_mode()
 def our_answers(model: Siglip, probe: Probe, head: Classification | None = None) -> Answers:
-    """The probe's embeddings by our own model, or what `head` says of its pictures."""
+    """The probe's embeddings by our own model, or what `head` says of its images."""
     if head is not None:
         return {"logits": head.logits(ForwardPass(model, Batch({"images": probe.images})))}
     return {
@@ -104,7 +104,7 @@ def _largest(numbers: Tensor) -> float:
     return numbers.abs().max().item()
 
 
-def _read_pictures(folder: Path) -> list[Image.Image]:
+def _read_images(folder: Path) -> list[Image.Image]:
     pictures = []
     for path in sorted(folder.iterdir() if folder.is_dir() else [folder]):
         try:
@@ -114,7 +114,7 @@ def _read_pictures(folder: Path) -> list[Image.Image]:
         if len(pictures) == _MOST_PICTURES:
             break
     if not pictures:
-        raise UserError(f"--pictures: no picture can be read from {folder}")
+        raise UserError(f"--pictures: no image can be read from {folder}")
     return pictures
 
 

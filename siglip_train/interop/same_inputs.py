@@ -1,4 +1,4 @@
-"""Whether a run feeds a model as it was fed before: text rules, tokenizer and the filter that resizes pictures.
+"""Whether a run feeds a model as it was fed before: text rules, tokenizer and the filter that resizes images.
 
 Weights load whatever stands around them; but the last position of a text is what is read, and another padding token
 there breaks a model.
@@ -24,13 +24,13 @@ def check_inputs(theirs: Description, ours: Description, where: Path, skip: Sequ
     """Compare what the model in `where` got with what a run will give it; a tower that is left out gets what it likes.
 
     Raises `UserError` with the settings for other text rules, another length, or a tokenizer that gives other tokens.
-    Another filter moves pictures by little: that is a warning.
+    Another filter moves images by little: that is a warning.
     """
     if not is_left_out("text", skip):
         _check_texts(theirs, ours, where, skip)
     if theirs.resize != ours.resize and not is_left_out("vision", skip):
         log.warning(
-            "init_from %s: pictures were resized with the %s filter there, with the %s one here: data.resize=%s",
+            "init_from %s: images were resized with the %s filter there, with the %s one here: data.resize=%s",
             where,
             theirs.resize,
             ours.resize,

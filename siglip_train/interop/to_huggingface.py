@@ -131,7 +131,7 @@ def transformers_answers(folder: Path, probe: Probe, config: SiglipConfig) -> An
 
 
 def transformers_logits(folder: Path, probe: Probe, config: SiglipConfig) -> Answers | None:
-    """What transformers' classifier in `folder` says of the probe's pictures; None where it is not installed."""
+    """What transformers' classifier in `folder` says of the probe's images; None where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
     import transformers

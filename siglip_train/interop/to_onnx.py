@@ -85,7 +85,7 @@ def write_onnx(folder: Path, state: Mapping[str, Tensor], description: Descripti
 def onnxruntime_answers(folder: Path, probe: Probe, config: SiglipConfig) -> Answers | None:
     """The probe's embeddings by onnxruntime on the CPU; None where it is not installed.
 
-    One picture and one text are asked alone too, as a graph may have kept the size of the batch it was made with.
+    One image and one text are asked alone too, as a graph may have kept the size of the batch it was made with.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return None

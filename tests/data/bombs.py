@@ -66,7 +66,7 @@ def gif_frame(side: int) -> bytes:
 
 
 def jpeg_of_scans(count: int, side: int = 64) -> bytes:
-    """A progressive JPEG whose last scan is repeated: each goes over the whole picture."""
+    """A progressive JPEG whose last scan is repeated: each goes over the whole image."""
     stored = io.BytesIO()
     Image.new("RGB", (side, side)).save(stored, "JPEG", progressive=True)
     data = stored.getvalue()
@@ -92,7 +92,7 @@ def gzip_of_zeros(path: Path, megabytes: int, begin: bytes = b"") -> Path:
 
 
 def tar_with_a_huge_member(path: Path, key: str, gigabytes: float) -> Path:
-    """A good sample, then one whose picture is so large; the file is sparse and takes no room."""
+    """A good sample, then one whose image is so large; the file is sparse and takes no room."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in (
             (f"{key}.png", encoded(picture())),

@@ -1,4 +1,4 @@
-"""Random damage on shards, and the check that no damage crashes a reader or gives a picture the caption of another.
+"""Random damage on shards, and the check that no damage crashes a reader or gives an image the caption of another.
 
 `python -m tests.data.fuzz --seconds 600` goes on where the tests stop.
 """
@@ -64,7 +64,7 @@ class Shard:
 
 
 def make_shard(name: str, key: str, tar_format: int, kinds: tuple[str, ...]) -> Shard:
-    """A few samples with a picture, a text and json, all of which say which sample they are of."""
+    """A few samples with an image, a text and json, all of which say which sample they are of."""
     out, keys = io.BytesIO(), [key.format(number) for number in range(SAMPLES)]
     with tarfile.open(fileobj=out, mode="w", format=tar_format) as archive:
         for number, each in enumerate(keys):
@@ -88,7 +88,7 @@ def _members(number: int, kind: str) -> Iterator[tuple[str, bytes]]:
     levels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(levels).save(picture, {"jpg": "JPEG"}.get(kind, kind), quality=80)
     yield kind, picture.getvalue()
-    yield "txt", f"the picture number {number}".encode()
+    yield "txt", f"the image number {number}".encode()
     yield (
         "json",
         json.dumps({"language": "en", "captions": {"de": f"Bild {number}", "zh": f"第{number}张"}}).encode(),
@@ -288,7 +288,7 @@ def check_members(shard: Shard, damaged: Damaged, index: TarIndex) -> None:
 
 
 def check_samples(content: bytes, index: TarIndex, original: set[bytes], random: Random) -> Counter[str]:
-    """Decode what has changed: a clear error, or a picture and a caption."""
+    """Decode what has changed: a clear error, or an image and a caption."""
     causes: Counter[str] = Counter()
     for sample in range(len(index)):
         members = {
@@ -328,7 +328,7 @@ class Fuzz:
         self.shards = [
             make_shard("ustar", "{:05d}", tarfile.USTAR_FORMAT, KINDS),
             # NOTE: one kind, since a long name has no checksum: where b.png becomes a.png, and a has a.webp, a has two
-            # pictures, as a sample may have
+            # images, as a sample may have
             make_shard("gnu", long + "{:05d}", tarfile.GNU_FORMAT, ("png",)),
             make_shard("pax", long + "{:05d}", tarfile.PAX_FORMAT, ("jpg",)),
             make_shard("pax names", "ünï{:05d}", tarfile.PAX_FORMAT, ("webp",)),

@@ -1,4 +1,4 @@
-"""Rows in place of pictures: made shard by shard, read as the pictures would be, and nothing lost or made twice."""
+"""Rows in place of images: made shard by shard, read as the images would be, and nothing lost or made twice."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from siglip_train.data.loader import Loader
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.distributed.setup import World
-from siglip_train.embedding_cache import embed_pictures
+from siglip_train.embedding_cache import embed_images
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder
 from siglip_train.models.siglip import Siglip
@@ -69,18 +69,18 @@ def test_an_interrupted_computation_goes_on_with_the_shard_it_was_at(
 ) -> None:
     shards = write_shards(tmp_path / "shards", [5, 4, 6])
     model = frozen_model()
-    embed_pictures(
+    embed_images(
         loader_of(tokenizer, cache, shards, folder=tmp_path / "whole"), encoder_of(model), tmp_path / "whole"
     )
     with pytest.raises(StopError):
-        embed_pictures(
+        embed_images(
             loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
             encoder_of(model, stop_at=2),
             tmp_path / "rows",
         )
-    assert len(list((tmp_path / "rows").iterdir())) == 1, "of eight pictures five are a whole shard"
-    # ten pictures are left, of which three batches are made
-    embed_pictures(
+    assert len(list((tmp_path / "rows").iterdir())) == 1, "of eight images five are a whole shard"
+    # ten images are left, of which three batches are made
+    embed_images(
         loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
         encoder_of(model, stop_at=3),
         tmp_path / "rows",
@@ -89,7 +89,7 @@ def test_an_interrupted_computation_goes_on_with_the_shard_it_was_at(
     assert sorted(os.listdir(tmp_path / "rows")) == [file.name for file in files]
     for file in files:
         np.testing.assert_allclose(np.load(tmp_path / "rows" / file.name), np.load(file), rtol=1e-3)
-    embed_pictures(
+    embed_images(
         loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"),
         encoder_of(model, stop_at=0),
         tmp_path / "rows",
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_made_again_and_said(
     tmp_path: Path, tokenizer: Tokenizer, cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, model = write_shards(tmp_path / "shards", [5, 4, 6, 3]), frozen_model()
-    embed_pictures(
+    embed_images(
         loader_of(tokenizer, cache, shards, folder=tmp_path / "rows"), encoder_of(model), tmp_path / "rows"
     )
     assert "damaged" not in caplog.text
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_made_again_and_said(
     np.save(other, expected[other][1:])
     kept = whole.stat().st_mtime_ns
     loader = loader_of(tokenizer, cache, shards, folder=tmp_path / "rows")
-    embed_pictures(loader, encoder_of(model), tmp_path / "rows")
+    embed_images(loader, encoder_of(model), tmp_path / "rows")
     (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
     assert "3 files in" in said
     assert whole.stat().st_mtime_ns == kept
@@ -127,15 +127,15 @@ def test_batches_are_those_of_pictures_with_their_rows_and_bad_samples(
 ) -> None:
     shards = write_shards(tmp_path / "shards", [5, 6])
     jpeg = encoded(picture(1, (96, 64)), "jpg")
-    bad = {2: {"png": b"no picture"}, 4: {"jpg": jpeg[: len(jpeg) // 2] + jpeg[-2:]}}
+    bad = {2: {"png": b"no image"}, 4: {"jpg": jpeg[: len(jpeg) // 2] + jpeg[-2:]}}
     rows = [sample(f"x{number}", 50 + number, **bad.get(number, {})) for number in range(6)]
     tar = write_tar(tmp_path / "other.tar", [member for row in rows for member in row])
-    # two sources share shards, one is a remote shard with two bad pictures
+    # two sources share shards, one is a remote shard with two bad images
     sources = (shards, shards, f"pipe:cat {tar}")
     model, options = frozen_model(), {"order": order, "max_bad_share": 1.0}
     plain = loader_of(tokenizer, cache, *sources, **options)
     cached = loader_of(tokenizer, cache, *sources, folder=tmp_path / "rows", **options)
-    embed_pictures(cached, encoder_of(model), tmp_path / "rows")
+    embed_images(cached, encoder_of(model), tmp_path / "rows")
     assert len(list((tmp_path / "rows").iterdir())) == 3
     for with_pictures, with_rows in zip(batches_of(plain, 12), batches_of(cached, 12), strict=True):
         assert with_rows.keys == with_pictures.keys
@@ -163,8 +163,8 @@ def test_pictures_that_cannot_be_read_now_do_not_become_bad_for_ever(
         return read(shard, number)
 
     monkeypatch.setattr(reader, "read", failing)
-    with pytest.raises(UserError, match="pictures could not be read"):
-        embed_pictures(loader, encoder_of(frozen_model()), tmp_path / "rows")
+    with pytest.raises(UserError, match="images could not be read"):
+        embed_images(loader, encoder_of(frozen_model()), tmp_path / "rows")
     (file,) = (tmp_path / "rows").iterdir()
     assert embedding(file, 3) is not None
 
@@ -176,7 +176,7 @@ def test_values_beyond_float16_are_an_error_in_a_line(
     model.vision.pool.mlp.fc2.bias.fill_(1e5)
     loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]), folder=tmp_path / "rows")
     with pytest.raises(UserError, match="beyond 65504"):
-        embed_pictures(loader, encoder_of(model), tmp_path / "rows")
+        embed_images(loader, encoder_of(model), tmp_path / "rows")
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_in_a_line(
@@ -185,4 +185,4 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_a_line(
     (tmp_path / "file").write_text("")
     loader = loader_of(tokenizer, cache, write_shards(tmp_path / "shards", [4]), folder=tmp_path / "rows")
     with pytest.raises(UserError, match="cannot make"):
-        embed_pictures(loader, encoder_of(frozen_model()), tmp_path / "file" / "rows")
+        embed_images(loader, encoder_of(frozen_model()), tmp_path / "file" / "rows")

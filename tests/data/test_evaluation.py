@@ -1,4 +1,4 @@
-"""The evaluation loader: every sample once, fillers, captions, labels, pictures."""
+"""The evaluation loader: every sample once, fillers, captions, labels, images."""
 
 import json
 from pathlib import Path

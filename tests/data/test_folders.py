@@ -83,7 +83,7 @@ def test_folders_of_classes_are_labelled_in_sorted_order(tmp_path: Path):
     root = pictures(
         tmp_path / "val", ["owl/b.PNG", "cat/x.y.png", "cat/deep/a.png", "owl/a.png", ".hidden/a.png"]
     )
-    (root / "cat" / "notes.txt").write_text("no picture")
+    (root / "cat" / "notes.txt").write_text("no image")
     expected = [
         ("val/cat/deep/a", (0,), ""), ("val/cat/x.y", (0,), ""), ("val/owl/a", (1,), ""), ("val/owl/b", (1,), ""),
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_folders_with_numbers_for_names_are_the_labels_not_their_order_as_text(t
 
 def test_a_broken_picture_in_a_folder_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     root = pictures(tmp_path / "val", ["cat/a.png", "owl/b.png"])
-    (root / "cat" / "a.png").write_bytes(b"no picture")
+    (root / "cat" / "a.png").write_bytes(b"no image")
     loader = build_evaluation_loader(EvaluationSource(str(root), label="cls"), TRANSFORM, batch_size=4)
     list(loader)
     assert loader.counts == {"seen": 2, "bad/broken image": 1}

@@ -76,7 +76,7 @@ def test_a_loader_trains_on_what_damage_has_left(
         shards[-1].write_bytes(flipped(whole, random).tobytes())
         for entry in shard.entries:
             data = shard.content[entry.data : entry.data + entry.size]
-            if data.startswith(b"the picture"):
+            if data.startswith(b"the image"):
                 texts[tuple(tokenizer([data.decode()])[0].tolist())] = entry.sample
             elif not data.startswith(b"{"):
                 patches[transform(decode(data)).tobytes()] = entry.sample
@@ -92,7 +92,7 @@ def test_a_loader_trains_on_what_damage_has_left(
         for image, text in zip(batch.part("images").patches, batch.part("texts"), strict=True)
     ]
     assert len(set(texts.values())) == len(texts) == 8
-    # a flip in the picture, or in the text, is seen as neither
+    # a flip in the image, or in the text, is seen as neither
     known = [pair for pair in seen if None not in pair]
     assert all(image == text for image, text in known)
     assert len(known) > 350
@@ -123,14 +123,14 @@ def _jpeg(width: int, height: int) -> bytes:
 
 
 def _webp(side: int) -> bytes:
-    """An animation's canvas, which is announced apart from the picture."""
+    """An animation's canvas, which is announced apart from the image."""
     frame = encoded(picture(), "webp")[12:]
     canvas = b"VP8X" + struct.pack("<II", 10, 0) + 2 * struct.pack("<I", side - 1)[:3]
     body = b"WEBP" + canvas + frame
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-PICTURES = {
+IMAGE_ENDINGS = {
     "png of 60,000 x 60,000": _png(60_000, 60_000),
     "png of 2^31 x 1": _png(2**31 - 1, 1),
     "png with a bomb in a comment": _png_with_text(),
@@ -160,7 +160,7 @@ JSON = {
 def test_contents_that_claim_or_nest_too_much(
     tmp_path: Path, tokenizer: Tokenizer, transform: ImageTransform
 ):
-    samples = [sample(f"png{i}", i, png=data) for i, data in enumerate(PICTURES.values())]
+    samples = [sample(f"png{i}", i, png=data) for i, data in enumerate(IMAGE_ENDINGS.values())]
     samples += [sample(f"txt{i}", i, txt=data) for i, data in enumerate(TEXTS.values())]
     samples += [sample(f"json{i}", i, json=data, txt=b"") for i, data in enumerate(JSON.values())]
     samples += [sample(f"good{i}", i) for i in range(len(samples))]
@@ -175,7 +175,7 @@ def test_contents_that_claim_or_nest_too_much(
     assert _peak_bytes() - before < 300 * MEGABYTE
     bad = {cause: count for cause, count in loader.counts.items() if cause.startswith("bad/")}
     # NaN, half a pair and 900 levels are captions, or none, but no damage
-    assert sum(bad.values()) >= len(PICTURES) + len(TEXTS) + len(JSON) - 4
+    assert sum(bad.values()) >= len(IMAGE_ENDINGS) + len(TEXTS) + len(JSON) - 4
     assert "bad/read error" not in bad
     assert len(batch.keys) == len(samples)
 

@@ -17,7 +17,7 @@ from siglip_train.data.image_transform import ImageTransform, patchify
 from siglip_train.errors import SampleError, UserError
 from tests.data.conftest import encoded, picture
 
-# the goldens are Pillow 13's; those before it round a little otherwise where a picture is long and narrow
+# the goldens are Pillow 13's; those before it round a little otherwise where an image is long and narrow
 ATOL = 0 if int(PIL.__version__.split(".")[0]) >= 13 else 3
 GOLDENS = Path(__file__).resolve().parents[2].parent / "shared" / "goldens"
 
@@ -160,7 +160,7 @@ def test_fewer_bits_than_sixteen_are_scaled_on_request():
 @pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "behind them"])
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
 def test_a_png_with_much_text_is_a_picture(place: int, kind: bytes):
-    """Programs that make pictures write how they made them beside the pixels."""
+    """Programs that make images write how they made them beside the pixels."""
     text = zlib.compress(b"prompt " * 300_000)
     content = b"key\0\0" + text if kind == b"zTXt" else b"key\0\1\0\0\0" + text
     chunk = len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
@@ -185,7 +185,7 @@ def test_cmyk_jpeg():
     ("data", "cause"),
     [
         (b"", "empty image"),
-        (b"no picture at all", "broken image"),
+        (b"no image at all", "broken image"),
         (encoded(picture(size=(64, 64)), "jpg")[:900], "broken image"),
         (encoded(picture(size=(64, 64)), "png")[:900], "broken image"),
         (b"\xff\xd8 no jpeg", "broken image"),

@@ -208,7 +208,7 @@ def bad_shards(tmp_path: Path) -> str:
     bad: list[list[Member]] = [
         sample("torn-jpeg", png=jpeg[:800]),
         sample("zero-bytes", png=b""),
-        sample("rubbish", png=b"no picture"),
+        sample("rubbish", png=b"no image"),
         sample("bomb", png=encoded(Image.new("1", (500, 500)))),
         sample("empty-caption", txt=b" \n"),
         sample("latin1", txt="ä".encode("latin-1")),

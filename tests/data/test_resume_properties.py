@@ -38,7 +38,7 @@ def _members(key: str, kind: str) -> list[Member]:
     """A sample, most of them good, some that cannot be used and some that no one knows are bad before they are read."""
     number = int(key) % 7
     changed = {
-        "broken image": {"png": b"no picture"},
+        "broken image": {"png": b"no image"},
         "empty caption": {"txt": b" "},
         "broken json": {"json": b"{"},
     }

@@ -114,7 +114,7 @@ def test_rubbish_costs_the_samples_around_it_and_no_more(tmp_path: Path):
     content[second : second + 512] = b"rubbish " * 64
     path.write_bytes(content)
     index = scan(path)
-    # which member the rubbish was cannot be known: the sample before it is not trusted, the one after lacks its picture
+    # which member the rubbish was cannot be known: the sample before it is not trusted, the one after lacks its image
     assert (index.torn.tolist(), index.torn_causes.tolist()) == (["00000"], ["truncated"])
     assert [(key, *members) for key, members in _contents(path, index)] == [
         ("00001", "txt", "json"), ("00002", "png", "txt", "json"),
@@ -226,7 +226,7 @@ def test_a_name_that_damage_has_made_that_of_the_next_sample(tmp_path: Path):
     members = [m for i in range(3) for m in sample(f"{long}{i}", i)]
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_tar(tmp_path / "a.tar", members, format)
-        # the json of 0 becomes one of 1, the picture of 2 one of 1: long names have no checksum
+        # the json of 0 becomes one of 1, the image of 2 one of 1: long names have no checksum
         for old, new in ((f"{long}0.json", f"{long}1.json"), (f"{long}2.png", f"{long}1.png")):
             path = write_tar(tmp_path / "a.tar", members, format)
             path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))

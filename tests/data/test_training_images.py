@@ -35,7 +35,7 @@ def _jpeg(image: Image.Image, **options) -> bytes:
 
 
 def _mosaics(photographs: int = 12) -> list[Image.Image]:
-    """Pictures of 1024 x 768 made of twelve photographs each, so that they have detail at every pixel."""
+    """Images of 1024 x 768 made of twelve photographs each, so that they have detail at every pixel."""
     with tarfile.open(PHOTOGRAPHS) as shard:
         names = [name for name in shard.getnames() if name.endswith(".jpg")]
         found = [
@@ -57,7 +57,7 @@ def test_resize_is_pillows_rows_first(resize: str):
         for _ in range(10):
             height, width = rng.integers(1, 500, 2)
             pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            # Pillow from 13 on shrinks the columns of a tall picture first, and rounds in between
+            # Pillow from 13 on shrinks the columns of a tall image first, and rounds in between
             image = Image.fromarray(pixels).resize((side, int(height)), RESIZE[resize])
             expected = np.asarray(image.resize((side, side), RESIZE[resize])).astype(int)
             got = resize_pixels(pixels, side, side, resize).astype(int)
@@ -123,7 +123,7 @@ def test_reduced_photographs_differ_little(resize: str):
     differences = []
     for image in _mosaics():
         data = _jpeg(image, quality=90)
-        # the short side of the reduced picture is 1.5 times the target, the least there is
+        # the short side of the reduced image is 1.5 times the target, the least there is
         transform = ImageTransform(256, 16, resize)
         got = transform.for_training(data, Choices(np.random.default_rng(0)))
         differences.append(np.abs(_levels(got) - _levels(transform(decode(data)))))
@@ -150,7 +150,7 @@ def test_torn_jpeg_is_broken_at_any_size():
 
 
 def _square(patches: NDArray, side: int, patch: int) -> NDArray:
-    """The picture whose patches these are."""
+    """The image whose patches these are."""
     grid = side // patch
     return patches.reshape(grid, grid, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
 
@@ -169,7 +169,7 @@ def test_flip_mirrors_half_of_the_pictures():
 
 
 def _gradient(side: int) -> Image.Image:
-    """A picture whose levels say where a pixel is, in 256ths."""
+    """An image whose levels say where a pixel is, in 256ths."""
     rows, columns = (np.mgrid[0:side, 0:side] * 256 // side).astype(np.uint8)
     return Image.fromarray(np.stack([rows, columns, rows], axis=2))
 
@@ -196,7 +196,7 @@ def test_crops_of_reduced_jpegs_are_the_same_crops():
             _levels(transform.for_training(data, Choices(np.random.default_rng(seed))))
             for transform in (reduced, whole)
         )
-        # an edge of the crop may lie half a pixel of the reduced picture aside: up to two levels here
+        # an edge of the crop may lie half a pixel of the reduced image aside: up to two levels here
         assert np.abs(got - expected).max() <= 4
 
 

@@ -1,4 +1,4 @@
-"""A picture that no worker comes back from. Apart from the tests, as workers import it."""
+"""An image that no worker comes back from. Apart from the tests, as workers import it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ ODD = (33, 33)
 
 
 class Trap(ImageTransform):
-    """Never returns from the one picture of odd size: the first time only where there is a file to leave word in."""
+    """Never returns from the one image of odd size: the first time only where there is a file to leave word in."""
 
     caught: Path | None = None
 
@@ -30,7 +30,7 @@ class Trap(ImageTransform):
 
 
 class Deadly(ImageTransform):
-    """Ends the process that decodes the one picture of odd size, as a decoder with a fault does; or of any size."""
+    """Ends the process that decodes the one image of odd size, as a decoder with a fault does; or of any size."""
 
     always = False
 

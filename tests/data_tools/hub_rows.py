@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face's `datasets` writes them: pictures inside, and the names of classes in the schema."""
+"""Parquet files as Hugging Face's `datasets` writes them: images inside, and the names of classes in the schema."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def write_rows(
     image: str = "image",
     **more: list,
 ) -> list[bytes]:
-    """Rows of pictures with integer labels; names: of the classes of those columns that are class labels."""
+    """Rows of images with integer labels; names: of the classes of those columns that are class labels."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     count = len(next(iter([*labels.values(), *more.values()])))

@@ -1,4 +1,4 @@
-"""Captions are true of their pictures (read back from the English) and grammatical (spot forms per language)."""
+"""Captions are true of their images (read back from the English) and grammatical (spot forms per language)."""
 
 import re
 from collections import Counter

@@ -36,7 +36,7 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path
 
 
 def captioned(texts: list[str], **facts: Any) -> list[tuple[str, dict[str, bytes]]]:
-    """A sample for each text, with pictures that differ."""
+    """A sample for each text, with images that differ."""
     return [
         (f"{place:03d}", {"png": png(place % 256), "txt": text.encode(), "json": json.dumps(facts).encode()})
         for place, text in enumerate(texts)
@@ -168,7 +168,7 @@ def test_broken_samples_go_and_are_named(tmp_path: Path, capsys: pytest.CaptureF
         ("good", {"png": good, "txt": b"fine"}),
         ("half", {"png": noisy[:6000], "txt": b"the header is whole"}),
         ("hole", {"jpg": photo[: len(photo) // 2] + photo[-2:], "txt": b"decoders fill the rest"}),
-        ("rubbish", {"png": b"no picture", "txt": b"x"}),
+        ("rubbish", {"png": b"no image", "txt": b"x"}),
         ("bare", {"txt": b"x"}),
         ("latin", {"png": good, "txt": b"\xff\xfe"}),
         ("list", {"png": good, "txt": b"x", "json": b"{"}),

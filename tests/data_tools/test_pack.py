@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 from data_tools.cli import main
 from siglip_train.data.packing import parquet_tables, plan, shards
 from siglip_train.data.packing.coco_masks import run_lengths
-from siglip_train.data.packing.pictures import PictureOptions
+from siglip_train.data.packing.pictures import ImageOptions
 from siglip_train.data.packing.plan import PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
 from siglip_train.data.packing.run_record import alone_in
@@ -72,7 +72,7 @@ def causes(out: Path) -> dict[str, str]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Thirty pictures with captions."""
+    """Thirty images with captions."""
     for number in range(30):
         write(tmp_path / "photos" / f"{number:03d}.png", encoded(picture(seed=number)))
         write(tmp_path / "photos" / f"{number:03d}.txt", f"noise {number}\n")
@@ -193,7 +193,7 @@ def test_run_again(photos: Path, tmp_path: Path) -> None:
     assert (again.samples, again.shards, again.skipped) == (first.samples, first.shards, first.skipped)
     assert (first.is_new, again.is_new) == (True, False)
     with pytest.raises(UserError, match=r"resize None, now 8.*another folder"):
-        pack(str(photos), out, PackOptions(pictures=PictureOptions(resize=8), validation_share=0))
+        pack(str(photos), out, PackOptions(pictures=ImageOptions(resize=8), validation_share=0))
     write(photos / "000.txt", "another caption")
     with pytest.raises(UserError, match="source_fingerprint"):
         pack(str(photos), out, NO_SPLIT)
@@ -232,19 +232,19 @@ def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
     write(source / "large.json", {"caption": "noise", "objects": [{"label": "x", "box": [0, 0, 0.5, 1]}]})
     write(source / "small.png", small)
     write(source / "small.txt", "less noise")
-    samples = packed(source, tmp_path / "out", PackOptions(pictures=PictureOptions(20), validation_share=0))
+    samples = packed(source, tmp_path / "out", PackOptions(pictures=ImageOptions(20), validation_share=0))
     large = samples["large"]
     assert np.array_equal(opened(large.members["png"]), image.resize((30, 20), Image.Resampling.BICUBIC))
     nearest = opened(large.members["mask.png"])
     assert np.array_equal(nearest, Image.fromarray(classes).resize((30, 20), Image.Resampling.NEAREST))
     assert (large.facts["width"], large.facts["height"]) == (30, 20)
     assert large.facts["objects"] == [{"label": "x", "box": [0, 0, 0.5, 1]}]
-    assert samples["small"].members["png"] == small, "pictures are never enlarged"
+    assert samples["small"].members["png"] == small, "images are never enlarged"
 
 
 @pytest.mark.parametrize(("form", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 def test_encoding_anew(photos: Path, tmp_path: Path, form: str, kind: str) -> None:
-    options = PackOptions(pictures=PictureOptions(format=form, quality=30), validation_share=0)
+    options = PackOptions(pictures=ImageOptions(format=form, quality=30), validation_share=0)
     for key, sample in packed(photos, tmp_path / "out", options).items():
         image = opened(sample.members[form])
         assert image.format == kind
@@ -260,7 +260,7 @@ def test_what_is_encoded_anew_has_no_metadata(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.png", tagged.getvalue())
     write(tmp_path / "in" / "a.txt", "noise")
     for form in ("jpg", "png", "webp"):
-        options = PackOptions(pictures=PictureOptions(format=form), validation_share=0)
+        options = PackOptions(pictures=ImageOptions(format=form), validation_share=0)
         image = opened(packed(tmp_path / "in", tmp_path / form, options)["a"].members[form])
         assert not image.info.keys() & {"icc_profile", "dpi", "exif", "comment"}
 
@@ -289,7 +289,7 @@ def test_the_split_is_stable_and_keeps_captions_of_a_picture_together(tmp_path: 
         assert 0.1 < len(found["validation"]) / count < 0.3
         sides.append({sample.key: split for split, samples in found.items() for sample in samples})
         paths = [{sample.facts["path"] for sample in samples} for samples in found.values()]
-        assert not paths[0] & paths[1], "a picture on both sides"
+        assert not paths[0] & paths[1], "an image on both sides"
     assert sides[0].items() <= sides[1].items()
 
 
@@ -325,7 +325,7 @@ def test_tables(tmp_path: Path, form: str, notes: pytest.LogCaptureFixture) -> N
     for name in "ab":
         write(tmp_path / "images" / f"{name}.png", encoded(picture(seed=ord(name))))
     samples = list(packed(table, tmp_path / "out").values())
-    assert "pictures from column filepath, captions from column title" in notes.text
+    assert "images from column filepath, captions from column title" in notes.text
     assert [sample.key for sample in samples] == ["000000000", "000000001"]
     for row, sample in zip(ROWS, samples, strict=True):
         assert sample.members["png"] == (tmp_path / row["filepath"]).read_bytes()
@@ -353,7 +353,7 @@ def test_a_quote_mark_swallows_no_rows(tmp_path: Path) -> None:
 
 
 def embedded(path: Path, rows: list[dict]) -> Path:
-    """A Parquet file of rows with pictures in it, two rows a group."""
+    """A Parquet file of rows with images in it, two rows a group."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
@@ -397,7 +397,7 @@ def test_parquet_with_plain_bytes(tmp_path: Path) -> None:
     for sample in samples:
         assert sample.members["png"] == pictures[int(sample.members["txt"])]
         assert sample.facts.keys() == {"captions", "width", "height"}
-    # another picture of the same text: the packed folder is of another source
+    # another image of the same text: the packed folder is of another source
     embedded(source, [*rows[:-1], {**rows[-1], "img": encoded(picture(50, 40))}])
     with pytest.raises(UserError, match="another source"):
         pack(str(source), tmp_path / "one", options)
@@ -483,7 +483,7 @@ def test_coco(tmp_path: Path) -> None:
 def instances(
     folder: Path, annotations: list[dict], size: tuple[int, int] = (8, 6), ids: tuple = (3, 7)
 ) -> Path:
-    """COCO instances, without captions, of the picture a.png of 8 x 6 pixels and of b.png, which has no size."""
+    """COCO instances, without captions, of the image a.png of 8 x 6 pixels and of b.png, which has no size."""
     write(folder / "a.png", encoded(picture(8, 6)))
     write(folder / "b.png", encoded(picture(8, 6)))
     images = [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]},
@@ -527,7 +527,7 @@ def test_coco_masks_over_one_another(tmp_path: Path) -> None:
     small, whole = [[2, 1, 5, 1, 5, 4, 2, 4]], [[-9, -9, 99, -9, 99, 99, -9, 99]]
     crowd = {"size": [6, 8], "counts": [0, 6, 42]}
     annotations = [shape(crowd, 7, iscrowd=1), shape(small), shape(whole, 7), shape([[0, 0, 3, 3]])]
-    # twice as large as the picture that is there: like boxes, masks fit it
+    # twice as large as the image that is there: like boxes, masks fit it
     for size, times in ((8, 6), 1), ((16, 12), 2):
         scaled = [shape((np.array(small) * times).tolist()), shape(whole, 7)] if times == 2 else annotations
         sample = packed(instances(tmp_path, scaled, size), tmp_path / str(times))["a"]
@@ -660,7 +660,7 @@ def test_rows_of_json_need_not_be_alike(tmp_path: Path, notes: pytest.LogCapture
     deep = {"image": "a.png", "caption": "x", "more": json.loads("[" * 500 + "]" * 500)}
     source = write(tmp_path / "rows.json", [*rows, "no object", deep])
     samples = packed(source, tmp_path / "out")
-    assert "pictures from column image or path, captions from column caption or text" in notes.text
+    assert "images from column image or path, captions from column caption or text" in notes.text
     assert {key: sample.members["txt"] for key, sample in samples.items()} == {
         "000000001": b"one", "000000002": b"two",
     }  # fmt: skip
@@ -704,7 +704,7 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["{tmp}/nowhere"], "no shard matches"),
-        (["{tmp}/empty"], "neither pictures"),
+        (["{tmp}/empty"], "neither images"),
         (["{tmp}/photos", "--image-root", "x"], "--image-root means nothing for a folder"),
         (["{tmp}/photos", "--quality", "101"], "1 to 100"),
         (["{tmp}/photos", "--validation-share", "2"], "share"),

@@ -47,7 +47,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def test_class_labels_of_parquet(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     pictures = write_rows(tmp_path / "in.parquet", {"label": [2, 0, 1, -1, 2]}, {"label": ANIMALS}, "img")
     samples = packed(tmp_path / "in.parquet", tmp_path / "out")
-    assert "pictures from column img, labels from column label (3 classes)" in notes.text
+    assert "images from column img, labels from column label (3 classes)" in notes.text
     assert [sample.members["png"] for sample in samples] == [*pictures[:3], pictures[4]]
     assert labels(samples) == ["2", "0", "1", "2"]
     assert [sample.facts["class"] for sample in samples] == ["dog", "bird", "cat", "dog"]
@@ -150,7 +150,7 @@ def test_keys_of_a_column(tmp_path: Path) -> None:
 
 
 def test_captions_below_a_star(tmp_path: Path) -> None:
-    """As Crossmodal-3600 has them: names of pictures without an ending, and languages as columns."""
+    """As Crossmodal-3600 has them: names of images without an ending, and languages as columns."""
     write(tmp_path / "images" / "0001.jpg", picture(0, "JPEG"))
     row = {"image/key": "0001", "image/locale": "ar",
            "ar": {"caption": ["جمل", "واحد"], "caption/tokenized": [["a"]]},
@@ -184,7 +184,7 @@ def test_folders_of_classes(tmp_path: Path, notes: pytest.LogCaptureFixture) -> 
     samples = packed(tmp_path / "in", tmp_path / "out", caption_template=["the {}"])
     said = notes.text
     assert "the 2 folders are taken for classes (bird, dog)" in said
-    assert "files that belong to no picture are passed over: .doc 1" in said
+    assert "files that belong to no image are passed over: .doc 1" in said
     assert [(sample.key, sample.members["cls"], sample.members["txt"]) for sample in samples] == [
         ("bird/1", b"0", b"the bird"), ("dog/0", b"1", b"the dog"), ("dog/2", b"1", b"the dog"),
     ]  # fmt: skip
@@ -256,7 +256,7 @@ def test_parquet_of_the_hub(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixt
     source = "hf://datasets/uoft-cs/cifar10/plain_text/train-*.parquet"
     hub.refuse(2)
     main(["pack", source, str(tmp_path / "out"), "--split", "test", "--caption-template", "a {}"])
-    assert "train-*.parquet: pictures from column img, labels from column label" in capsys.readouterr().err
+    assert "train-*.parquet: images from column img, labels from column label" in capsys.readouterr().err
     samples = read_split(tmp_path / "out" / "test")
     assert [sample.members["png"] for sample in samples] == pictures
     assert labels(samples) == ["2", "0", "1", "2", "1", "0"] * 2

@@ -67,7 +67,7 @@ def shards(tmp_path: Path) -> Path:
     second = {
         "b0": {"png": picture(40, 20)[:30], "txt": b"broken"},
         "b1": {"png": picture(20, 40), "txt": b" \n"},
-        "b2": {"txt": b"no picture"},
+        "b2": {"txt": b"no image"},
         "b3": {"png": picture(40, 20), "txt": b"json is broken", "json": b"{"},
         "b4": {"png": picture(64, 64), "txt": b"x" * 400, "json": b'{"language": "\\ud800"}'},
         "b5": {"png": picture(640, 640), "txt": b"cut off"},
@@ -198,7 +198,7 @@ def test_a_part_is_spread_over_the_shards(tiny_dir: Path, tmp_path: Path) -> Non
 
 
 class Page(HTMLParser):
-    """Checks that every tag is closed, and collects attributes, texts and pictures."""
+    """Checks that every tag is closed, and collects attributes, texts and images."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 def twelve_bits() -> bytes:
-    """Levels up to 4095, as cameras give them, in a picture that goes up to 65535."""
+    """Levels up to 4095, as cameras give them, in an image that goes up to 65535."""
     buffer = io.BytesIO()
     Image.fromarray(np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -91,7 +91,7 @@ def jpeg_with_a_hole() -> bytes:
 
 
 EDITS: dict[str, tuple[str, Callable[[Members], Members]]] = {
-    "picture gone": ("no image", lambda m: without(m, picture_kind(m))),
+    "image gone": ("no image", lambda m: without(m, picture_kind(m))),
     "caption gone": ("no text", lambda m: without(m, "txt")),
     "blank": ("empty caption", lambda m: {**m, "txt": b" \n"}),
     "12 bits": ("dark 16-bit picture", lambda m: with_picture(m, twelve_bits())),
@@ -172,7 +172,7 @@ class Planting:
         members += [(f"{swallowed.key}.b.{kind}", data) for kind, data in swallowed.members.items()]
         # a name with a dot beside the usual members is what formats call an extension
         members += [*named([plain]), (f"{plain.key}.depth.png", png(20, 20))]
-        # but a picture with a caption is a sample of its own, here `a.b` inside `a`
+        # but an image with a caption is a sample of its own, here `a.b` inside `a`
         members += named([host, Sample(f"{host.key}.b", host.members)])
         members += [*named([half]), (f"{half.key}.txt", b"of another")]
         members += [(f"{apart.key}.txt", apart.members["txt"])]
@@ -216,7 +216,7 @@ class Planting:
         samples = self.take(3)
         whole = self.write("cut.tar.gz", named(samples), (samples[2].key, "truncated"))
         picture = samples[2].members[picture_kind(samples[2].members)]
-        # a picture does not shrink: what is left of it ends inside it
+        # an image does not shrink: what is left of it ends inside it
         self.overwrite("cut.tar.gz", gzip.compress(whole[: whole.index(picture) + len(picture) // 2])[:-12])
         whole = self.write("checksum.tar.gz", named(self.take(1)), ("", "truncated"))
         packed = bytearray(gzip.compress(whole))

@@ -31,7 +31,7 @@ ADAPTERS = AdapterConfig(rank=3, pattern=r"^vision\.encoder\..*\.(query|value)$"
 # large eps, as Adam would make whole steps of the rounding of a gradient near zero
 OPTIM = OptimConfig(lr=1e-1, eps=1e-2, clip_norm=100.0)
 STEPS = 2
-# 13 pictures on two ranks, so that one has a filler
+# 13 images on two ranks, so that one has a filler
 LABELS = [number % 3 for number in range(13)]
 
 
@@ -131,7 +131,7 @@ def finetune(folder: str, shard: str, stages: list[int]) -> list[dict]:
 
 
 def accuracy_after(model: TrainingModel) -> float:
-    """By hand, one picture at a time."""
+    """By hand, one image at a time."""
     transform = ImageTransform(16, 8)
     hits = 0
     with torch.no_grad():

@@ -18,7 +18,7 @@ def image_set(
     labels: list[int] | list[tuple[int, ...]] | None = None,
     groups: list[str] | None = None,
 ) -> ImageSet:
-    """Give a set with flat pictures, the embeddings as they are; a label may be one or several."""
+    """Give a set with flat images, the embeddings as they are; a label may be one or several."""
     return ImageSet(
         embeddings=embeddings,
         captions=captions,

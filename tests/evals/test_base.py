@@ -65,7 +65,7 @@ def shards(tmp_path: Path) -> str:
                 picture(index).save(buffer, "PNG")
                 captions = {"captions": {"en": f"text {index}", "de": [f"Wort {index}", f"noch {index}"]}}
                 for extension, data in (
-                    ("png", buffer.getvalue() if index != BROKEN else b"no picture"),
+                    ("png", buffer.getvalue() if index != BROKEN else b"no image"),
                     ("txt", f"text {index}".encode()),
                     ("cls", str(index % 3).encode()),
                     ("json", json.dumps(captions).encode()),

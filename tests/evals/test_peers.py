@@ -1,4 +1,4 @@
-"""The same model on the same pictures in the peers' evaluation code, or exported to them: equal to the last sample.
+"""The same model on the same images in the peers' evaluation code, or exported to them: equal to the last sample.
 
 Peers are imported in the tests, because the ranks import this module too, and they take seconds.
 """
@@ -91,7 +91,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An untrained model whose weights are large enough to tell pictures and words apart."""
+    """An untrained model whose weights are large enough to tell images and words apart."""
     folder = tmp_path_factory.mktemp("model")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -148,7 +148,7 @@ def test_two_ranks_measure_what_one_does(export: str, sets: dict[str, str], ours
 
 
 def batches(folder: str, transform, second: str, size: int = 32):
-    """Read a set with webdataset as CLIP_benchmark does: (pictures `[B, 3, H, W]`, list of the second member)."""
+    """Read a set with webdataset as CLIP_benchmark does: (images `[B, 3, H, W]`, list of the second member)."""
     import webdataset
 
     pattern = f"{folder}/test/{{0..2}}.tar"
@@ -277,22 +277,22 @@ from pathlib import Path
 import numpy as np, onnxruntime, open_clip, torch, transformers
 from PIL import Image
 
-folder, (pictures, labels, prompts) = Path(sys.argv[1]), json.load(sys.stdin)
-pictures = [Image.open(path).convert("RGB") for path in pictures]
+folder, (images, labels, prompts) = Path(sys.argv[1]), json.load(sys.stdin)
+images = [Image.open(path).convert("RGB") for path in images]
 texts = [text for each in prompts for text in each]
 found = {}
 with torch.inference_mode():
     model, processor = (getattr(transformers, c).from_pretrained(folder / "hf") for c in ("AutoModel", "AutoProcessor"))
-    inputs = processor(text=texts, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
+    inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
     output = model(**inputs)
     found["hf"] = output.image_embeds, output.text_embeds
     name = f"local-dir:{folder}/open_clip"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+    images = model.eval().encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
     found["open_clip"] = images, model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
 settings = json.loads((folder / "onnx/onnx_config.json").read_text())
 size, length = settings["image"]["size"], settings["text"]["context_length"]
-pixels = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+pixels = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
 pixels = (np.stack(pixels).transpose(0, 3, 1, 2).astype("f4") / 255 - 0.5) / 0.5
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "onnx")
 tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="np")["input_ids"]
@@ -312,7 +312,7 @@ json.dump(answers, sys.stdout)
 
 
 def trained_run(run_dir: Path, export: str, shards: str) -> str:
-    """A run that has learned a little of the pictures it saw, so that its zero-shot table is not one of chance."""
+    """A run that has learned a little of the images it saw, so that its zero-shot table is not one of chance."""
     sizes = [
         f"model.{tower}.{size}" for tower in ("vision", "text") for size in ("width=32", "depth=1", "heads=2")
     ]
@@ -359,6 +359,6 @@ def test_a_runs_exports_have_the_same_zero_shot_table_in_a_process_without_us(
     texts = encoder.encode_texts([text for each in prompts for text in each])
     for peer, theirs in json.loads(result.stdout).items():
         assert theirs["right"] == list(ours.values()), peer
-        # measured 1.8e-7 and 3.3e-7; the pictures have the model's size, as the libraries' resizing differs
+        # measured 1.8e-7 and 3.3e-7; the images have the model's size, as the libraries' resizing differs
         torch.testing.assert_close(torch.tensor(theirs["images"]), images, rtol=0, atol=2e-6)
         torch.testing.assert_close(torch.tensor(theirs["texts"]), texts, rtol=0, atol=2e-6)

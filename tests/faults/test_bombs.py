@@ -19,7 +19,7 @@ from tests.forks import run_program_by_rank
 SIDE = 13_000
 # what the bombs would take at least, each, in KiB; a run alone takes less
 GIGABYTE = 1 << 20
-PICTURES = {
+IMAGE_ENDINGS = {
     "png": lambda: bombs.png(SIDE, SIDE, rows=10),
     "png with transparency": lambda: bombs.png(SIDE, SIDE, colour_type=6, rows=10),
     "webp": lambda: bombs.webp_animation(16_000),
@@ -41,7 +41,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All bombs in one shard, the text of each its name, and a good sample."""
     rows = [
         sample(f"{number}", png=make(), txt=name.encode())
-        for number, (name, make) in enumerate(PICTURES.items())
+        for number, (name, make) in enumerate(IMAGE_ENDINGS.items())
     ]
     rows += [sample(name, json=content) for name, content in JSON.items()]
     rows += [sample("good"), sample("long", txt=b"a b " * 5_000_000)]
@@ -75,7 +75,7 @@ def test_a_run_goes_on_and_counts_them(
     (result,) = go_on([*arguments, "total_samples=720"], ranks=1, prepare=_say_memory, timeout=300)
     assert result.returncode == 0, result.stderr
     log = (run / "log.txt").read_text()
-    for number, name in enumerate(PICTURES):
+    for number, name in enumerate(IMAGE_ENDINGS):
         if name != "text":
             assert re.search(rf"bad sample zz\.tar/{number}: (image too large|broken image)", log), name
     assert "bad sample zz.tar/long: text too long" in log
@@ -83,7 +83,7 @@ def test_a_run_goes_on_and_counts_them(
     assert _peak(result.stdout) < GIGABYTE
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 100 << 20
     record_fault(
-        f"{len(PICTURES) + len(JSON) + 2} bombs", ranks=1, happened="counted and named; the run goes on",
+        f"{len(IMAGE_ENDINGS) + len(JSON) + 2} bombs", ranks=1, happened="counted and named; the run goes on",
         lost=0, repeated=len(losses(run)) - 30,
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_no_tool_takes_memory_for_them(shard: Path, tmp_path: Path, verb: list[s
     if verb[0] == "verify":
         problems = json.loads((tmp_path / "out.json").read_text())["problems"]
         named = {problem["key"] for problem in problems}
-        assert named >= {str(number) for number, name in enumerate(PICTURES) if name != "text"} | {
+        assert named >= {str(number) for number, name in enumerate(IMAGE_ENDINGS) if name != "text"} | {
             "long",
             "nested",
         }
@@ -122,4 +122,4 @@ def test_no_tool_takes_memory_for_them(shard: Path, tmp_path: Path, verb: list[s
         with tarfile.open(kept) as archive:
             keys = {name.partition(".")[0] for name in archive.getnames()}
         # texts are not looked at where no rule asks for them
-        assert keys <= {*JSON, "good", "long", str(list(PICTURES).index("text"))}
+        assert keys <= {*JSON, "good", "long", str(list(IMAGE_ENDINGS).index("text"))}

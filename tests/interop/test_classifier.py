@@ -98,7 +98,7 @@ def test_record_card_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     command.main([str(source), str(tmp_path / "hf"), "--to", "hf", "--part", "classifier"])
     said = capsys.readouterr().out
     assert "tensors left out" in said
-    assert "4 pictures: logits" in said
+    assert "4 images: logits" in said
     record = json.loads((tmp_path / "hf/conversion.json").read_text())
     assert (record["part"], record["classes"], record["texts"]) == ("classifier", 3, 0)
     assert record["largest_difference"].keys() == {"logits"}

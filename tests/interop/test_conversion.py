@@ -141,19 +141,19 @@ ELSEWHERE = """
 import json, sys
 import open_clip, torch, transformers
 from PIL import Image
-hf, clip, out, *pictures = sys.argv[1:]
-pictures = [Image.open(path) for path in pictures]
+hf, clip, out, *images = sys.argv[1:]
+images = [Image.open(path) for path in images]
 captions = json.loads(sys.stdin.read())
 answers = {}
 with torch.inference_mode():
     model, processor = (getattr(transformers, c).from_pretrained(hf) for c in ("AutoModel", "AutoProcessor"))
-    inputs = processor(text=captions, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
+    inputs = processor(text=captions, images=images, padding="max_length", truncation=True, return_tensors="pt")
     assert "attention_mask" not in inputs
     output = model(**inputs)
     answers["hf"] = [output.image_embeds.tolist(), output.text_embeds.tolist()]
     model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + clip)
     tokenizer = open_clip.get_tokenizer("local-dir:" + clip)
-    images = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+    images = model.eval().encode_image(torch.stack([preprocess(p) for p in images]), normalize=True)
     answers["open_clip"] = [images.tolist(), model.encode_text(tokenizer(captions), normalize=True).tolist()]
     answers["scale"] = model.logit_scale.item()
 assert not [name for name in sys.modules if name.startswith("siglip_train")]
@@ -186,7 +186,7 @@ def test_a_process_without_us_gives_the_same_embeddings_and_ranking(
         text = loaded.model.encode_text(loaded.tokenize(CAPTIONS))
     for peer in ("hf", "open_clip"):
         theirs = [torch.tensor(part) for part in answers[peer]]
-        # measured 1.8e-7; pictures have the model's size, as the libraries' resizing differs by up to 3 levels
+        # measured 1.8e-7; images have the model's size, as the libraries' resizing differs by up to 3 levels
         torch.testing.assert_close(theirs[0], image, rtol=0, atol=2e-6)
         torch.testing.assert_close(theirs[1], text, rtol=0, atol=2e-6)
         assert torch.equal((theirs[0] @ theirs[1].T).argsort(dim=1), (image @ text.T).argsort(dim=1))
@@ -337,7 +337,7 @@ def test_sides_that_differ_leave_nothing_behind(
 def pictures_in(folder: Path) -> Path:
     folder.mkdir()
     Image.new("RGB", (40, 30), (200, 10, 10)).save(folder / "a.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -345,7 +345,7 @@ def test_pictures_of_the_users_own(native: Path, tmp_path: Path) -> None:
     folder = pictures_in(tmp_path / "pictures")
     assert convert(native, tmp_path / "copy", Request("native", pictures=folder)).pictures == 1
     (folder / "a.png").unlink()
-    with pytest.raises(UserError, match="no picture can be read"):
+    with pytest.raises(UserError, match="no image can be read"):
         convert(native, tmp_path / "other", Request("native", pictures=folder))
 
 

@@ -77,5 +77,5 @@ def last_loss(tower: nn.Module, *, shuffled: bool) -> float:
 
 def test_a_projector_trains_on_the_exported_tower(tower: nn.Module) -> None:
     assert last_loss(tower, shuffled=False) < 0.2
-    # tokens of other pictures say nothing, log 3 = 1.10
+    # tokens of other images say nothing, log 3 = 1.10
     assert last_loss(tower, shuffled=True) > 0.9

@@ -19,7 +19,7 @@ def test_equal_to_flexivit(case: str) -> None:
 
 
 def test_an_enlarged_patch_is_seen_as_before() -> None:
-    """What the resize is for: the same tokens of the same picture at twice the size."""
+    """What the resize is for: the same tokens of the same image at twice the size."""
     torch.manual_seed(0)
     pixels, weight = torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.randn(6, 192, dtype=torch.float64)
     enlarged = functional.interpolate(pixels, (16, 16), mode="bilinear")

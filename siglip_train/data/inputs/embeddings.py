@@ -1,6 +1,6 @@
-"""What a locked image tower makes of training pictures, on disk: a folder for each tower, in it a file for each shard.
+"""What a locked image tower makes of training images, on disk: a folder for each tower, in it a file for each shard.
 
-A file is `[n, D]` float16, a row for each complete sample of the shard, NaN where the picture cannot be used.
+A file is `[n, D]` float16, a row for each complete sample of the shard, NaN where the image cannot be used.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def _name(content: str) -> str:
 
 
 def embedding(file: Path, sample: int) -> NDArray[np.float16] | None:
-    """The row of a complete sample, `[D]`, None where its picture could not be used."""
+    """The row of a complete sample, `[D]`, None where its image could not be used."""
     row = np.array(_rows(file)[sample])
     return None if np.isnan(row[0]) else row
 
@@ -177,7 +177,7 @@ def absent(shards: Iterable[Missing], folder: Path) -> list[Path]:
     return [shard.file for shard in shards if shard.samples and shard.file.name not in there]
 
 
-class Pictures:
+class UnembeddedImages:
     """The samples of some shards, one shard after the other, by place, as the evaluation loader asks for them."""
 
     def __init__(self, shards: Sequence[Missing]) -> None:

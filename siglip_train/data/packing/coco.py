@@ -1,4 +1,4 @@
-"""Records of COCO annotations: the captions of a picture together, and boxes and masks of instances."""
+"""Records of COCO annotations: the captions of an image together, and boxes and masks of instances."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ _MAX_CLASSES = 255
 
 @dataclass
 class _Said:
-    """What the annotations say of one picture. shapes: [class, is it a crowd, segmentation]. classes: their names."""
+    """What the annotations say of one image. shapes: [class, is it a crowd, segmentation]. classes: their names."""
 
     captions: list[str] = field(default_factory=list)
     objects: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +38,7 @@ def is_coco(data: Any) -> bool:
 
 
 def coco_records(data: Annotations, instances: Annotations | None, image_root: Path) -> list[Record]:
-    """A record for every picture of `data`, which holds captions or instances, in the order of its list.
+    """A record for every image of `data`, which holds captions or instances, in the order of its list.
 
     instances: a second file's annotations, whose boxes and masks are added. Annotations that cannot be used follow as
     faults. Raises `UserError`.
@@ -82,7 +82,7 @@ def _record(image: Annotations, said: _Said, image_root: Path, *, caption_needed
 
 
 def _collect(data: Annotations, said: dict[int, _Said], *, captions: bool, objects: bool) -> list[Record]:
-    """Add what a file says of each picture; the annotations that cannot be used."""
+    """Add what a file says of each image; the annotations that cannot be used."""
     images = {image["id"]: image for image in data["images"]}
     labels = {category["id"]: category["name"] for category in data.get("categories", ())}
     numbers = _class_numbers(data, labels) if objects else {}
@@ -138,7 +138,7 @@ def _add_object(
     label = labels.get(category, str(category))
     if "bbox" in annotation:
         box = _relative(annotation["bbox"], *said.size)
-        # a box without an area, or beside the picture, shows nothing
+        # a box without an area, or beside the image, shows nothing
         if box[0] < box[2] and box[1] < box[3]:
             said.objects.append({"label": label, "box": box, **({"crowd": True} if is_crowd else {})})
     if annotation.get("segmentation") and numbers:
@@ -149,7 +149,7 @@ def _add_object(
 
 
 def _relative(bbox: list[float], width: int, height: int) -> list[float]:
-    """Pixels (x, y, w, h) to (x0, y0, x1, y1) in 0..1, cut at the picture's edges."""
+    """Pixels (x, y, w, h) to (x0, y0, x1, y1) in 0..1, cut at the image's edges."""
     left, top, wide, high = bbox
     edges = (left / width, top / height, (left + wide) / width, (top + high) / height)
     return [round(min(max(edge, 0.0), 1.0), 5) for edge in edges]

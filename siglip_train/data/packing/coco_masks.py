@@ -1,4 +1,4 @@
-"""The class map of a picture, drawn from the polygons and run lengths of COCO's instances."""
+"""The class map of an image, drawn from the polygons and run lengths of COCO's instances."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from siglip_train.errors import SampleError
 
 
 class Drawing(NamedTuple):
-    """The class map of the picture `path`, of `width` x `height` pixels, drawn when it is packed.
+    """The class map of the image `path`, of `width` x `height` pixels, drawn when it is packed.
 
     shapes: JSON of [class 1..255, is it a crowd, segmentation] of every object, which takes the least memory.
     """

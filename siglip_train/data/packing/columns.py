@@ -1,4 +1,4 @@
-"""Which columns of a table hold pictures, captions, labels and keys: named by the user, or found by the usual names."""
+"""Which columns of a table hold images, captions, labels and keys: named by the user, or found by the usual names."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
     @property
     def text(self) -> str:
         """For a line on the screen."""
-        parts = [f"pictures from column {' or '.join(self.images)}"]
+        parts = [f"images from column {' or '.join(self.images)}"]
         parts += [f"captions from column {' or '.join(self.captions)}"] if self.captions else []
         parts += [f"labels from column {self.label}"] if self.label else []
         return ", ".join(parts)
@@ -41,8 +41,8 @@ def find_columns(
 ) -> Columns:
     """The columns of `rows`, by their names in any case.
 
-    name: of the table, for messages. classes: columns that the file itself calls classes; pictures: those that hold
-    pictures. Raises `UserError` where there is none, or where the user's is not there.
+    name: of the table, for messages. classes: columns that the file itself calls classes; images: those that hold
+    images. Raises `UserError` where there is none, or where the user's is not there.
     """
     table = _Table(rows, name)
     images = table.find(options.image_column, (*_IMAGE_COLUMNS, *pictures))

@@ -1,7 +1,7 @@
-"""Records of a folder of pictures: what belongs to `NAME.jpg` lies beside it, in a table, or is the folder's name.
+"""Records of a folder of images: what belongs to `NAME.jpg` lies beside it, in a table, or is the folder's name.
 
 Beside it are `NAME.txt`, `NAME.json`, …, as img2dataset writes files too; kohya's `NAME.caption` is a `NAME.txt`. The
-table is Hugging Face's `metadata.csv` or `metadata.jsonl`. Where no picture has any of these, and they lie in several
+table is Hugging Face's `metadata.csv` or `metadata.jsonl`. Where no image has any of these, and they lie in several
 folders, the folders are classes.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from siglip_train.data.folders import PICTURES, class_folder_names
+from siglip_train.data.folders import IMAGE_ENDINGS, class_folder_names
 from siglip_train.data.packing.labels import caption_of, check_templates
 from siglip_train.data.packing.records import IMAGE, MASK, Found, Part, Record, SourceOptions, key_of
 from siglip_train.data.packing.tables import row_records, table_rows
@@ -28,7 +28,7 @@ _NOT_OURS = ("classnames.txt", "templates.txt", "readme.md", "licence", "license
 
 
 def folder_records(folder: Path, options: SourceOptions) -> Found:
-    """A record for every picture below `folder`, by path; hidden files and folders are left out.
+    """A record for every image below `folder`, by path; hidden files and folders are left out.
 
     Files that are nothing of the above are counted by their endings on the screen. Raises `UserError`.
     """
@@ -41,16 +41,16 @@ def folder_records(folder: Path, options: SourceOptions) -> Found:
         table = next((name for name in _TABLES if name in names), None)
         tables += [_of_table(folder, Path(place, table), options)] if table else []
         beside = _by_picture(names)
-        records += [_record(folder, place, name, beside) for name in names if is_picture(name)]
+        records += [_record(folder, place, name, beside) for name in names if is_image_file(name)]
         known = {*_TABLES, *_NOT_OURS, *beside.values()}
         strangers.update(os.path.splitext(name)[1] or name for name in names
-                         if name.lower() not in known and name not in known and not is_picture(name))  # fmt: skip
+                         if name.lower() not in known and name not in known and not is_image_file(name))  # fmt: skip
     if strangers:
         counted = ", ".join(f"{ending} {count}" for ending, count in strangers.most_common())
-        _LOG.info("%s: files that belong to no picture are passed over: %s", folder, counted)
+        _LOG.info("%s: files that belong to no image are passed over: %s", folder, counted)
     records = _with_rows(records, tables)
     if not records:
-        raise UserError(f"{folder} holds neither pictures ({' '.join(PICTURES)}) nor tars")
+        raise UserError(f"{folder} holds neither images ({' '.join(IMAGE_ENDINGS)}) nor tars")
     names = next((table.classnames for table in tables if table.classnames), [])
     return _as_classes(folder, records, options) or Found(records, names)
 
@@ -60,14 +60,14 @@ def _is_wanted(place: str, name: str) -> bool:
     return not name.startswith(".") and os.path.isfile(os.path.join(place, name))
 
 
-def is_picture(name: str) -> bool:
-    """Is it named like a picture, and not like a mask?"""
-    return name.lower().endswith(PICTURES) and not name.lower().endswith(f".{MASK}")
+def is_image_file(name: str) -> bool:
+    """Is it named like an image, and not like a mask?"""
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.lower().endswith(f".{MASK}")
 
 
 def _by_picture(names: Sequence[str]) -> dict[tuple[str, str], str]:
-    """(name of a picture without its ending, kind) -> the file of that kind, whose ending may be in capitals."""
-    stems = {os.path.splitext(name)[0] for name in names if is_picture(name)}
+    """(name of an image without its ending, kind) -> the file of that kind, whose ending may be in capitals."""
+    stems = {os.path.splitext(name)[0] for name in names if is_image_file(name)}
     return {
         (name[: -len(ending) - 1], kind): name
         for kind, endings in _BESIDE.items()
@@ -91,7 +91,7 @@ def _record(folder: Path, place: str, name: str, beside: Mapping[tuple[str, str]
 
 
 def _of_table(folder: Path, table: Path, options: SourceOptions) -> Found:
-    """Records of a table of the folder it lies in, their pictures named from `folder` on."""
+    """Records of a table of the folder it lies in, their images named from `folder` on."""
     place = os.path.relpath(table.parent, folder)
     found = row_records(table_rows(table), os.path.relpath(table, folder), str(table.parent), options)
 
@@ -105,9 +105,9 @@ def _of_table(folder: Path, table: Path, options: SourceOptions) -> Found:
 
 
 def _with_rows(records: Sequence[Record], tables: Sequence[Found]) -> list[Record]:
-    """The records, with what the tables say of their pictures; a caption beside a picture goes before theirs.
+    """The records, with what the tables say of their images; a caption beside an image goes before theirs.
 
-    Several rows of one picture follow one another, as do the faults of the tables.
+    Several rows of one image follow one another, as do the faults of the tables.
     """
     said: dict[str, list[Record]] = {}
     for row in (record for table in tables for record in table.records):
@@ -122,7 +122,7 @@ def _joined(record: Record, rows: Sequence[Record]) -> Iterator[Record]:
     for number, row in enumerate(rows):
         parts = {**row.parts, **record.parts}
         is_labelled = row.label is not None
-        # captions of one picture are rows of their own, and must not meet across the splits
+        # captions of one image are rows of their own, and must not meet across the splits
         key = f"{row.key}-{number}" if number else row.key
         yield replace(row, key=key, parts=parts, group=record.key,
                       caption_needed=record.caption_needed and not is_labelled)  # fmt: skip
@@ -137,7 +137,7 @@ def _as_classes(folder: Path, records: Sequence[Record], options: SourceOptions)
         return None
     labels = {name: label for label, name in class_folder_names(str(folder)).items()}
     _LOG.info(
-        "%s: no picture has a caption; the %d folders are taken for classes (%s%s)",
+        "%s: no image has a caption; the %d folders are taken for classes (%s%s)",
         *(folder, len(labels), ", ".join(list(labels)[:3]), ", …" * (len(labels) > 3)),
     )
     # folders that are numbers are labels, and say no names

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, and the pictures inside it: bytes, or structs {bytes, path} as Hugging Face writes them.
+"""Rows of a Parquet file, and the images inside it: bytes, or structs {bytes, path} as Hugging Face writes them.
 
 A file may be a URL: of one that is remote, no more than the columns that are asked for is read, and it is not kept.
 """
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Cell(NamedTuple):
-    """A picture in row `row` of row group `group`, read when it is packed.
+    """An image in row `row` of row group `group`, read when it is packed.
 
     size: bytes of the row group, which tell when the file has changed. name: what the struct calls it, "" = nothing.
     """
@@ -87,7 +87,7 @@ def _read(path: str, wanted: Callable[[Any], Result]) -> Result:
 def _read_remote(path: str, wanted: Callable[[Any], Result]) -> Result:
     filesystem, inside = filesystem_of(path)
     try:
-        # pyarrow asks for the very bytes it needs: reading ahead would fetch the pictures between two columns
+        # pyarrow asks for the very bytes it needs: reading ahead would fetch the images between two columns
         with filesystem.open(inside, "rb", cache_type="none") as stream:
             return wanted(parquet.ParquetFile(stream))
     except (*_FINAL, ValueError):
@@ -97,7 +97,7 @@ def _read_remote(path: str, wanted: Callable[[Any], Result]) -> Result:
 
 
 def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    """Every row, with a `Cell` for every picture inside the file. Raises `UserError`."""
+    """Every row, with a `Cell` for every image inside the file. Raises `UserError`."""
     try:
         groups = _read(path, lambda file: [_group_rows(file, path, n) for n in range(file.num_row_groups)])
     except (OSError, ValueError) as error:  # pyarrow's own errors are these
@@ -131,7 +131,7 @@ def _features(file: Any) -> dict[str, Any]:
 def _group_rows(file: Any, path: str, group: int) -> list[dict[str, Any]]:
     size = file.metadata.row_group(group).total_byte_size
     pictures = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
-    # the pictures themselves are not read: of a struct the name alone
+    # the images themselves are not read: of a struct the name alone
     columns = [field.name for field in file.schema_arrow if field.name not in pictures]
     named = [name for name in pictures if _has_names(file.schema_arrow.field(name).type)]
     rows = file.read_row_group(group, columns=[*columns, *(f"{name}.path" for name in named)]).to_pylist()

@@ -1,4 +1,4 @@
-"""The picture and the mask of a sample as they are stored: shrunk or not, as they were or encoded anew."""
+"""The image and the mask of a sample as they are stored: shrunk or not, as they were or encoded anew."""
 
 import io
 from typing import NamedTuple
@@ -13,10 +13,10 @@ FORMATS = ("keep", "jpg", "png", "webp")
 Size = tuple[int, int]  # width, height
 
 
-class PictureOptions(NamedTuple):
+class ImageOptions(NamedTuple):
     """resize: longest the shorter side may be, pixels. format: one of FORMATS. quality: of jpg and webp.
 
-    grey_bits: those of 16 that grey pictures use, None = all. max_pixels: of a picture as it comes; one with more is
+    grey_bits: those of 16 that grey images use, None = all. max_pixels: of an image as it comes; one with more is
     skipped.
     """
 
@@ -28,7 +28,7 @@ class PictureOptions(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An encoded picture, its extension, and its size before and after shrinking."""
+    """An encoded image, its extension, and its size before and after shrinking."""
 
     extension: str
     data: bytes
@@ -36,10 +36,10 @@ class Picture(NamedTuple):
     size: Size
 
 
-def prepare(data: bytes, options: PictureOptions) -> Picture:
-    """Decode a picture, shrink and encode it where the options ask for it.
+def prepare(data: bytes, options: ImageOptions) -> Picture:
+    """Decode an image, shrink and encode it where the options ask for it.
 
-    With "keep" the bytes stay as they are unless the picture is shrunk, or of a format that shards do not have
+    With "keep" the bytes stay as they are unless the image is shrunk, or of a format that shards do not have
     (it becomes png). What is encoded anew is RGB, without metadata. Raises `SampleError`, also for a JPEG damaged in
     its middle: encoded anew, no one could tell.
     """
@@ -66,13 +66,13 @@ def shrunk(size: Size, shortest_side: int | None) -> Size:
 
 
 def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
-    """The class map at the size of its picture, by nearest neighbour. Raises `SampleError`.
+    """The class map at the size of its image, by nearest neighbour. Raises `SampleError`.
 
-    is_scaled: it may be of another size than the picture, which was shrunk since, as boxes may.
+    is_scaled: it may be of another size than the image, which was shrunk since, as boxes may.
     """
     mask = read_mask(data)
     if mask.size != picture.size_before and not is_scaled:
-        raise SampleError("mask of another size", f"{mask.size}, the picture {picture.size_before}")
+        raise SampleError("mask of another size", f"{mask.size}, the image {picture.size_before}")
     if mask.size == picture.size:
         return data
     return _encode(mask.resize(picture.size, Image.Resampling.NEAREST), "png", 0)

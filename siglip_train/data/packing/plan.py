@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from siglip_train.data.packing.pictures import PictureOptions
+from siglip_train.data.packing.pictures import ImageOptions
 from siglip_train.data.packing.records import Found, Record, SourceOptions
 from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
 from siglip_train.data.packing.shards import ShardReport, ShardTask, Skipped, write_shard
@@ -38,7 +38,7 @@ class PackOptions:
     """
 
     source: SourceOptions = field(default_factory=SourceOptions)
-    pictures: PictureOptions = field(default_factory=PictureOptions)
+    pictures: ImageOptions = field(default_factory=ImageOptions)
     shard_samples: int = 1000
     validation_share: float = 0.01
     split: str | None = None
@@ -140,7 +140,7 @@ def split_of(record: Record, validation_share: float) -> str:
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """A hash of what is known of the source before a picture is opened: names, texts, and sizes in bytes."""
+    """A hash of what is known of the source before an image is opened: names, texts, and sizes in bytes."""
     digest = hashlib.sha256()
     for record in records:
         sizes = {kind: part.size for kind, part in record.parts.items()}

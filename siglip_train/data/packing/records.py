@@ -1,4 +1,4 @@
-"""A record says where the parts of one sample lie; all records are made before the first picture is opened."""
+"""A record says where the parts of one sample lie; all records are made before the first image is opened."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from siglip_train.data.remote.limits import USUAL_LIMITS
 from siglip_train.data.shards.tar_members import read_part
 from siglip_train.errors import SampleError
 
-# the record's part that is the picture, whatever its format
+# the record's part that is the image, whatever its format
 IMAGE = "image"
 # the part, and member, that is a class map
 MASK = "mask.png"
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 class Record:
     """One sample to be packed.
 
-    origin: the picture as the source names it, for messages. parts: `image` and other members, by extension.
+    origin: the image as the source names it, for messages. parts: `image` and other members, by extension.
     text, facts: the caption and the json fields, as far as the source itself holds them. group: records of one group
     come into the same split (the key where it is empty). caption_needed: without a caption it is skipped.
     label: index of its class. fault: (cause, detail) of a record that is known to be unusable.
@@ -101,7 +101,7 @@ class SourceOptions:
 
 
 def key_of(path: str) -> str:
-    """The key of a picture's relative path: without its ending; dots of its name, which would end the key, as _."""
+    """The key of an image's relative path: without its ending; dots of its name, which would end the key, as _."""
     folder, name = os.path.split(os.path.splitext(path)[0])
     return os.path.join(folder, name.replace(".", "_"))
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from siglip_train.data.packing.coco_masks import Drawing
 from siglip_train.data.packing.columns import value_at
-from siglip_train.data.packing.pictures import PictureOptions, prepare, prepare_mask
+from siglip_train.data.packing.pictures import ImageOptions, prepare, prepare_mask
 from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
 from siglip_train.data.shards.faults import plain_detail
 from siglip_train.data.shards.fields import read_facts, read_text
@@ -23,7 +23,7 @@ from siglip_train.files import temporary, write_whole
 
 
 class Skipped(NamedTuple):
-    """A record that is not packed: its key, the picture as the source names it, and why."""
+    """A record that is not packed: its key, the image as the source names it, and why."""
 
     key: str
     origin: str
@@ -57,7 +57,7 @@ class ShardTask(NamedTuple):
     path: Path
     report: Path
     records: Sequence[Record]
-    pictures: PictureOptions
+    pictures: ImageOptions
     caption_column: str | None = None
 
 
@@ -87,7 +87,7 @@ def write_shard(task: ShardTask) -> int:
 
 
 def sample_members(
-    record: Record, pictures: PictureOptions, caption_column: str | None = None
+    record: Record, pictures: ImageOptions, caption_column: str | None = None
 ) -> dict[str, bytes]:
     """Extension -> content of a sample. Raises `SampleError` where it cannot be used."""
     if record.fault is not None:

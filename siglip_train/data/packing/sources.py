@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siglip_train.data.packing.coco import coco_records, is_coco
-from siglip_train.data.packing.folder import folder_records, is_picture
+from siglip_train.data.packing.folder import folder_records, is_image_file
 from siglip_train.data.packing.records import IMAGE, Found, Part, Record, SourceOptions
 from siglip_train.data.packing.tables import checked_row, parquet_records, row_records, table_records
 from siglip_train.data.packing.tars import tar_records
@@ -19,14 +19,14 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 TARS = (".tar", ".tar.gz", ".tgz")
 # kind of source -> options that mean something for it
 _MEANINGFUL = {
-    "a folder of pictures": ("caption_column", "caption_template"),
+    "a folder of images": ("caption_column", "caption_template"),
     "shards": ("caption_column",),
     "a table": (
         *("image_root", "image_column", "caption_column", "label_column", "key_column", "caption_template"),
     ),
     "COCO annotations": ("image_root", "coco_instances"),
 }
-# if of so many pictures none is there, the folder is the wrong one
+# if of so many images none is there, the folder is the wrong one
 _TRIED = 100
 
 
@@ -49,12 +49,12 @@ def _found(source: str, options: SourceOptions) -> Found:
     elif path.is_file() and ending == ".json":
         found = _json_records(path, options)
     elif path.is_dir() and not any(name.name.endswith(TARS) for name in path.iterdir()):
-        _refuse("a folder of pictures", options)
+        _refuse("a folder of images", options)
         return folder_records(path, options)
     else:
         _refuse("shards", options)
         return Found(tar_records(source), [])
-    _find_some_pictures(found.records)
+    _find_some_images(found.records)
     return found
 
 
@@ -65,8 +65,8 @@ def _parquet_files(source: str) -> Sequence[str]:
     path = Path(source).expanduser()
     if path.is_dir():
         inside = [each for each in path.iterdir() if not each.name.startswith(".")]
-        # img2dataset writes Parquet files of its own beside tars and folders of pictures
-        if any(each.is_dir() or is_picture(each.name) or each.name.endswith(TARS) for each in inside):
+        # img2dataset writes Parquet files of its own beside tars and folders of images
+        if any(each.is_dir() or is_image_file(each.name) or each.name.endswith(TARS) for each in inside):
             return []
     else:
         inside = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
@@ -105,15 +105,15 @@ def _refuse(kind: str, options: SourceOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} means nothing for {kind}; leave it out")
 
 
-def _find_some_pictures(records: Iterable[Record]) -> None:
-    """`UserError` where the first pictures are all missing, which is a wrong folder more often than a bad set."""
+def _find_some_images(records: Iterable[Record]) -> None:
+    """`UserError` where the first images are all missing, which is a wrong folder more often than a bad set."""
     parts = (record.parts.get(IMAGE) for record in records)
     paths = [part.path for part in parts if isinstance(part, Part)][:_TRIED]
     if not paths or any(Path(path).is_file() for path in paths):
         return
     if "://" in paths[0]:
-        raise UserError(f"the pictures are URLs ({paths[0]}): fetch them first, with img2dataset for example")
-    raise UserError(f"none of the first {len(paths)} pictures is there, the first being {paths[0]}: "
+        raise UserError(f"the images are URLs ({paths[0]}): fetch them first, with img2dataset for example")
+    raise UserError(f"none of the first {len(paths)} images is there, the first being {paths[0]}: "
                     "say by --image-root where they are")  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def _without_repeats(records: Iterable[Record]) -> Iterable[Record]:
     seen: set[str] = set()
     for record in records:
         if record.key in seen and record.fault is None:
-            yield replace(record, fault=("repeated key", f"another picture has the key {record.key}"))
+            yield replace(record, fault=("repeated key", f"another image has the key {record.key}"))
         else:
             yield record
         seen.add(record.key)

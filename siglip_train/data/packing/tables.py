@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from siglip_train.data.folders import PICTURES
+from siglip_train.data.folders import IMAGE_ENDINGS
 from siglip_train.data.packing.columns import Columns, find_columns, first_of, value_at
 from siglip_train.data.packing.labels import Labels, caption_of, check_templates, number_classes
 from siglip_train.data.packing.parquet_tables import Cell, class_columns, parquet_rows
@@ -58,7 +58,7 @@ def row_records(
 ) -> Found:  # fmt: skip
     """A record for every row of the table `name`.
 
-    folder: where pictures of relative paths are, unless the options say. classes: the names of the classes in each
+    folder: where images of relative paths are, unless the options say. classes: the names of the classes in each
     column that is known to hold labels. Raises `UserError`.
     """
     rows, classes = list(rows), classes or {}
@@ -117,14 +117,14 @@ def _record(number: int, row: Row, root: str, columns: Columns) -> Record:
         return Record(key, origin, fault=(error.cause, error.detail))
     if isinstance(name, Cell):
         return Record(key, origin, {IMAGE: name}, text, facts)
-    # captions of one picture are rows of their own, and must not meet across the splits
+    # captions of one image are rows of their own, and must not meet across the splits
     return Record(key, origin, {IMAGE: picture_file(os.path.join(root, name))}, text, facts, group=name)
 
 
 def picture_file(path: str) -> Part:
-    """The file of a picture, of which a table may say the name without its ending, as that of Crossmodal-3600 does."""
+    """The file of an image, of which a table may say the name without its ending, as that of Crossmodal-3600 does."""
     if not os.path.splitext(path)[1]:
-        path = next((path + ending for ending in PICTURES if os.path.isfile(path + ending)), path)
+        path = next((path + ending for ending in IMAGE_ENDINGS if os.path.isfile(path + ending)), path)
     return Part.of_file(path)
 
 

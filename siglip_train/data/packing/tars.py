@@ -36,7 +36,7 @@ def _records(index: TarIndex, path: Path, shard: str, seen: set[str]) -> Iterato
         }
         picture = next((extension for extension in _PICTURES if extension in parts), None)
         if picture is not None:
-            # a second picture could be taken for the first where that is encoded anew
+            # a second image could be taken for the first where that is encoded anew
             others = {extension: parts[extension] for extension in parts if extension not in _PICTURES}
             parts = {IMAGE: parts[picture], **others}
         yield Record(

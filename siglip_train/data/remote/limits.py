@@ -23,7 +23,7 @@ class Limits:
     """assumption: all defaults are far above what real shards need, and keep a bomb from filling memory or disk.
 
     unpack_ratio: bytes that a packed shard may unpack to, for each of its own, beyond the first 64 MiB; shards of JPEGs
-    have 1.0, uncompressed synthetic pictures 50, gzip's most is 1032. unpack_gib: and in all. member_mib: of a
+    have 1.0, uncompressed synthetic images 50, gzip's most is 1032. unpack_gib: and in all. member_mib: of a
     member; a BMP of 50 million pixels has 200.
     """
 

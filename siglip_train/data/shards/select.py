@@ -13,7 +13,7 @@ class Selection:
 
     keys: regular expression that finds something in a key. held_out: share of the groups that is held out, by a hash of
     the group, so that it does not depend on the seed or on what else the shards hold. by: regular expression whose
-    first group names what must not be torn apart (all captions of one picture, say); default: every key for itself.
+    first group names what must not be torn apart (all captions of one image, say); default: every key for itself.
     part: which of the two is meant here.
     """
 

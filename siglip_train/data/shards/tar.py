@@ -1,7 +1,7 @@
 """Where the samples of a plain tar lie: an index of offsets from one scan of its headers, kept on disk for reuse.
 
 Samples follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name. A
-sample that damage of the tar may have touched is left out, so that no picture meets the caption of another.
+sample that damage of the tar may have touched is left out, so that no image meets the caption of another.
 """
 
 import contextlib

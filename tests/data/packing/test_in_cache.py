@@ -137,7 +137,7 @@ def test_captions_beside_images_are_seen_when_edited(tmp_path: Path) -> None:
     folder.mkdir()
     for name in "ab":
         (folder / f"{name}.png").write_bytes(encoded(picture(ord(name))))
-        (folder / f"{name}.txt").write_text(f"a picture of {name}")
+        (folder / f"{name}.txt").write_text(f"an image of {name}")
     first = packed(folder, tmp_path / "cache")
     assert first.classnames == []
     (folder / "a.txt").write_text("another caption")
@@ -162,7 +162,7 @@ def test_mistakes_are_told_in_a_line(folder: Path, tmp_path: Path) -> None:
     no_column = table(tmp_path / "no.csv", ["a", "b"], [("x", "y")])
     for place, message in {
         "gone": "there is no .*gone; give a folder of images",
-        "empty": "holds neither pictures",
+        "empty": "holds neither images",
         "tars": r"holds shards: data\.sources\.mine\.shards=.*tars",
         no_column.name: "has no column .*; siglip-data pack takes options, and data.sources.NAME.shards what",
     }.items():
