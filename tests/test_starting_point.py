@@ -194,8 +194,8 @@ def test_a_head_is_as_wide_as_the_tower_and_the_rate_that_of_its_size(start: Pat
     values, _ = fill(command(start, "experiment=finetune_full"))
     width = small_model().config.vision.width
     assert values["objectives"]["classification"]["width"] == width
-    assert values["optim"]["lr"] == 1.5e-4, "that of the narrowest in the table"
-    for model, rate in (("b16", 1.5e-4), ("l16", 1e-4), ("so400m14", 7e-5), ("g16", 5e-5)):
+    assert values["optim"]["lr"] == 1e-3, "that of the narrowest in the table"
+    for model, rate in (("s16", 3e-4), ("b16", 1.5e-4), ("l16", 1e-4), ("so400m14", 7e-5), ("g16", 5e-5)):
         values, _ = fill(command(None, "experiment=finetune_full", f"model={model}"))
         assert values["optim"]["lr"] == rate
     assert fill(command(start, "experiment=finetune_full", "optim.lr=1")).values["optim"]["lr"] == 1
