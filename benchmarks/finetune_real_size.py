@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def outcome(experiment: str, run_dir: Path, peak_kib: int) -> Outcome:
     )
 
 
-def outcomes(folder: Path, batch: int) -> Iterator[Outcome]:
+def outcomes(folder: Path, experiments: Sequence[str], batch: int) -> Iterator[Outcome]:
     """Run every experiment by its command, one after another, in processes of their own."""
     released = folder / "siglip2-base-patch16-256"
     # in a process of its own: those that it starts later begin with the peak of this one
@@ -71,7 +71,7 @@ def outcomes(folder: Path, batch: int) -> Iterator[Outcome]:
         write_images(folder / "classes", captions=False),
         write_images(folder / "pairs", captions=True),
     )
-    for experiment in (*CLASSIFICATION, *PAIRS):
+    for experiment in experiments:
         run_dir = folder / "run"
         command = short_command(experiment, released, classes if experiment in CLASSIFICATION else pairs)
         more = [f"run_dir={run_dir}", f"global_batch_size={batch}", "stop_after_steps=2", "log.every_steps=1",
@@ -103,12 +103,17 @@ def table(found: list[Outcome]) -> str:
 def main() -> None:
     """Run all, print the table, and write it with --save."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiments", nargs="*", default=[*CLASSIFICATION, *PAIRS], help="which (all)")
     parser.add_argument("--batch", type=int, default=4, help="global_batch_size (%(default)s)")
     parser.add_argument("--folder", type=Path, help="for the model and the runs (a temporary one)")
     parser.add_argument("--save", action="store_true", help="write results/finetune_real_size_….md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = list(outcomes(Path(folder), arguments.batch))
+        found = []
+        for each in outcomes(Path(folder), arguments.experiments, arguments.batch):
+            found.append(each)
+            # those that are done are seen where a later one fails, or there is no time for it
+            print(table([each]), flush=True)
     report = table(found)
     print(report)
     if arguments.save:
