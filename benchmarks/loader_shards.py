@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_tools.make_tiny import TinyOptions, make_tiny
+from data_tools.make_tiny.command import TinyOptions, make_tiny
 from siglip_train.data.image_file import decode
 from siglip_train.data.shards.reader import read_samples
 

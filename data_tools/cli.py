@@ -1,31 +1,29 @@
-"""The `siglip-data` command: a sub-command is a file with `add_command` and a line in `VERBS`."""
+"""The `siglip-data` command: a sub-command is a folder whose `command.py` has `add_command`, and a line in `VERBS`."""
 
 import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data_tools import (
-    emoji_command,
-    filter_command,
-    make_tiny,
-    pack_command,
-    preview_command,
-    recipes_command,
-    stats_command,
-    tokenizer_command,
-    verify_command,
-)
+from data_tools.emoji_table import command as emoji_table_command
+from data_tools.filter import command as filter_command
+from data_tools.make_tiny import command as make_tiny_command
+from data_tools.pack import command as pack_command
+from data_tools.preview import command as preview_command
+from data_tools.recipes import command as recipes_command
+from data_tools.stats import command as stats_command
+from data_tools.tokenizer import command as tokenizer_command
+from data_tools.verify import command as verify_command
 from siglip_train.errors import UserError, exit_on_user_error
 
 VERBS = (
-    make_tiny,
+    make_tiny_command,
     pack_command,
     verify_command,
     stats_command,
     filter_command,
     preview_command,
     tokenizer_command,
-    emoji_command,
+    emoji_table_command,
     recipes_command,
 )
 

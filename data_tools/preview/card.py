@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.facts import boxes, language
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
+from data_tools.shared.facts import boxes, language
 from siglip_train.data.image_file import decode
 from siglip_train.data.packing.pictures import read_mask
 from siglip_train.data.shards.fields import Field, read_facts

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data_tools.facts import Box, are_corners
+from data_tools.shared.facts import Box, are_corners
 from siglip_train.report.thumbnail import data_url
 
 # steps of the golden ratio round the colour circle: neighbours in number are far apart in hue

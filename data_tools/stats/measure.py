@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.reading import first_text, picture_header, read_rows
+from data_tools.shared.reading import first_text, picture_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from siglip_train.data.image_file import decode

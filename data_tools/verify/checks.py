@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_tools.facts import are_corners, boxes
+from data_tools.shared.facts import are_corners, boxes
 from siglip_train.data.image_file import decode, has_16_bits
 from siglip_train.data.packing.pictures import read_mask
 from siglip_train.data.remote.limits import MAX_PIXELS

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.kept import Kept, version
+from data_tools.shared.result_cache import ResultCache, version
 from data_tools.verify.checks import Rules, SampleChecks
 from data_tools.verify.shard import Problem, ShardReport, ShardTask, sample_keys, split_digests, verify_shard
 
@@ -24,7 +24,7 @@ def verify_shards(
     """
     # a wrong field or tokenizer is said here, once, and not by every process
     SampleChecks(rules)
-    kept = Kept(cache / "verify", _identity(urls, rules), _content, _report)
+    kept = ResultCache(cache / "verify", _identity(urls, rules), _content, _report)
     reports = []
     results = kept.run(verify_shard, [ShardTask(url, cache, rules) for url in urls], workers)
     for url, report in zip(urls, results, strict=True):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from data_tools.make_tiny import TinyOptions, make_tiny
+from data_tools.make_tiny.command import TinyOptions, make_tiny
 
 OPTIONS = TinyOptions(samples=400, validation_samples=60, samples_per_class=1)
 SPLITS = ("train", "validation", "classes_seen", "classes_unseen")

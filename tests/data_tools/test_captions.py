@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from data_tools.tiny.captions import Description, Group, word
-from data_tools.tiny.languages import LANGUAGES
-from data_tools.tiny.vocabulary import BACKGROUNDS, COLORS, SHAPES
+from data_tools.make_tiny.captions import Description, Group, word
+from data_tools.make_tiny.languages import LANGUAGES
+from data_tools.make_tiny.vocabulary import BACKGROUNDS, COLORS, SHAPES
 
 NUMBERS = {"a": 1, "two": 2, "three": 3, "four": 4}
 SINGULAR = {

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.filtering import run
+from data_tools.filter import run
 from siglip_train.data.packing.run_record import alone_in
 from tests.data_tools.conftest import Sample, read_split
 

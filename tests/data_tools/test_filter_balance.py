@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.filtering.balance import group, moments, solve, subsample
-from data_tools.filtering.balance_spec import BalanceSpec, load_spec, parse_spec
+from data_tools.filter.balance import group, moments, solve, subsample
+from data_tools.filter.balance_spec import BalanceSpec, load_spec, parse_spec
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import read_samples
 from siglip_train.errors import UserError

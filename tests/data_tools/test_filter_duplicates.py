@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from data_tools.filtering.duplicates import near_duplicates, near_pairs, repeated
-from data_tools.filtering.fingerprint import COLOUR_TOLERANCE, Fingerprint, fingerprint
+from data_tools.filter.duplicates import near_duplicates, near_pairs, repeated
+from data_tools.filter.fingerprint import COLOUR_TOLERANCE, Fingerprint, fingerprint
 from siglip_train.data.image_file import decode
 from siglip_train.data.shards.reader import read_samples
 

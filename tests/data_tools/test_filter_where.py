@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_tools.filtering.where import Where
+from data_tools.filter.where import Where
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 

@@ -15,12 +15,12 @@ import sentencepiece
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.make_tiny import TinyOptions, make_tiny
-from data_tools.tiny.captions import word
-from data_tools.tiny.languages import LANGUAGES, SHARES
-from data_tools.tiny.scenes import plan_scene
-from data_tools.tiny.shards import sample_random
-from data_tools.tiny.vocabulary import CLASS_INDEX, CLASS_NAMES, COLORS, HELD_OUT, SEEN, SHAPES
+from data_tools.make_tiny.captions import word
+from data_tools.make_tiny.command import TinyOptions, make_tiny
+from data_tools.make_tiny.languages import LANGUAGES, SHARES
+from data_tools.make_tiny.scenes import plan_scene
+from data_tools.make_tiny.shards import sample_random
+from data_tools.make_tiny.vocabulary import CLASS_INDEX, CLASS_NAMES, COLORS, HELD_OUT, SEEN, SHAPES
 from siglip_train.errors import UserError
 
 from .conftest import OPTIONS, SPLITS, read_split

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 
 from data_tools.cli import build_parser, main
-from data_tools.recipes import RECIPES, Recipe, as_markdown
+from data_tools.recipes.data_sets import RECIPES, Recipe, as_markdown
 from siglip_train.composition import defaults_of, instantiate_all, plain
 from siglip_train.config import Config
 from siglip_train.data.batch_pieces import RankShare

@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from data_tools import stats_command
 from data_tools.cli import main
+from data_tools.stats import command as stats_command
 from data_tools.stats.counters import Distinct, Distribution, Frequent
 from data_tools.stats.histogram import binned, histogram
 from data_tools.stats.measure import measure_shard

@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 
 from data_tools.cli import main
-from data_tools.tokens.captions import CaptionFields, draw_captions
+from data_tools.tokenizer.captions import CaptionFields, draw_captions
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from tests.data.shard_files import sample, write_tar

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_tools.tokenizer import TrainingOptions, train_tokenizer
+from data_tools.tokenizer.train import TrainingOptions, train_tokenizer
 from siglip_train import convert as command
 from siglip_train.errors import UserError
 from siglip_train.interop import conversion, probe

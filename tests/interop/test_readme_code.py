@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools.tokenizer import TrainingOptions, train_tokenizer
+from data_tools.tokenizer.train import TrainingOptions, train_tokenizer
 from siglip_train.interop import probe
 from siglip_train.interop.conversion import Request, convert
 from tests.conftest import ROOT

@@ -1,0 +1,1 @@
+"""`siglip-data emoji-table`: names of emoji in many languages as a table to pack."""

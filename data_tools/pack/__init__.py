@@ -1,0 +1,1 @@
+"""`siglip-data pack`: the command; what packs stands in siglip_train.data.packing."""

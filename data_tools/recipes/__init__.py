@@ -1,0 +1,1 @@
+"""`siglip-data recipes`: how to get public data sets."""
