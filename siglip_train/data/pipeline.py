@@ -50,7 +50,6 @@ def build_loader(
         # to lose one more shard on the way would change the order
         may_leave_out=state is None and config.max_failed_shards > 0,
     )
-    _check_sizes(names, shard_sets, mixture)
     ready = []
     for number, (name, source, shards) in enumerate(zip(names, sources, shard_sets, strict=True)):
         reader, language = ShardReader(shards), language_field(source)
@@ -70,7 +69,9 @@ def build_loader(
                 max_failed_shards=config.max_failed_shards,
             )
         )
-        ready[-1].check_left_out()
+    for each in ready:
+        each.check_left_out()
+    _check_sizes(names, shard_sets, mixture)
     pieces = BatchPieces(ready, mixture, share)
     check_room(shard_sets, cache, config.shuffle_window, in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)

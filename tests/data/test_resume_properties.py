@@ -204,8 +204,7 @@ def test_a_resume_late_in_a_long_epoch_reads_one_window_at_most(
     build = functools.partial(
         build_loader,
         config,
-        tokenizer=tokenizer,
-        transform=ImageTransform(16, 8),
+        inputs=inputs_of(config, ImageTransform(16, 8), tokenizer),
         share=RankShare(size),
         seed=0,
     )
