@@ -164,7 +164,8 @@ def test_where_every_sample_ends_its_worker_the_run_ends(build: Build, monkeypat
 
 def test_an_error_inside_a_worker_is_an_error_and_no_loss(build: Build, caplog: pytest.LogCaptureFixture):
     loader = build(workers=1)
-    loader._pieces.tokenizer = "no tokenizer"  # type: ignore[assignment]
+    (captions, _) = loader.sources[0].inputs
+    captions._tokenizer = "no tokenizer"  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match="not callable"):
         next(iter(loader))
     assert "replaced" not in caplog.text
