@@ -98,8 +98,8 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
     )
     result = evaluate(f"checkpoint={tmp_path}", "workers=0")
     assert result.returncode == 0, result.stderr
-    assert "pictures/text_retrieval_recall@10" in metrics_in(tmp_path / "evaluation.json")
-    details = json.loads((tmp_path / "evaluations" / "pictures.json").read_text(encoding="utf-8"))["details"]
+    assert "images/text_retrieval_recall@10" in metrics_in(tmp_path / "evaluation.json")
+    details = json.loads((tmp_path / "evaluations" / "images.json").read_text(encoding="utf-8"))["details"]
     assert list(details["languages"]) == ["de"]
     assert "data:image/jpeg;base64," in (tmp_path / "report.html").read_text(encoding="utf-8")
 
