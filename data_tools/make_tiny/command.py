@@ -79,7 +79,11 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     start = time.monotonic()
-    if make_tiny(arguments.out_dir, options, workers=arguments.workers, force=arguments.force):
+    try:
+        is_new = make_tiny(arguments.out_dir, options, workers=arguments.workers, force=arguments.force)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out_dir}: {error.strerror or error}") from error
+    if is_new:
         sizes = ", ".join(f"{split} {size}" for split, size in options.split_sizes().items())
         print(f"wrote {arguments.out_dir} in {time.monotonic() - start:.1f} s: {sizes}")
     else:

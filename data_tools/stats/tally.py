@@ -8,7 +8,7 @@ from data_tools.stats.counters import BadSamples, Distinct, Distribution, Freque
 
 
 class Shown(NamedTuple):
-    """A sample for the report. url: its small picture as a data URL; captions: (language or "", text)."""
+    """A sample for the report. url: its small image as a data URL; captions: (language or "", text)."""
 
     name: str
     width: int

@@ -124,7 +124,7 @@ def resize_pixels(
 ) -> NDArray:
     """uint8 `[H, W, 3]` to `[height, width, 3]`, antialiased: Pillow's filters in a third of its time, by torch."""
     if pixels.shape[:2] == (height, width):
-        # both would change nothing, and take a sixth of the time of a small picture for it
+        # both would change nothing, and take a sixth of the time of a small image for it
         return pixels
     # torch has vector code for three channels that lie together, and sees that they do in this view alone
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

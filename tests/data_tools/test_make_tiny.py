@@ -265,3 +265,11 @@ def test_same_description_in_every_language_names_as_many_groups():
     for language in LANGUAGES:
         wordings = {word(description, language) for description in descriptions}
         assert len(wordings) == len(descriptions), language
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main(["make-tiny", str(tmp_path / "file" / "tiny")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'file' / 'tiny'}: ")
