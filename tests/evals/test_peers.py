@@ -277,22 +277,22 @@ from pathlib import Path
 import numpy as np, onnxruntime, open_clip, torch, transformers
 from PIL import Image
 
-folder, (images, labels, prompts) = Path(sys.argv[1]), json.load(sys.stdin)
-images = [Image.open(path).convert("RGB") for path in images]
+folder, (pictures, labels, prompts) = Path(sys.argv[1]), json.load(sys.stdin)
+pictures = [Image.open(path).convert("RGB") for path in pictures]
 texts = [text for each in prompts for text in each]
 found = {}
 with torch.inference_mode():
     model, processor = (getattr(transformers, c).from_pretrained(folder / "hf") for c in ("AutoModel", "AutoProcessor"))
-    inputs = processor(text=texts, images=images, padding="max_length", truncation=True, return_tensors="pt")
+    inputs = processor(text=texts, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
     output = model(**inputs)
     found["hf"] = output.image_embeds, output.text_embeds
     name = f"local-dir:{folder}/open_clip"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    images = model.eval().encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+    images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
     found["open_clip"] = images, model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
 settings = json.loads((folder / "onnx/onnx_config.json").read_text())
 size, length = settings["image"]["size"], settings["text"]["context_length"]
-pixels = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+pixels = [np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
 pixels = (np.stack(pixels).transpose(0, 3, 1, 2).astype("f4") / 255 - 0.5) / 0.5
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "onnx")
 tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="np")["input_ids"]

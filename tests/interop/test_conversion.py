@@ -141,19 +141,19 @@ ELSEWHERE = """
 import json, sys
 import open_clip, torch, transformers
 from PIL import Image
-hf, clip, out, *images = sys.argv[1:]
-images = [Image.open(path) for path in images]
+hf, clip, out, *pictures = sys.argv[1:]
+pictures = [Image.open(path) for path in pictures]
 captions = json.loads(sys.stdin.read())
 answers = {}
 with torch.inference_mode():
     model, processor = (getattr(transformers, c).from_pretrained(hf) for c in ("AutoModel", "AutoProcessor"))
-    inputs = processor(text=captions, images=images, padding="max_length", truncation=True, return_tensors="pt")
+    inputs = processor(text=captions, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
     assert "attention_mask" not in inputs
     output = model(**inputs)
     answers["hf"] = [output.image_embeds.tolist(), output.text_embeds.tolist()]
     model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + clip)
     tokenizer = open_clip.get_tokenizer("local-dir:" + clip)
-    images = model.eval().encode_image(torch.stack([preprocess(p) for p in images]), normalize=True)
+    images = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
     answers["open_clip"] = [images.tolist(), model.encode_text(tokenizer(captions), normalize=True).tolist()]
     answers["scale"] = model.logit_scale.item()
 assert not [name for name in sys.modules if name.startswith("siglip_train")]
