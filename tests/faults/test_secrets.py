@@ -136,7 +136,7 @@ def test_no_secret_is_written_or_said(
         evaluated.stderr.strip()
         .splitlines()[-1]
         .startswith(
-            f"error: evaluation.tasks.images.shards in {run}/config.yaml held a secret, which runs do not keep"
+            f"error: evaluation.tasks.pictures.shards in {run}/config.yaml held a secret, which runs do not keep"
         )
     )
     # on its own command line it reads with one, and says nothing of it either
