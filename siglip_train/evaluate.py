@@ -121,7 +121,7 @@ def _evaluate(config: EvaluateConfig, tasks: dict[str, Evaluator], output: Path,
 
 def _tasks_of_run(config: EvaluateConfig) -> dict[str, Any]:
     """Read the tasks that a run evaluated itself with, for a command that names none; the run may be a stranger's."""
-    checkpoint = Path(config.checkpoint)
+    checkpoint = _existing(config)
     evaluation = run_config(checkpoint).get("evaluation") if (checkpoint / "config.yaml").is_file() else None
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     if not tasks or not isinstance(tasks, dict):
@@ -138,11 +138,16 @@ def _tasks_of_run(config: EvaluateConfig) -> dict[str, Any]:
     return tasks
 
 
-def _writable_output(config: EvaluateConfig) -> Path:
-    """Find out before an hour of evaluation, not after it, whether the result can be written."""
+def _existing(config: EvaluateConfig) -> Path:
     checkpoint = Path(config.checkpoint)
     if not checkpoint.exists():
         raise UserError(f"checkpoint: there is no {checkpoint}")
+    return checkpoint
+
+
+def _writable_output(config: EvaluateConfig) -> Path:
+    """Find out before an hour of evaluation, not after it, whether the result can be written."""
+    checkpoint = _existing(config)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     output = Path(config.output) if config.output else folder / "evaluation.json"
     if output.is_dir() or not os.access(output.parent, os.W_OK):

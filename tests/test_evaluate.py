@@ -109,6 +109,7 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
     [
         (["evaluation=quickstart"], ["checkpoint"]),
         (["checkpoint=/nowhere", "evaluation=quickstart"], ["/nowhere"]),
+        (["checkpoint=/nowhere"], ["there is no /nowhere"]),
         (["checkpoint={export}"], ["evaluation=NAME"]),
         (
             ["checkpoint={export}", "evaluation=nothing"],

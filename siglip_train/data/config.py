@@ -64,24 +64,27 @@ class DataConfig:
     """What to train on and how to read it.
 
     source_defaults: what every source has that does not say it itself, `{text: null, label: cls}`.
-    stages: other weights from given sample counts on. order: shuffled or sequential passes through each source, or
-    resampled: shards drawn with replacement, without passes, for sources too large to be seen once.
+    stages: other weights from given sample counts on. order: shuffled or sequential epochs of each source, or
+    resampled: shards drawn with replacement, without epochs, for sources too large to be seen once.
     workers: processes of a rank that read and decode, 0 = the training process itself; auto = the cores that a rank
     has, at most 12. The samples and their order do not depend on it.
     shuffle_window: samples are permuted within runs of permuted shards that hold at least so many.
     resize: filter by which images are brought to the model's size. flip: mirror every second image. min_crop_area:
     below 1, a random crop of at least this share of the area is taken in place of the whole image.
     reduced_jpeg: decode a JPEG much larger than needed at 1/2, 1/4 or 1/8; faster, the same but for fine detail.
-    max_bad_share: of unusable samples, before training and of those read, from 200 samples on; 0 = none at all.
+    max_bad_share: the largest share of unusable samples, before training and of those read, which is looked at from 200
+    samples on; 0 = none at all.
     max_image_pixels: larger images count as bad, before they take memory: 50 million pixels take 150 MB, those of
-    a PNG with transparency 800 (assumption). max_member_mib: so do members of a tar. max_unpack_ratio, max_unpack_gib:
-    a packed shard may unpack to so many times its size beyond 64 MiB, and to so much; one that would counts as bad if
-    it is local, as unavailable if it is remote. cache_dir: for downloads, unpacked shards, indexes and packed folders.
+    a PNG with transparency 800 (assumption). max_member_mib: larger members of a tar count as bad. max_unpack_ratio,
+    max_unpack_gib: a packed shard may unpack to 64 MiB and max_unpack_ratio times its size, and to max_unpack_gib at
+    most; one that holds more counts as bad if it is local, as unavailable if it is remote.
+    cache_dir: for downloads, unpacked shards, indexes and packed folders.
     prefetch: pieces of up to 256 samples that each worker holds ready, in shared memory.
     stall_seconds: workers that give nothing for so long, or die, are replaced; not watched with workers=0, where this
     process itself reads.
     cache_limit_gib: of copies of remote and packed shards on a machine, the least recently used go first; null = no
-    bound. fetch_timeout_seconds: of silence. fetch_attempts: per shard. max_failed_shards: share of a source's shards
+    bound. fetch_timeout_seconds: a download that gives nothing for so long is tried again.
+    fetch_attempts: downloads that are tried for a shard. max_failed_shards: share of a source's shards
     that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
     embedding_dir: a folder that all ranks see: what a locked image tower makes of every image is computed once, kept
     there, and read in place of the images; null = no.

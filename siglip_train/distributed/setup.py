@@ -33,8 +33,8 @@ class DistributedConfig:
     timeout_seconds: that a step may last on all ranks without one moving; then the one that all wait for is named,
     and all end. startup_timeout_seconds: the same of everything but a step (start-up, the first step, a checkpoint, an
     evaluation), and for all ranks to meet. grace_seconds: from a stop signal until the checkpoint begins.
-    slow_rank_excess: share of a step by which a rank may lag behind the median one, in data or compute; slow_rank_logs:
-    at so many logs in a row before it is warned of.
+    slow_rank_excess: share of a step by which a rank may lag behind the median one, in data or compute.
+    slow_rank_logs: logs in a row at which a rank lags before a warning names it.
     """
 
     timeout_seconds: float = 600.0

@@ -34,7 +34,7 @@ class BadSample(NamedTuple):
     def of(cls, shard: str, key: str, error: Exception) -> "BadSample":
         """The sample that failed with `error`; what no one foresaw is a "read error"."""
         if isinstance(error, SampleError):
-            return cls(shard, key, error.cause, error.detail[:_MAX_DETAIL])
+            return cls(shard, key, error.cause, _ADDRESS.sub("", error.detail)[:_MAX_DETAIL])
         return cls(shard, key, "read error", f"{type(error).__name__}: {error}"[:_MAX_DETAIL])
 
     def __str__(self) -> str:
