@@ -174,8 +174,8 @@ def test_a_shard_that_breaks_the_promise_of_the_index_has_failed(
     assert loader.counts["failed/all"] > 0
     assert not any(key.startswith(NAMES[1]) for key in keys)
     assert f"shard {NAMES[1]} is unavailable: it holds 6 complete samples instead of 7" in caplog.text
-    # fetched whole again and again, it would never be right
-    assert loader.counts["failed_shards"] == 1
+    # fetched whole again and again, it would never be right; the thread that reads ahead may find it at the same moment
+    assert loader.counts["failed_shards"] in (1, 2)
     assert "is back" not in caplog.text
 
 
