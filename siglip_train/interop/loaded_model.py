@@ -203,8 +203,11 @@ def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
 def _bar(doing: str, total: int, *, is_wanted: bool) -> Iterator[Callable[[int], None]]:
     """Give `advance(count)`; nothing is shown where nobody looks: off a terminal or a notebook."""
     console = Console(stderr=True)
-    is_shown = is_wanted and (console.is_terminal or console.is_jupyter)
+    if not (is_wanted and (console.is_terminal or console.is_jupyter)):
+        # a disabled bar of rich 13 ends with an empty line
+        yield lambda _: None
+        return
     columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task(doing, total=total)
         yield lambda count: bars.advance(bar, count)
