@@ -223,7 +223,7 @@ def sigmoid_tile_kernel(
 
     X `[n, width]`, Y `[m, width]`: factors (`factors.py`), width a multiple of BD; G with room for whole tiles, row
     stride stride_g: pointers, or descriptors under DESCRIPTORS. SCALE, BIAS: fp32, one element. SUMS `[programs, 2]`:
-    of loss and of G. MARKS: `left_out.marks`, in the dtype of X. PLACES, DEPTHS: of `place_kernel`. CHECKED: the call
+    of loss and of G. MARKS: `masking.marks`, in the dtype of X. PLACES, DEPTHS: of `place_kernel`. CHECKED: the call
     has pairs to leave out; only tiles with such pairs pay for it. G is stored times 2^SHIFT.
     ALIKE: pairs with equal ids alone, counted weight times, are added to G; programs without any end at once.
     PARTS: columns are finished in so many blocks, one after the other, to need fewer registers.

@@ -1,4 +1,4 @@
-"""The room that copies of shards may take: reserved before it is used; the copy longest out of use goes first."""
+"""The disk space of the cache: reserved before it is used; the copy that was used least recently is removed first."""
 
 import contextlib
 import fcntl

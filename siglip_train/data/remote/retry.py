@@ -1,4 +1,4 @@
-"""How long a source is waited for: a thread reads it, so that a silence or a trickle without end can be given up."""
+"""Read timeouts and a minimum transfer rate: a thread reads a source, so that waiting for it can be given up."""
 
 import contextlib
 import queue
