@@ -101,8 +101,9 @@ class RankLog:
         with self._lock:
             if stacks:
                 self.write_stacks()
-            if self.end(f"error: {reason}"):
-                print(redacted(f"error: {reason}"), file=sys.stderr, flush=True)  # noqa: T201
+            self.end(f"error: {reason}")
+            # also where the main thread has written its last line: it says it on the screen after its clean-up
+            print(redacted(f"error: {reason}"), file=sys.stderr, flush=True)  # noqa: T201
             os._exit(status)
 
     def write_stacks(self) -> None:

@@ -187,6 +187,9 @@ class Peers:
                 f"rank 0 or the launcher, which holds the store of all ranks, is gone ({reason})", 1
             )
             told = self._known or (gone if self._rank else own)
+        if is_met and told.hangs:
+            # another thread writes down where all stand, and ends this process
+            self._is_closed.wait(_CLEAN_UP)
         return told if is_met and told != own else None
 
     def _watch(self) -> None:

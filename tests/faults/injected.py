@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from siglip_train import checkpoint, stop_signal
 from siglip_train.distributed import peers
+from siglip_train.rank_log import RankLog
 
 
 def at(phase: str, step: int, ranks: tuple[int, ...], fault: Callable[[], None], rank: int) -> None:
@@ -76,6 +77,19 @@ def late(phase: str, step: int, rank: int, times: tuple[tuple[float, int], ...],
     """Rank 1 hangs at a moment; at the same, `rank` is sent signals."""
     at(phase, step, (rank,), partial(signals, *times), this_rank)
     at(phase, step, (1,), hang, this_rank)
+
+
+def leaves_slowly(fault: Callable[[int], None], rank: int) -> None:
+    """Beside `fault`, rank 0 takes its time to leave, so that its main thread meets the end of rank 1 before."""
+    fault(rank)
+    leave = RankLog.leave
+
+    def slowly(self: RankLog, reason: str, status: int, *, stacks: bool) -> None:
+        time.sleep(2)
+        leave(self, reason, status, stacks=stacks)
+
+    if rank == 0:
+        RankLog.leave = slowly  # type: ignore[method-assign]
 
 
 def absent(times: tuple[tuple[float, int], ...], rank: int) -> None:

@@ -96,13 +96,20 @@ HANGS = {
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param(next(iter(HANGS)), marks=pytest.mark.fault_by_default), *list(HANGS)[1:]]
+    ("what", "leaves_slowly"),
+    [
+        pytest.param("rank 1 hangs in a step", False, marks=pytest.mark.fault_by_default),
+        ("rank 1 hangs in a step", True),
+        *((what, False) for what in list(HANGS)[1:]),
+    ],
 )
 def test_the_rank_that_all_wait_for_is_named(
-    what: str, fault_run: list[str], straight_run: Path, tmp_path: Path, record_fault
+    what: str, leaves_slowly: bool, fault_run: list[str], straight_run: Path, tmp_path: Path, record_fault
 ) -> None:
     rank, phase, fault, expected = HANGS[what]
     prepare = partial(injected.at, phase, 4 if phase == "checkpoint" else 5, (rank,), fault)
+    if leaves_slowly:
+        prepare = partial(injected.leaves_slowly, prepare)
     limits = ("distributed.timeout_seconds=6", "distributed.startup_timeout_seconds=30")
     other = 1 - rank
     ending = (0, 1) if fault is injected.hang else (other,)
@@ -118,7 +125,7 @@ def test_the_rank_that_all_wait_for_is_named(
         assert (tmp_path / "logs" / f"exchanges_rank_{each}").stat().st_size > 0
     goes_on = phase == "data"
     record_fault(
-        what,
+        what + (", rank 0 meets its end" if leaves_slowly else ""),
         ranks=2,
         happened=GONE_ON if goes_on else "all ended and said why",
         **(_goes_on(fault_run, tmp_path, straight_run) if goes_on else ENDED),

@@ -48,7 +48,10 @@ def test_a_rank_that_waits_for_another_leaves_and_all_say_why(
     times: tuple, options: tuple[str, ...], reason: str, fault_run: list[str], tmp_path: Path, record_fault,
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    results = _run(fault_run, tmp_path, partial(injected.late, "step", 5, 0, times), *options)
+    prepare = partial(injected.late, "step", 5, 0, times)
+    if times[0][1] == USR1:
+        prepare = partial(injected.leaves_slowly, prepare)
+    results = _run(fault_run, tmp_path, prepare, *options)
     status = 128 + times[0][1]
     assert [result.returncode for result in results] == [status, status]
     assert last_line(tmp_path, 0).endswith(f"ERROR error: {reason}")
