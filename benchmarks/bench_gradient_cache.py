@@ -34,7 +34,7 @@ from siglip_train import engine as engines
 from siglip_train import loop
 from siglip_train.distributed.setup import World, init_world
 from siglip_train.gradient_cache import cached_step
-from siglip_train.stop_signal import StopSignal
+from siglip_train.supervision.stop_signal import StopSignal
 
 BASELINES = {"ours cached": "open_clip accumulated", "ours whole": "open_clip whole"}
 CACHED = ("ours cached", "open_clip accumulated")

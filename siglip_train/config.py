@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from siglip_train.carry_over import Part
-from siglip_train.checkpoint import CheckpointConfig
+from siglip_train.checkpoints.carry_over import Part
+from siglip_train.checkpoints.save import CheckpointConfig
 from siglip_train.data.config import DataConfig
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.distributed.setup import DistributedConfig

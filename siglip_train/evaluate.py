@@ -25,14 +25,14 @@ from siglip_train.evals.base import (
 )
 from siglip_train.evals.benchmark import benchmark_results, write_benchmark_results
 from siglip_train.evals.table import left_out, result_tables
-from siglip_train.files import write_text
+from siglip_train.files.atomic import write_text
+from siglip_train.files.records import to_json
 from siglip_train.interop.load import load_model
 from siglip_train.interop.runs import read_heads, run_config
-from siglip_train.keys import print_keys
-from siglip_train.records import to_json
 from siglip_train.report import write_evaluation_report, write_report
-from siglip_train.supervision import Supervision, supervised
-from siglip_train.trust import check_read_back
+from siglip_train.settings.keys import print_keys
+from siglip_train.settings.trust import check_read_back
+from siglip_train.supervision.watch import Supervision, supervised
 from siglip_train.typed import build
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from siglip_train import engine as engines
 from siglip_train import optim
 from siglip_train.batch import Batch
-from siglip_train.checkpoint import Checkpoints, Progress
+from siglip_train.checkpoints.save import Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.distributed.collectives import gather_objects, mean_over_ranks
 from siglip_train.distributed.peers import Standing
 from siglip_train.distributed.ring import exchange_seconds, waiting
@@ -24,7 +25,7 @@ from siglip_train.errors import UserError
 from siglip_train.metrics import MetricWriter, ProgressDisplay, memory_gib, peak_flops
 from siglip_train.objectives.training_model import Divisors
 from siglip_train.optim import OptimConfig
-from siglip_train.stop_signal import StopSignal
+from siglip_train.supervision.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from siglip_train.distributed import flight_recorder
 from siglip_train.distributed.collectives import broadcast_object, on_main
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
-from siglip_train.files import put_folder, write_text
+from siglip_train.files.atomic import put_folder, write_text
+from siglip_train.files.records import read_text
 from siglip_train.interop.native import copy_tokenizer
 from siglip_train.interop.runs import run_config
-from siglip_train.rank_log import RankLog
-from siglip_train.records import read_text
 from siglip_train.redact import redacted_values
 from siglip_train.runtime import environment
+from siglip_train.supervision.rank_log import RankLog
 from siglip_train.typed import flat
 
 log = logging.getLogger("siglip_train")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from siglip_train.errors import UserError, said
-from siglip_train.files import write_text
-from siglip_train.records import parse_record, read_text, to_json
+from siglip_train.files.atomic import write_text
+from siglip_train.files.records import parse_record, read_text, to_json
 from siglip_train.redact import redacted_values
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,13 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 from torch.optim import AdamW
 
-from siglip_train import carry_over, checkpoint, engine, loop, starting_point
-from siglip_train.carry_over import Start
+from siglip_train import engine, loop
+from siglip_train.checkpoints import carry_over
+from siglip_train.checkpoints.carry_over import Start
+from siglip_train.checkpoints.load import check_moments, read_checkpoint, restore_weights
+from siglip_train.checkpoints.resume import choose_checkpoint
+from siglip_train.checkpoints.save import Checkpoints
+from siglip_train.checkpoints.write import MODEL_PREFIX, Progress
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.batch_pieces import RankShare
@@ -28,10 +33,8 @@ from siglip_train.embedding_cache import embed_images, folder_of
 from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
-from siglip_train.from_data import fill_from_data
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.native import Description, parameter_shapes, write_export
-from siglip_train.keys import print_keys
 from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.published import likeness
@@ -40,7 +43,6 @@ from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer, lr_for_batch
 from siglip_train.report import write_report
-from siglip_train.resume import choose_checkpoint
 from siglip_train.run_dir import (
     earlier_config,
     forget_done,
@@ -51,9 +53,12 @@ from siglip_train.run_dir import (
     write_done,
 )
 from siglip_train.runtime import check_kernels_package, seed_everything
-from siglip_train.same_program import check_same_program
-from siglip_train.starting_point import Filled
-from siglip_train.supervision import Supervision, supervised
+from siglip_train.settings import starting_point
+from siglip_train.settings.from_data import fill_from_data
+from siglip_train.settings.keys import print_keys
+from siglip_train.settings.starting_point import Filled
+from siglip_train.supervision.same_program import check_same_program
+from siglip_train.supervision.watch import Supervision, supervised
 
 log = logging.getLogger("siglip_train")
 
@@ -133,7 +138,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     # they take as much memory as two models
     start = start._replace(moments={})
 
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = Checkpoints(
         run_dir,
         config.checkpoint,
         lambda folder, state: write_export(folder, merged(state, config.adapters), description),
@@ -218,13 +223,11 @@ def _is_done(config: Config, world: World, run_dir: Path, watch: Supervision) ->
     if config.resume != "auto" or steps < config.total_steps:
         return False
     log.info("%s is done, as its DONE says; a larger total_samples lets it go on", run_dir)
-    _finish(checkpoint.Progress(steps, samples), config, world, run_dir, watch)
+    _finish(Progress(steps, samples), config, world, run_dir, watch)
     return True
 
 
-def _finish(
-    progress: checkpoint.Progress, config: Config, world: World, run_dir: Path, watch: Supervision
-) -> None:
+def _finish(progress: Progress, config: Config, world: World, run_dir: Path, watch: Supervision) -> None:
     """Write DONE if all samples are seen, write the report, and leave the process group. All ranks."""
     watch.standing.at("end")
     watch.ended = f"ended: {progress.samples_seen} of {config.total_samples} samples seen"
@@ -240,9 +243,7 @@ def _finish(
     leave_world()
 
 
-def _train(
-    trainer: loop.Trainer, progress: checkpoint.Progress, prepare: Callable[[], None] | None
-) -> checkpoint.Progress:
+def _train(trainer: loop.Trainer, progress: Progress, prepare: Callable[[], None] | None) -> Progress:
     """`prepare`, which a stop signal may end, and `loop.train`; then close what the run writes to. All ranks."""
     try:
         if prepare is not None:
@@ -285,12 +286,12 @@ def _load_weights(model: TrainingModel, config: Config, run_dir: Path, descripti
     """
     found = choose_checkpoint(config.resume, run_dir)
     if found is not None:
-        saved = checkpoint.read(found)
+        saved = read_checkpoint(found)
         _add_adapters(model, config)
-        checkpoint.restore_weights(model, saved, found)
+        restore_weights(model, saved, found)
         log.info("resuming from %s: %d samples seen", found, saved.progress.samples_seen)
         return Start(saved.progress, saved.moments, is_resumed=True)
-    start = Start(checkpoint.Progress())
+    start = Start(Progress())
     if config.init_from is not None:
         start = carry_over.start_from(
             config.init_from,
@@ -309,7 +310,7 @@ def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
     steps = engine.steps_of(start.moments)
     optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
     if start.is_resumed:
-        checkpoint.check_moments(model, start.moments)
+        check_moments(model, start.moments)
     elif start.moments or start.dropped:
         log.info(carry_over.outlook(model, start))
     return optimizer
@@ -419,9 +420,9 @@ def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
         )
 
 
-def _begins_unlearned(progress: checkpoint.Progress) -> bool:
+def _begins_unlearned(progress: Progress) -> bool:
     """Whether scale and bias still have their initial values, and not those of a checkpoint or of `init_from`."""
-    given = {name.removeprefix(checkpoint.MODEL_PREFIX) for name in progress.pretrained}
+    given = {name.removeprefix(MODEL_PREFIX) for name in progress.pretrained}
     return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 
 

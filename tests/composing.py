@@ -13,7 +13,7 @@ from siglip_train.composition import defaults_of, plain
 from siglip_train.config import Config
 from siglip_train.evaluate import EvaluateConfig
 from siglip_train.models.siglip import Siglip, SiglipConfig
-from siglip_train.starting_point import fill
+from siglip_train.settings.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
 

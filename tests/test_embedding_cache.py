@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from siglip_train import checkpoint, loop, train
+from siglip_train import loop, train
+from siglip_train.checkpoints.write import Progress
 from siglip_train.data.config import DataConfig
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.embedding_cache import folder_of
@@ -85,7 +86,7 @@ def test_a_stop_signal_ends_the_embedding_without_a_checkpoint() -> None:
         SimpleNamespace(close=lambda part=part: closed.append(part)) for part in ("display", "writer")
     )
     trainer = SimpleNamespace(display=display, writer=writer, stop=SimpleNamespace(received="SIGTERM"))
-    progress = checkpoint.Progress()
+    progress = Progress()
     assert train._train(trainer, progress, stopped) is progress
     assert closed == ["display", "writer"]
 

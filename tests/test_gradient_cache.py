@@ -24,7 +24,7 @@ from siglip_train.objectives.base import Objective
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
-from siglip_train.stop_signal import StopSignal
+from siglip_train.supervision.stop_signal import StopSignal
 from tests.engine import test_engine as whole
 from tests.objectives.tiny import tiny_batch, tiny_model
 from tests.ranks import run_ranks

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import train
-from siglip_train.checkpoint import Progress
+from siglip_train.checkpoints.write import Progress
 from siglip_train.config import Config
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.published import likeness
-from siglip_train.starting_point import fill
+from siglip_train.settings.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
 from tests.faults.injected import at, die

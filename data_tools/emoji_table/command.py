@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.shared.whole_file import check_targets
 from siglip_train.errors import UserError
-from siglip_train.files import read_text, write_text
+from siglip_train.files.atomic import read_text, write_text
 
 # style -> the package that has its drawings, and their folder in it
 STYLES = {

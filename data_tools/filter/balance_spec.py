@@ -10,7 +10,7 @@ import yaml
 from data_tools.filter.where import Where, compile_pattern
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
-from siglip_train.files import read_text
+from siglip_train.files.atomic import read_text
 
 AS_IS = "as-is"
 _KEYS = {"attributes", "targets", "concepts", "concept_targets", "eps"}

@@ -26,7 +26,7 @@ from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample, plain_detail
 from siglip_train.data.shards.fields import read_facts
 from siglip_train.data.shards.reader import damaged_samples, indexed_tar
-from siglip_train.files import appearing
+from siglip_train.files.atomic import appearing
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from data_tools.filter.decide import BROKEN, Verdict
 from data_tools.filter.look import Seen
 from data_tools.filter.write import WriteTask
 from siglip_train.data.shards.reader import short_name
-from siglip_train.files import appearing
+from siglip_train.files.atomic import appearing
 from siglip_train.redact import redacted
 
 REPORT, DROPPED = "report.json", "dropped.tsv"

@@ -11,7 +11,7 @@ from data_tools.stats.texts import words
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import SampleError, UserError
-from siglip_train.files import read_text
+from siglip_train.files.atomic import read_text
 
 UNKNOWN = "unknown"
 

@@ -19,7 +19,7 @@ from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
 from siglip_train.data.remote.locations import is_remote
 from siglip_train.errors import UserError
-from siglip_train.files import remove_leftovers, write_whole
+from siglip_train.files.atomic import remove_leftovers, write_whole
 
 # raise it whenever the same options would keep other samples
 FILTER_VERSION = 2

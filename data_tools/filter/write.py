@@ -13,7 +13,7 @@ from siglip_train.data.packing.shards import add_member
 from siglip_train.data.shards.fields import read_facts
 from siglip_train.data.shards.reader import indexed_tar, short_name
 from siglip_train.data.shards.tar import TarIndex
-from siglip_train.files import appearing
+from siglip_train.files.atomic import appearing
 
 WEIGHT_FIELD = "balance_weight"
 

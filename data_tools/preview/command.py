@@ -12,7 +12,7 @@ from siglip_train.data.config import SourceConfig, extensions
 from siglip_train.data.remote.locations import cache_folder
 from siglip_train.data.shards.fields import Field
 from siglip_train.errors import UserError
-from siglip_train.files import write_whole
+from siglip_train.files.atomic import write_whole
 from siglip_train.redact import redacted
 from siglip_train.report.render import render
 

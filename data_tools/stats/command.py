@@ -20,7 +20,7 @@ from siglip_train.data.remote.locations import cache_folder, expand
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.files import write_whole
+from siglip_train.files.atomic import write_whole
 from siglip_train.redact import redacted
 
 EXAMPLE = """example:

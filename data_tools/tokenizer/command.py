@@ -18,7 +18,7 @@ from siglip_train.data.progress import progress
 from siglip_train.data.remote.locations import cache_folder, expand
 from siglip_train.data.shards.fields import Field
 from siglip_train.errors import UserError
-from siglip_train.files import write_whole
+from siglip_train.files.atomic import write_whole
 
 EXAMPLE = """examples:
   siglip-data tokenizer 'data/web/{000..099}.tar' data/tokenizer.model --text txt json:names.* --vocab-size 8192

@@ -13,7 +13,7 @@ from rich.text import Text
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import WHOLE_SHARD, ShardReport
 from siglip_train.data.shards.manifest import Entry, index_content
-from siglip_train.files import write_whole
+from siglip_train.files.atomic import write_whole
 from siglip_train.redact import redacted
 
 _EXAMPLES = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
-from siglip_train.files import read_text
+from siglip_train.files.atomic import read_text
 
 # endings of images, in any case; those that Pillow cannot read, for want of a plugin, count as broken
 IMAGE_ENDINGS = (

@@ -4,7 +4,7 @@ import string
 from collections.abc import Sequence
 
 from siglip_train.errors import UserError
-from siglip_train.files import read_text
+from siglip_train.files.atomic import read_text
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -28,9 +28,9 @@ from siglip_train.evals.loader import (
     EvaluationSource,
     build_evaluation_loader,
 )
-from siglip_train.files import write_text
+from siglip_train.files.atomic import write_text
+from siglip_train.files.records import to_json
 from siglip_train.models.siglip import Siglip
-from siglip_train.records import to_json
 
 # a slash would lead out of the folder, a dot at the beginning hides the file
 _PLAIN_NAME = re.compile(r"\w[\w.+ -]*")

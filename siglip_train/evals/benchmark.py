@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from siglip_train.evals.base import Evaluation, Evaluator
-from siglip_train.files import write_text
-from siglip_train.records import to_json
+from siglip_train.files.atomic import write_text
+from siglip_train.files.records import to_json
 
 
 def benchmark_results(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.errors import UserError
-from siglip_train.files import read_text
+from siglip_train.files.atomic import read_text
 
 LabelSet = tuple[int, ...]
 # entry i of a list such as ReaL's is about image i + 1 of ImageNet's validation set

@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
+from siglip_train.files.records import read_records
 from siglip_train.interop.files import read_json, section
 from siglip_train.interop.runs import run_config, run_folder
 from siglip_train.interop.usage import usage
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.vision import VisionConfig
-from siglip_train.records import read_records
 
 _FRONT = {
     "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},

@@ -17,7 +17,7 @@ from torch import Tensor
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.files import put_folder
+from siglip_train.files.atomic import put_folder
 from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
 from siglip_train.interop.card import training_facts, write_card
 from siglip_train.interop.fast_tokenizer import write_fast_tokenizer

@@ -9,7 +9,7 @@ import torch
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.tokenizer import load_tokenizer
 from siglip_train.errors import UserError
-from siglip_train.integrity import check
+from siglip_train.files.manifest import check
 from siglip_train.interop.big_vision import describe_big_vision, is_big_vision, read_big_vision
 from siglip_train.interop.files import refuse_pickle
 from siglip_train.interop.fit import LoadReport, fit_weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.files import put_folder
+from siglip_train.files.atomic import put_folder
 from siglip_train.interop.files import (
     check_file_name,
     read_json,

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from siglip_train.errors import UserError
-from siglip_train.integrity import check
+from siglip_train.files.manifest import check
+from siglip_train.files.records import read_text
 from siglip_train.interop.files import read_tensors
 from siglip_train.objectives.classification import Classification
-from siglip_train.records import read_text
 
 log = logging.getLogger(__name__)
 

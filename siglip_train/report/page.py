@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError, said
-from siglip_train.files import write_text
-from siglip_train.records import parse_record, read_records, read_text
+from siglip_train.files.atomic import write_text
+from siglip_train.files.records import parse_record, read_records, read_text
 from siglip_train.redact import redacted
 from siglip_train.report.curves import Row, latest, training_charts, validation_charts
 from siglip_train.report.numbers import duration, short, shown

@@ -30,7 +30,7 @@ from siglip_train.evaluate import EvaluateConfig
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
-from siglip_train.starting_point import _fill_sources
+from siglip_train.settings.starting_point import _fill_sources
 from siglip_train.train import OPEN_GROUPS
 from siglip_train.typed import build
 from tests.conftest import ROOT

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from siglip_train import carry_over, checkpoint, loop
 from siglip_train import engine as engines
+from siglip_train import loop
 from siglip_train.batch import Batch, Images
-from siglip_train.carry_over import PARTS, Start
-from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from siglip_train.checkpoints import carry_over
+from siglip_train.checkpoints.carry_over import PARTS, Start
+from siglip_train.checkpoints.load import read_checkpoint, restore_weights
+from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table
 from siglip_train.models.siglip import Siglip
@@ -103,10 +106,10 @@ def saved_at(run_dir: Path, step: int) -> Path:
 
 def resumed(kind: str, run_dir: Path, step: int, stage: int, clip_norm: float = OPTIM.clip_norm):
     found, model = saved_at(run_dir, step), make(kind)
-    saved = checkpoint.read(found)
+    saved = read_checkpoint(found)
     for parameter in model.parameters():
         nn.init.constant_(parameter, torch.nan)
-    checkpoint.restore_weights(model, saved, found)
+    restore_weights(model, saved, found)
     return deepspeed_engine(model, Start(saved.progress, saved.moments), stage, clip_norm)
 
 
@@ -132,7 +135,7 @@ def taken(engine, kind: str, first: int, count: int) -> list[float]:
 
 def check_moments(engine, source: Path, fresh: set[str]) -> None:
     """Those of kept parameters are the run's before, by name and to the last bit; all others are zero, at step 0."""
-    found, there = engines.gather_moments(engine), checkpoint.read(source).moments
+    found, there = engines.gather_moments(engine), read_checkpoint(source).moments
     for name, tensor in found.items() if dist.get_rank() == 0 else ():
         expected = torch.zeros_like(tensor) if name.rpartition(".")[0] in fresh else there[name]
         assert torch.equal(tensor, expected), name
@@ -158,7 +161,7 @@ def on_a_rank(stages: list[int], folder: Path) -> list[tuple[list[float], dict]]
         check_moments(engine, source, {TABLE, "objectives.added.head.weight", "objectives.added.head.bias"})
         assert torch.equal(
             engine.module.objectives["scored"].average,
-            checkpoint.read(source).weights["objectives.scored.average"],
+            read_checkpoint(source).weights["objectives.scored.average"],
         )
         told += taken(engine, "second", BEFORE, 1)
         weights = engines.gather_weights(engine)

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from siglip_train import checkpoint
 from siglip_train import engine as engines
 from siglip_train.batch import Batch
+from siglip_train.checkpoints.load import Saved, read_checkpoint, restore_weights
+from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.distributed.setup import World
 from siglip_train.evals.base import Encoder
@@ -64,11 +66,11 @@ def plain_run() -> tuple[list[float], TrainingModel]:
     return history, model
 
 
-def build(stage: int, saved: checkpoint.Saved | None = None):
+def build(stage: int, saved: Saved | None = None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = training_model()
     if saved is not None:
-        checkpoint.restore_weights(model, saved, Path("saved"))
+        restore_weights(model, saved, Path("saved"))
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage),
         precision="fp32",
@@ -104,12 +106,12 @@ def finetune(folder: str, shard: str, stages: list[int]) -> list[dict]:
         unused = watch.stop()
         run_dir = Path(folder) / str(stage)
         description = Description(whole.CONFIG)
-        saver = checkpoint.Checkpoints(
+        saver = Checkpoints(
             run_dir,
-            checkpoint.CheckpointConfig(),
+            CheckpointConfig(),
             lambda path, state, d=description: write_export(path, merged(state, ADAPTERS), d),
         )
-        saver.save(engine, checkpoint.Progress(STEPS, STEPS * whole.GLOBAL_BATCH))
+        saver.save(engine, Progress(STEPS, STEPS * whole.GLOBAL_BATCH))
         encoder = Encoder(
             model=engine.module.model,
             tokenizer=lambda _: pytest.fail("no texts here"),
@@ -120,7 +122,7 @@ def finetune(folder: str, shard: str, stages: list[int]) -> list[dict]:
         )
         metrics = HeadAccuracy(shards=shard, objective="head").run(encoder).metrics
         engine.destroy()
-        saved = checkpoint.read(newest_checkpoint(run_dir))
+        saved = read_checkpoint(newest_checkpoint(run_dir))
         resumed, _ = build((stage + 1) % 4, saved)
         results.append(
             {"losses": before + steps(resumed, STEPS), "unused": unused, "metrics": metrics,
@@ -163,8 +165,8 @@ def test_every_stage_equals_plain_adamw_and_resumes_and_saves_merged_weights(
         assert result["losses"] == pytest.approx(expected, rel=3e-5), stage
         assert result["unused"] == []
         assert result["moments"] == 3 * len(trained)
-        saved = checkpoint.read(newest_checkpoint(tmp_path / str(stage)))
-        checkpoint.restore_weights(live, saved, tmp_path)
+        saved = read_checkpoint(newest_checkpoint(tmp_path / str(stage)))
+        restore_weights(live, saved, tmp_path)
         images = batch(0).part("images")
         plain = load_model(tmp_path / str(stage)).model.encode_image(images)
         torch.testing.assert_close(plain, live.model.encode_image(images), rtol=0, atol=1e-6)

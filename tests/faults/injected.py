@@ -11,9 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from siglip_train import checkpoint, stop_signal
+from siglip_train.checkpoints.write import CheckpointFolder
 from siglip_train.distributed import peers
-from siglip_train.rank_log import RankLog
+from siglip_train.supervision import stop_signal
+from siglip_train.supervision.rank_log import RankLog
 
 
 def at(phase: str, step: int, ranks: tuple[int, ...], fault: Callable[[], None], rank: int) -> None:
@@ -112,7 +113,7 @@ def absent(times: tuple[tuple[float, int], ...], rank: int) -> None:
 def slow_checkpoint(step: int, times: tuple[tuple[float, int], ...], rank: int) -> None:
     """Rank 0 takes six seconds to write the checkpoint of a step, and is sent signals meanwhile."""
     hurry()
-    write = checkpoint.Checkpoints._write
+    write = CheckpointFolder.write
 
     def slowly(self: Any, weights: Any, moments: Any, progress: Any) -> None:
         if progress.step == step:
@@ -121,7 +122,7 @@ def slow_checkpoint(step: int, times: tuple[tuple[float, int], ...], rank: int) 
         write(self, weights, moments, progress)
 
     if rank == 0:
-        checkpoint.Checkpoints._write = slowly  # type: ignore[method-assign]
+        CheckpointFolder.write = slowly  # type: ignore[method-assign]
 
 
 def slow_data(rank: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.files import appearing, put_folder, write_text
+from siglip_train.files.atomic import appearing, put_folder, write_text
 from siglip_train.metrics import LogConfig, MetricWriter
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train import same_program
 from siglip_train.interop.runs import checkpoints_in
+from siglip_train.supervision import same_program
 from tests.faults.runs import gone_on
 from tests.faults.test_checkpoints import MOMENTS, NEWEST, flip_bytes, zero_half
 

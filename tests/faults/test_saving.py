@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from siglip_train import checkpoint, integrity
+from siglip_train.checkpoints import write
+from siglip_train.files import manifest
 from siglip_train.interop.runs import checkpoints_in, step_of
 from tests.faults.injected import hurry
 from tests.faults.runs import gone_on
@@ -47,12 +48,12 @@ def raise_error(number: int, *_: Any) -> None:
 # two tensor files of the checkpoint itself (moments, heads), a manifest and a rename each; the folder of the weights is
 # renamed too
 MOMENTS: dict[str, Callable[[], None]] = {
-    "before the moments are written": lambda: at(checkpoint, "write_tensors", die, call=2 * SAVE - 1),
-    "after the moments": lambda: at(checkpoint, "write_tensors", die, call=2 * SAVE - 1, after=True),
-    "before the manifest": lambda: at(integrity, "write_text", die, call=SAVE),
-    "before the folder gets its name": lambda: at(checkpoint, "put_folder", die, call=SAVE),
-    "before LAST names it": lambda: at(checkpoint, "write_text", die, call=SAVE),
-    "after LAST names it": lambda: at(checkpoint, "write_text", die, call=SAVE, after=True),
+    "before the moments are written": lambda: at(write, "write_tensors", die, call=2 * SAVE - 1),
+    "after the moments": lambda: at(write, "write_tensors", die, call=2 * SAVE - 1, after=True),
+    "before the manifest": lambda: at(manifest, "write_text", die, call=SAVE),
+    "before the folder gets its name": lambda: at(write, "put_folder", die, call=SAVE),
+    "before LAST names it": lambda: at(write, "write_text", die, call=SAVE),
+    "after LAST names it": lambda: at(write, "write_text", die, call=SAVE, after=True),
 }
 
 
@@ -80,19 +81,19 @@ def test_rank_0_is_killed_while_it_saves(
 
 DISKS: dict[str, tuple[Callable[[], None], str]] = {
     "disk full in the moments": (
-        lambda: at(checkpoint, "write_tensors", partial(raise_error, errno.ENOSPC), call=2 * SAVE - 1),
+        lambda: at(write, "write_tensors", partial(raise_error, errno.ENOSPC), call=2 * SAVE - 1),
         "No space left on device",
     ),
     "disk full in the manifest": (
-        lambda: at(integrity, "write_text", partial(raise_error, errno.ENOSPC), call=SAVE),
+        lambda: at(manifest, "write_text", partial(raise_error, errno.ENOSPC), call=SAVE),
         "No space left on device",
     ),
     "the disk fails to flush": (
-        lambda: at(integrity, "flush", partial(raise_error, errno.EIO), call=3 * SAVE),
+        lambda: at(manifest, "flush", partial(raise_error, errno.EIO), call=3 * SAVE),
         "Input/output error",
     ),
     "a rename fails": (
-        lambda: at(checkpoint, "put_folder", partial(raise_error, errno.EROFS), call=SAVE),
+        lambda: at(write, "put_folder", partial(raise_error, errno.EROFS), call=SAVE),
         "Read-only file system",
     ),
 }

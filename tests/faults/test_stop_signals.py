@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.stop_signal import StopSignal
+from siglip_train.supervision.stop_signal import StopSignal
 from tests.conftest import ROOT
 from tests.faults import injected
 from tests.faults.injected import last_line, log_of

@@ -83,7 +83,7 @@ def _of_lines(lines: list[str], file: Path) -> list[Command]:
 
 def _commands(program: str, words: list[str], file: Path) -> list[Command]:
     if "--keys" in words:
-        # explains the keys and trains nothing: tests/test_keys.py runs it
+        # explains the keys and trains nothing: tests/settings/test_keys.py runs it
         return []
     where = str(file.relative_to(ROOT))
     if program in ("convert", "data"):

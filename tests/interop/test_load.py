@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import siglip_train
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
-from siglip_train.integrity import sealing
+from siglip_train.files.manifest import sealing
 from siglip_train.interop.load import load_model, load_weights, read_description, read_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.positions import resize_position_table

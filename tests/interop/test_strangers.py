@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from siglip_train.errors import UserError
-from siglip_train.files import write_text
+from siglip_train.files.atomic import write_text
 from siglip_train.interop.files import read_shapes, read_tensors
 from siglip_train.interop.load import load_model, read_description
 from siglip_train.interop.native import Description, write_export

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from siglip_train import checkpoint, loop
 from siglip_train import engine as engines
-from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from siglip_train import loop
+from siglip_train.checkpoints.load import read_checkpoint, restore_weights
+from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.distributed.collectives import is_distributed
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.native import Description, write_export
@@ -110,11 +112,11 @@ def save(engine, folder: Path, step: int) -> None:
 
 
 def resumed(folder: Path, step: int, stage: int):
-    saved = checkpoint.read(folder / "checkpoints" / f"step-{step:08d}")
+    saved = read_checkpoint(folder / "checkpoints" / f"step-{step:08d}")
     model = training_model()
     for parameter in model.parameters():
         nn.init.constant_(parameter, torch.nan)
-    checkpoint.restore_weights(model, saved, folder)
+    restore_weights(model, saved, folder)
     engine = deepspeed_engine(model, stage)
     engines.restore_moments(engine, saved.moments)
     return engine

@@ -29,7 +29,7 @@ from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
 from siglip_train.data.shards.tar import identity
 from siglip_train.distributed.collectives import broadcast_object, is_distributed
 from siglip_train.errors import SampleError, UserError
-from siglip_train.files import appearing
+from siglip_train.files.atomic import appearing
 
 _LOG = logging.getLogger(__name__)
 

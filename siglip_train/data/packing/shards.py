@@ -19,7 +19,7 @@ from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Recor
 from siglip_train.data.shards.faults import plain_detail
 from siglip_train.data.shards.fields import read_facts, read_text
 from siglip_train.errors import SampleError
-from siglip_train.files import temporary, write_whole
+from siglip_train.files.atomic import temporary, write_whole
 
 
 class Skipped(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from siglip_train.data.remote.retry import RetryPolicy
 from siglip_train.errors import SampleError
-from siglip_train.files import write_text
+from siglip_train.files.atomic import write_text
 from siglip_train.redact import redacted
 
 # of the time-out: 30 s and 10 min with the usual one of 60 s

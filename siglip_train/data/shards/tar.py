@@ -26,7 +26,7 @@ from siglip_train.data.shards.tar_members import (
     read_part,
 )
 from siglip_train.errors import SampleError
-from siglip_train.files import appearing
+from siglip_train.files.atomic import appearing
 
 # beside the causes of `Lost`
 REPEATED_MEMBER = "repeated member"

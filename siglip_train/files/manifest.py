@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siglip_train.errors import UserError
-from siglip_train.files import flush, write_text
+from siglip_train.files.atomic import flush, write_text
 
 MANIFEST = "manifest.json"
 # of files at once: SHA-256 takes 1 to 2 GB/s of a core, and Python's lock is not held

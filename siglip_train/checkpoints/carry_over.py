@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from siglip_train.checkpoint import MODEL_PREFIX, Progress, read_heads, read_moments, read_progress
+from siglip_train.checkpoints.load import read_heads, read_moments, read_progress
+from siglip_train.checkpoints.resume import fault_on_any_rank
+from siglip_train.checkpoints.write import MODEL_PREFIX, Progress
 from siglip_train.distributed.collectives import on_main
 from siglip_train.engine import steps_of
 from siglip_train.errors import UserError
@@ -21,7 +23,6 @@ from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description
 from siglip_train.interop.runs import newest_checkpoint
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.resume import fault_on_any_rank
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import pytest
 from siglip_train.config import parse
 from siglip_train.data.shards.select import Selection
 from siglip_train.errors import UserError
-from siglip_train.from_data import fill_from_data
-from siglip_train.starting_point import Filled, fill
+from siglip_train.settings.from_data import fill_from_data
+from siglip_train.settings.starting_point import Filled, fill
 from tests.composing import composed
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar

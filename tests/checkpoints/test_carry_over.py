@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from siglip_train import engine as engines
-from siglip_train.carry_over import PARTS, Lengths, Start, outlook, start_from
-from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress, read_moments
+from siglip_train.checkpoints.carry_over import PARTS, Lengths, Start, outlook, start_from
+from siglip_train.checkpoints.load import read_moments
+from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.errors import UserError
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip

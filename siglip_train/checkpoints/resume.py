@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip_train.checkpoint import fault_of, has_manifest
+from siglip_train.checkpoints.load import fault_of, has_manifest
 from siglip_train.distributed.collectives import broadcast_object, gather_objects, on_main
 from siglip_train.errors import UserError, said
-from siglip_train.files import write_text
-from siglip_train.integrity import fingerprint
+from siglip_train.files.atomic import write_text
+from siglip_train.files.manifest import fingerprint
+from siglip_train.files.records import read_text
 from siglip_train.interop.runs import LAST, checkpoints_in, last_checkpoint, step_of
-from siglip_train.records import read_text
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from siglip_train.data.packing.in_cache import PackIntoCache
 from siglip_train.data.prompts import read_class_names
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import is_classification
-from siglip_train.starting_point import Filled
+from siglip_train.settings.starting_point import Filled
 from siglip_train.typed import build
 
 # of a task whose shards are null: taken from the source it measures a part of

@@ -11,7 +11,7 @@ from siglip_train import evaluate, train
 from siglip_train.composition import defaults_of
 from siglip_train.config import Config
 from siglip_train.evaluate import EvaluateConfig
-from siglip_train.keys import Key, classes_of, keys_of, meanings_of
+from siglip_train.settings.keys import Key, classes_of, keys_of, meanings_of
 from tests.conftest import ROOT
 
 CONFIGS = [Config, EvaluateConfig]

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from siglip_train import checkpoint, engine
-from siglip_train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from siglip_train import engine
+from siglip_train.checkpoints import save
+from siglip_train.checkpoints.load import fault_of, read_checkpoint, restore_weights
+from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
+from siglip_train.checkpoints.write import Progress
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import checkpoints_in, newest_checkpoint, step_of
 
@@ -54,18 +57,18 @@ def test_the_newest_are_kept_and_last_names_the_newest(saver: Checkpoints, tmp_p
         "LAST", "step-00000004", "step-00000006"
     ]  # fmt: skip
     found = newest_checkpoint(tmp_path)
-    saved = checkpoint.read(found)
+    saved = read_checkpoint(found)
     assert saved.progress == Progress(6, 60, {"seen": 6}, ("model.a", "model.b"))
     module = TrainingStandIn()
-    checkpoint.restore_weights(module, saved, found)
+    restore_weights(module, saved, found)
     assert torch.equal(module.head.weight, saved.weights["head.weight"])
 
 
 def test_a_checkpoint_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Checkpoints(tmp_path, CheckpointConfig(every_steps=0, every_minutes=10), write_weights)
     assert not saver.is_due(100)
-    now = checkpoint.time.monotonic()
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now + 601)
+    now = save.time.monotonic()
+    monkeypatch.setattr(save.time, "monotonic", lambda: now + 601)
     assert saver.is_due(101)
 
 
@@ -90,7 +93,7 @@ def test_damage_is_named(saver: Checkpoints, tmp_path: Path, name: str) -> None:
     found = newest_checkpoint(tmp_path)
     (found / name).write_bytes((found / name).read_bytes()[:7])
     with pytest.raises(UserError, match="step-00000002 cannot be read"):
-        checkpoint.read(found)
+        read_checkpoint(found)
 
 
 def test_multiples_of_keep_every_steps_stay(saver: Checkpoints, tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_a_step_saved_again_takes_the_place_of_the_earlier(saver: Checkpoints, t
     saver.last_step = None
     (tmp_path / "checkpoints/step-00000002/state.json").write_text("damaged")
     saver.save(ENGINE, Progress(2, 20))
-    assert checkpoint.fault_of(newest_checkpoint(tmp_path)) is None
+    assert fault_of(newest_checkpoint(tmp_path)) is None
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"LAST", "step-00000002"}
 
 
@@ -152,7 +155,7 @@ def test_another_shape_is_named(saver: Checkpoints, tmp_path: Path) -> None:
     module = TrainingStandIn()
     module.model = nn.Linear(5, 3)
     with pytest.raises(UserError, match=r"model.weight is \(3, 2\) there and \(3, 5\) here"):
-        checkpoint.restore_weights(module, checkpoint.read(found), found)
+        restore_weights(module, read_checkpoint(found), found)
 
 
 def test_nothing_executable_is_stored(saver: Checkpoints, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from siglip_train import evaluate
 from siglip_train.data.remote.locations import expand, runs_a_program
 from siglip_train.errors import UserError
 from siglip_train.interop.runs import run_config
-from siglip_train.trust import check_read_back
+from siglip_train.settings.trust import check_read_back
 
 RETRIEVAL = "siglip_train.evals.retrieval.Retrieval"
 

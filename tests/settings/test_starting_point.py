@@ -15,7 +15,7 @@ from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
-from siglip_train.starting_point import fill
+from siglip_train.settings.starting_point import fill
 from siglip_train.typed import REQUIRED, build
 from tests.composing import composed, sizes
 from tests.models.small import small_model

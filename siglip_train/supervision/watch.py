@@ -13,8 +13,8 @@ from siglip_train.distributed import flight_recorder
 from siglip_train.distributed.peers import Failure, Peers, Standing
 from siglip_train.distributed.setup import DistributedConfig, launched_rank
 from siglip_train.errors import PeerError, UserError, said
-from siglip_train.rank_log import RankLog
-from siglip_train.stop_signal import StopSignal
+from siglip_train.supervision.rank_log import RankLog
+from siglip_train.supervision.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from siglip_train import rank_log
-from siglip_train.rank_log import RankLog
+from siglip_train.supervision import rank_log
+from siglip_train.supervision.rank_log import RankLog
 
 
 @pytest.fixture

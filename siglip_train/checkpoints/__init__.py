@@ -1,0 +1,1 @@
+"""Checkpoints of a run: how they are written, read, chosen to resume from, and what another run takes over."""

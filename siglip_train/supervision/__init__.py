@@ -1,0 +1,1 @@
+"""What watches over a run: stop signals, the log of each rank, and that all ranks run the same program."""
