@@ -79,7 +79,7 @@ def test_a_write_that_fails_leaves_the_earlier_one(saver: Checkpoints, tmp_path:
         folder.mkdir()
         raise OSError(28, "No space left on device")
 
-    saver._write_weights = full_disk
+    saver._folder._write_weights = full_disk
     with pytest.raises(UserError, match="No space left on device; earlier ones are untouched"):
         saver.save(ENGINE, Progress(4, 40))
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
