@@ -17,7 +17,8 @@ COMMANDS = list(dict.fromkeys([*of_readmes(), *of_headers()]))
 # of siglip_train, those whose README shows commands
 PARTS = ("data", "distributed", "evals", "interop")
 # with or without the time before it
-PRINTED = r"^(?:[\d:]{8} )?(.* M parameters, as .*)$"
+# a line of its own, or a cell of a table
+PRINTED = r"(?:^|\| )(?:[\d:]{8} )?([^|\n]* M parameters, as [^|\n]*?)(?: \||$)"
 OPEN = {"train": OPEN_GROUPS, "evaluate": ("tasks.",)}
 
 
