@@ -16,9 +16,9 @@ from kernels.sigmoid_loss.exchange.route import Route, flat_route, node_route
 from kernels.sigmoid_loss.pairs import (
     BlockGradients,
     Embeddings,
-    PairIds,
     Pairs,
     check_types,
+    dtype_of_products,
     make_pair_ids,
     make_pairs,
 )
@@ -35,6 +35,7 @@ def sigmoid_loss(
     same_id_weight: float = 0.0,
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = AUTO,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sigmoid loss of SigLIP (section 3.2): sum over all texts, mean over this rank's images.
 
@@ -45,19 +46,26 @@ def sigmoid_loss(
     ids match nothing. On several ranks, ids have one meaning for all.
     group: the ranks whose texts are negatives too; all of them must call this together, with equal shapes. None =
     this rank alone. exchange: how texts meet the images of other ranks; by default what the cost model finds fastest.
+    compute_dtype: what embeddings are rounded to, once, before they are multiplied and sent: float16, bfloat16 or
+    float32; None = float16 for float32 embeddings under a 16-bit autocast, else their own. Give them in float32:
+    gradients come back in it. float16 holds unit vectors eight times as well as bfloat16, and ends at 65504.
 
     Returns a scalar in float32 (float64 for float64 embeddings), differentiable once in all four inputs. Gradients
     are made here and scaled in backward, so the upstream gradient must be the same on all ranks, as it is in data
     parallel training. There, the mean over ranks of every parameter's gradient is that of the global batch.
-    Sums and products are in float32 or better whatever the input; autocast is not followed.
+    Sums are in float32 or better whatever the input, and logits are never rounded to 16 bits.
 
     Raises ValueError for shapes, dtypes and devices that do not fit, on all ranks if on one; RuntimeError for a second
     derivative.
     """
     inputs = (image_embeddings, text_embeddings, logit_scale, logit_bias)
-    ids, refusal = None, None
+    # what is multiplied and sent; gradients go to what was given, without a rounding on the way
+    rounded, ids, refusal = inputs[:2], None, None
     try:
         _check(*inputs, exchange)
+        dtype = dtype_of_products(image_embeddings, compute_dtype)
+        with torch.no_grad():
+            rounded = image_embeddings.to(dtype), text_embeddings.to(dtype)
         ids = make_pair_ids(image_ids, text_ids, same_id_weight, inputs[:2])
     except ValueError as error:
         if group is None:
@@ -66,12 +74,14 @@ def sigmoid_loss(
     gradients = refusal is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     peers = None
     if group is not None:
-        exchange = agree(exchange, image_embeddings, group, gradients=gradients, ids=ids, refusal=refusal)
+        exchange = agree(exchange, rounded[0], group, gradients=gradients, ids=ids, refusal=refusal)
         peers = _Peers(group, exchange) if dist.get_world_size(group) > 1 else None
     with torch.autocast(image_embeddings.device.type, enabled=False):
+        work = make_pairs(*rounded, *inputs[2:], ids)
         if gradients:
-            return _SigmoidLoss.apply(*inputs, ids, peers)
-        return _value(*inputs, ids, peers)
+            return _SigmoidLoss.apply(*inputs, work, peers)
+        loss = _value_over_ranks(*work, *peers) if peers else value_of(*work, positives=0)
+        return (loss / len(image_embeddings)).to(_result_dtype(image_embeddings))
 
 
 class _Peers(NamedTuple):
@@ -81,12 +91,8 @@ class _Peers(NamedTuple):
     exchange: Exchange
 
 
-def _value(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: PairIds | None, peers: _Peers | None
-) -> Tensor:
-    work = make_pairs(images, texts, scale, bias, ids)
-    loss = _value_over_ranks(*work, *peers) if peers else value_of(*work, positives=0)
-    return (loss / len(images)).to(torch.promote_types(images.dtype, torch.float32))
+def _result_dtype(images: Tensor) -> torch.dtype:
+    return torch.promote_types(images.dtype, torch.float32)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -97,14 +103,13 @@ class _SigmoidLoss(torch.autograd.Function):
         texts: Tensor,
         scale: Tensor,
         bias: Tensor,
-        ids: PairIds | None,
+        work: tuple[Embeddings, Embeddings, Pairs],
         peers: _Peers | None,
     ) -> Tensor:
-        work = make_pairs(images, texts, scale, bias, ids)
         sums = _gradients_over_ranks(*work, *peers) if peers else gradients_of(*work, positives=0)
         ctx.like = [(tensor.shape, tensor.dtype) for tensor in (images, texts, scale, bias)]
         ctx.save_for_backward(*(part.div_(len(images)) for part in sums[1:]))
-        return (sums.loss / len(images)).to(sums.images.dtype)
+        return (sums.loss / len(images)).to(_result_dtype(images))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exchange_seconds
 from kernels.sigmoid_loss.exchange.cost_model import Form
 from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.pairs import dtype_of_products
 from siglip_train.distributed.collectives import is_distributed
 
 __all__ = ["Ring", "exchange_seconds", "parse_exchange", "waiting"]
@@ -45,7 +46,9 @@ class Ring:
         if is_distributed():
             check_exchange(self.exchange, _all_ranks())
 
-    def group(self, images: Tensor, *, has_ids: bool) -> dist.ProcessGroup | None:
+    def group(
+        self, images: Tensor, *, has_ids: bool, compute_dtype: torch.dtype | None
+    ) -> dist.ProcessGroup | None:
         """All ranks; None for a single process, which exchanges nothing. images: `[B, E]` of this rank.
 
         The first call on several ranks says in the log what is sent, and how.
@@ -53,7 +56,8 @@ class Ring:
         if not is_distributed():
             return None
         if not self._is_announced:
-            chosen = choose_exchange(self.exchange, images, _all_ranks(), has_ids=has_ids)
+            sent = images.detach().to(dtype_of_products(images, compute_dtype))
+            chosen = choose_exchange(self.exchange, sent, _all_ranks(), has_ids=has_ids)
             log.info("exchange of texts between ranks: %s", chosen)
             self._is_announced = True
         return _all_ranks()

@@ -13,6 +13,7 @@ from siglip_train.distributed.ring import Ring
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.forward_pass import ForwardPass
 
+_COMPUTE_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _HASH_BASE = 0x9E3779B97F4A7C15  # odd, with its bits well mixed
 
 
@@ -21,8 +22,9 @@ class SigmoidLoss(Objective):
 
     exchange, exchange_dtype: how texts meet the images of other ranks (`Ring`). same_text_weight: how often an image
     counts against another sample's text that has the same tokens as its own, and so is none of its negatives; 0 leaves
-    such pairs out, 1 (as published) treats them as all others. Raises ValueError for other values, and for a form that
-    does not fit the number of ranks, where there are several.
+    such pairs out, 1 (as published) treats them as all others. compute_dtype: what unit embeddings are rounded to
+    before they are multiplied and sent; auto is fp16 in bf16 training (assumption: towers round more), else fp32.
+    Raises ValueError for other values, and for a form that does not fit the number of ranks, where there are several.
     """
 
     pairs_samples = True
@@ -34,11 +36,15 @@ class SigmoidLoss(Objective):
         exchange: str = "auto",
         exchange_dtype: Literal["fp32", "bf16"] = "fp32",
         same_text_weight: float = 1.0,
+        compute_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto",
     ) -> None:
         super().__init__(weight=weight)
+        if compute_dtype not in _COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype is {compute_dtype!r}: choose {', '.join(_COMPUTE_DTYPES)}")
         if not (isinstance(same_text_weight, (int, float)) and 0 <= same_text_weight < math.inf):
             raise ValueError(f"same_text_weight is {same_text_weight!r}: give a number of at least 0")
         self._same_text_weight = same_text_weight
+        self._compute_dtype = _COMPUTE_DTYPES[compute_dtype]
         self._ring = Ring(exchange, exchange_dtype)
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -59,8 +65,9 @@ class SigmoidLoss(Objective):
                 image_ids=ids,
                 text_ids=ids,
                 same_id_weight=self._same_text_weight,
-                group=self._ring.group(images, has_ids=ids is not None),
+                group=self._ring.group(images, has_ids=ids is not None, compute_dtype=self._compute_dtype),
                 exchange=self._ring.exchange,
+                compute_dtype=self._compute_dtype,
             )
         return {"images": mean * len(images)}
 

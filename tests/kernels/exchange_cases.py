@@ -42,8 +42,10 @@ def every_exchange(size):
     return exchanges
 
 
-def as_sent(whole, exchange):
+def as_sent(whole, exchange, compute_dtype=None):
     """The global batch as the ranks see it: what travels, and its copy at home, is rounded."""
+    if compute_dtype is not None:
+        return [part.to(compute_dtype).to(part.dtype) for part in whole[:2]] + whole[2:]
     if exchange.dtype is None:
         return whole
     images, texts, *rest = whole
@@ -57,7 +59,7 @@ def draw_ids(rows):
     return [torch.randint(-1, max(2, rows // 2), (rows,), generator=generator) for _ in range(2)]
 
 
-def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=None):
+def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=None, compute_dtype=None):
     """Errors of this rank's loss and gradients against one process that has all rows."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     whole = make(rows * size, rows * size, WIDTH, scale, bias, dtype)
@@ -65,10 +67,9 @@ def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=No
     ids = None if weight is None else PairIds(image_ids, text_ids, weight)
     # "auto" may choose a grid, where images travel too
     chosen = choose_exchange(exchange, whole[0].chunk(size)[rank], group, has_ids=ids is not None)
-    loss, images, texts, scale_gradient, bias_gradient = differentiate(
-        sigmoid_loss_reference, as_sent(whole, chosen), ids=ids
-    )
-    options = {"group": group, "exchange": exchange}
+    seen = as_sent(whole, chosen, compute_dtype)
+    loss, images, texts, scale_gradient, bias_gradient = differentiate(sigmoid_loss_reference, seen, ids=ids)
+    options = {"group": group, "exchange": exchange, "compute_dtype": compute_dtype}
     if ids is not None:
         options |= {
             "image_ids": image_ids.chunk(size)[rank],
@@ -88,7 +89,7 @@ def errors(group, exchange, rows, scale, bias, *, dtype=torch.float64, weight=No
     return {
         "loss": rms_ratio(means[0], loss),
         "evaluated": rms_ratio(evaluated, value.detach()),
-        "own loss": rms_ratio(value.detach(), own_loss(as_sent(whole, chosen), ids, rank, size)),
+        "own loss": rms_ratio(value.detach(), own_loss(seen, ids, rank, size)),
         "images": rms_ratio(leaves[0].grad, size * images.chunk(size)[rank]),
         "texts": rms_ratio(leaves[1].grad, size * texts.chunk(size)[rank]),
         "scale": rms_ratio(means[1], scale_gradient),
@@ -128,12 +129,12 @@ def recorded_traffic(size):
         yield sent
 
 
-def traffic(group, exchange, dtype, *, has_ids):
+def traffic(group, exchange, dtype, *, has_ids, compute_dtype=None):
     """Bytes this rank sends for one loss with gradients."""
     leaves = [tensor.requires_grad_() for tensor in make(5, 5, WIDTH, *INIT, dtype)]
     ids = dict(zip(("image_ids", "text_ids"), draw_ids(5), strict=True)) if has_ids else {}
     with recorded_traffic(dist.get_world_size(group)) as sent:
-        sigmoid_loss(*leaves, group=group, exchange=exchange, **ids)
+        sigmoid_loss(*leaves, group=group, exchange=exchange, compute_dtype=compute_dtype, **ids)
     return sum(sent)
 
 
@@ -212,6 +213,7 @@ def refusals(rank, group):
     calls = [
         (make(5 if odd else 4, 5 if odd else 4, 8, *INIT), {}),
         (make(4, 4, 8, *INIT, torch.float32 if odd else torch.float64), {}),
+        (plain, {"compute_dtype": torch.float16 if odd else torch.bfloat16}),
         ([tensor.requires_grad_(not odd) for tensor in make(4, 4, 8, *INIT)], {}),
         (plain, ids if odd else {}),
         (plain, {"exchange": Exchange("ring" if odd else "all_gather")}),
@@ -280,11 +282,13 @@ def form_cases(group, exchange):
             "ids": errors(group, exchange, 5, *INIT, weight=0.5),
         },
         "fp32": errors(group, exchange, 16, *TRAINED, dtype=torch.float32),
+        "fp16": errors(group, exchange, 7, *TRAINED, dtype=torch.float32, compute_dtype=torch.float16),
         "bf16": errors(group, narrow, 7, *TRAINED),
         "sent": [
             traffic(group, exchange, torch.float64, has_ids=False),
             traffic(group, exchange, torch.bfloat16, has_ids=True),
             traffic(group, narrow, torch.float32, has_ids=False),
+            traffic(group, exchange, torch.float32, has_ids=False, compute_dtype=torch.float16),
         ],
         "peak": peak_blocks(group, exchange),
     }

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.testing import rms_ratio
+from kernels.sigmoid_loss.reference import sigmoid_loss_reference
+from kernels.testing import assert_close, rms_ratio
 from tests.conftest import ROOT
+from tests.kernels.test_sigmoid_loss import NAMES, blocks_by_dtype, differentiate
 from tests.ranks import run_ranks
 
 MODEL = {
@@ -151,6 +153,35 @@ def differences(folder, precision, rank, world):
     found = train(folder, ours, precision, rank, world)
     assert found.keys() == truth.keys()
     return {name: rms_ratio(found[name].detach(), truth[name].detach()) for name in truth}
+
+
+def test_open_clip_training_under_autocast_multiplies_in_fp16(tmp_path, monkeypatch):
+    """As on a GPU, whose autocast normalises embeddings to fp32: products of that would take it ten times as long."""
+    pytest.importorskip("open_clip_train.train")
+    import open_clip.factory
+
+    monkeypatch.setattr(open_clip.factory, "SigLipLoss", open_clip.factory.SigLipLoss)
+    documented_loss()
+    ours, seen = open_clip.factory.SigLipLoss(), []
+
+    def watched(*, image_features, text_features, logit_scale, logit_bias, **options):
+        # the autocast of a CPU leaves them bf16
+        inputs = [image_features.float(), text_features.float(), logit_scale, logit_bias]
+        seen.append([tensor.detach().clone() for tensor in inputs])
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        loss = ours(*leaves)
+        seen[-1] += [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        return ours(*inputs, **options)
+
+    with blocks_by_dtype() as dtypes:
+        train(tmp_path, watched, "amp_bf16", 0, 1)
+    assert dtypes == [torch.float16] * 4
+    for inputs, found in ((entry[:4], entry[4:]) for entry in seen):
+        assert {tensor.dtype for tensor in inputs[:2]} == {torch.float32}
+        expected = differentiate(sigmoid_loss_reference, inputs)
+        for name, actual, truth in zip(NAMES, found, expected, strict=True):
+            assert actual.dtype == torch.float32
+            assert_close(actual, truth, 1e-3, name)  # measured 3e-4
 
 
 def on_a_rank(folder):

@@ -1,6 +1,8 @@
 """Block and op against the float64 reference: values, gradients, memory, work, refusals."""
 
 import math
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -144,15 +146,56 @@ def test_op_gives_a_gradient_to_each_input_alone(wanted):
     assert_close(inputs[wanted].grad, differentiate(sigmoid_loss_reference, inputs)[1 + wanted], 1e-12)
 
 
-def test_op_is_not_cast_down_by_autocast():
-    images, texts, scale, bias = make(64, 64, 32, *TRAINED, torch.float32)
-    expected = differentiate(sigmoid_loss_reference, [images, texts, scale, bias])
-    leaves = [tensor.float().requires_grad_() for tensor in (images, texts, scale, bias)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = sigmoid_loss(*leaves)
-        loss.backward()
-    assert_close(loss.detach(), expected[0], 1e-6)
-    assert_close(leaves[0].grad, expected[1], 1e-6)  # measured 2e-7; bf16 logits give 1e-2
+# limits of the inputs' rounding and of what comes after; measured: fp16 5e-4 and 3e-7, bf16 5e-3 and 2e-7 (no AMX)
+ROUNDED = [
+    (None, torch.float16, 1e-3, 1e-6),
+    (torch.float16, torch.float16, 1e-3, 1e-6),
+    (torch.bfloat16, torch.bfloat16, 1e-2, 2e-3),
+    (torch.float32, torch.float32, 1e-6, 1e-6),
+]
+
+
+@pytest.mark.parametrize("place", [INIT, TRAINED])
+@pytest.mark.parametrize(("wanted", "used", "limit", "own_limit"), ROUNDED)
+def test_op_rounds_fp32_embeddings_once_and_gives_fp32_gradients(place, wanted, used, limit, own_limit):
+    """Under autocast, as a model's training calls it: None is fp16 there."""
+    inputs = make(67, 67, 41, *place, torch.float32)
+    exact = differentiate(sigmoid_loss_reference, inputs)
+    rounded = [tensor.to(used) if tensor.ndim == 2 else tensor for tensor in inputs]
+    own = differentiate(sigmoid_loss_reference, rounded)
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16), blocks_by_dtype() as dtypes:
+        loss = sigmoid_loss(*leaves, compute_dtype=wanted)
+    (loss * -2.5).backward()
+    with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        assert_close(sigmoid_loss(*leaves, compute_dtype=wanted), loss.detach(), 1e-6)
+    assert (loss.dtype, set(dtypes)) == (torch.float32, {used})
+    found = [loss.detach(), *(leaf.grad / -2.5 for leaf in leaves)]
+    for name, actual, truth, given in zip(NAMES, found, own, exact, strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, truth, own_limit, name)
+        assert_close(actual, given, limit, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_without_autocast_and_of_other_inputs_the_products_have_the_dtype_given(dtype):
+    inputs = make(9, 9, 5, *INIT, dtype)
+    with blocks_by_dtype() as dtypes, torch.autocast("cpu", enabled=dtype != torch.float32):
+        sigmoid_loss(*(tensor.requires_grad_() for tensor in inputs))
+    assert dtypes == [dtype]
+
+
+@contextmanager
+def blocks_by_dtype():
+    """Yields a list that gets the dtype of the embeddings of every block that is differentiated."""
+    dtypes, block = [], chunked.sigmoid_loss_block
+
+    def recorded(images, *args, **options):
+        dtypes.append(images.dtype)
+        return block(images, *args, **options)
+
+    with mock.patch.object(chunked, "sigmoid_loss_block", recorded):
+        yield dtypes
 
 
 @pytest.mark.gpu
@@ -233,6 +276,12 @@ def refused():
 def test_bad_input_is_refused_with_the_reason(message, inputs):
     with pytest.raises(ValueError, match=message):
         sigmoid_loss(*inputs)
+
+
+@pytest.mark.parametrize("wanted", [torch.float64, torch.int32, "fp16"])
+def test_other_dtypes_of_products_are_refused(wanted):
+    with pytest.raises(ValueError, match="compute_dtype must be float16, bfloat16, float32 or None; got"):
+        sigmoid_loss(*make(4, 4, 3, *INIT), compute_dtype=wanted)
 
 
 def test_a_setting_of_torch_for_bf16_factors_lasts_as_long_as_the_op():

@@ -4,6 +4,8 @@ The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported, for t
 process of their own, which `test_triton_block.py` starts; pytest does not collect this file by its name.
 """
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ from tests.kernels.test_sigmoid_loss import INIT, NAMES, TRAINED, differentiate,
 from tests.tiers import one_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_choose = triton_block._choose
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # loss, images, texts, scale, bias; scale goes through G in the embeddings' dtype. The worst of all, measured in the
 # interpreter: fp32 6e-7; bf16 5e-7, 2.1e-3, 1.8e-3, 3.4e-3, 5e-7; fp16 2e-7, 2.6e-4, 2.4e-4, 7e-4, 2e-7; those of scale
@@ -314,6 +317,31 @@ def test_op_runs_on_it_and_rounds_once(dtype):
     for name, leaf, gradient, limit in zip(NAMES[1:], leaves, gradients, LIMITS[dtype][1:], strict=True):
         assert leaf.grad.dtype == leaf.dtype
         assert_close(leaf.grad, -2.5 * gradient, limit * 1.5, name)
+
+
+@pytest.mark.parametrize("shape", [(37, 48), (13, 5), (67, 41)])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_fp32_embeddings_are_rounded_once_for_the_16_bit_kernel(dtype, shape):
+    inputs = [tensor.to(DEVICE) for tensor in make(shape[0], *shape, *TRAINED, torch.float32)]
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    kinds = []
+    with (
+        force("triton"),
+        mock.patch.object(
+            triton_block,
+            "_choose",
+            lambda images, *rest: kinds.append(images.dtype) or _choose(images, *rest),
+        ),
+    ):
+        sigmoid_loss(*leaves, compute_dtype=dtype).backward()
+    assert kinds == [dtype]
+    rounded = [tensor.to(dtype) if tensor.ndim == 2 else tensor for tensor in inputs]
+    for truth in (rounded, inputs):
+        _, *gradients = differentiate(sigmoid_loss_reference, truth)
+        limits = LIMITS[dtype][1:] if truth is rounded else [1e-2] * 4
+        for name, leaf, gradient, limit in zip(NAMES[1:], leaves, gradients, limits, strict=True):
+            assert leaf.grad.dtype == torch.float32
+            assert_close(leaf.grad, gradient, max(limit, LEAST), name)
 
 
 def test_not_a_number_shows_in_the_loss():

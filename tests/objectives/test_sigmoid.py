@@ -10,6 +10,7 @@ from kernels.testing import assert_close, rms_ratio
 from siglip_train.objectives.forward_pass import ForwardPass
 from siglip_train.objectives.sigmoid import SigmoidLoss, expected_initial_loss, text_ids
 from siglip_train.objectives.training_model import TrainingModel
+from tests.kernels.test_sigmoid_loss import blocks_by_dtype
 from tests.objectives.tiny import tiny_batch, tiny_model
 from tests.ranks import run_ranks
 
@@ -40,6 +41,23 @@ def test_value_and_every_gradient_equal_the_formula():
             assert_close(gradients(model)[name], gradient, 1e-11, name)
             compared += 1
     assert compared >= len(gradients(model)) - 3
+
+
+@pytest.mark.parametrize(
+    ("key", "autocast", "used"),
+    [("auto", False, torch.float32), ("auto", True, torch.float16), ("bf16", False, torch.bfloat16),
+     ("fp32", True, torch.float32)],
+)  # fmt: skip
+def test_products_have_the_dtype_that_the_key_names(key, autocast, used):
+    objective = SigmoidLoss(compute_dtype=key)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), blocks_by_dtype() as dtypes:
+        objective(ForwardPass(tiny_model(torch.float32), tiny_batch(4, torch.float32)))
+    assert dtypes == [used]
+
+
+def test_another_dtype_of_products_is_refused():
+    with pytest.raises(ValueError, match="compute_dtype is 'fp8': choose auto, fp16, bf16, fp32"):
+        SigmoidLoss(compute_dtype="fp8")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])

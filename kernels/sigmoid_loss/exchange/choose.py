@@ -71,6 +71,8 @@ def choose_exchange(
 ) -> Exchange:
     """What `exchange` comes to for `[n, E]` embeddings on a group: a form, not "auto", and ranks_per_node.
 
+    embeddings: in the dtype of the products, which is what travels.
+
     Raises ValueError as `check_exchange`.
     """
     ranks, per_node = dist.get_world_size(group), check_exchange(exchange, group)
