@@ -13,6 +13,7 @@ from siglip_train.engine import EngineConfig
 from siglip_train.errors import UserError
 from siglip_train.metrics import LogConfig
 from siglip_train.models.adapters import AdapterConfig
+from siglip_train.models.ema import EmaConfig
 from siglip_train.models.siglip import SiglipConfig
 from siglip_train.optim import OptimConfig
 from siglip_train.typed import REQUIRED, build
@@ -63,7 +64,7 @@ class Config:
     stop_after_steps: end earlier, with a checkpoint, the schedule as if it went on. resume: auto = from the newest
     checkpoint in `run_dir`, if any; a run or a checkpoint = from there; null = never. objectives: the terms of the
     loss, by names of your own; each has a `_target_`, which class it is, and that one's keys. `sigmoid` is there unless
-    it is set to null.
+    it is set to null. ema: the teacher of the self-supervised ones, where there is one.
 
     global_batch_size: pairs whose negatives meet, per optimizer step, over all ranks. micro_batch_size: pairs that a
     rank takes through the towers at once, null = its whole share; where smaller, the gradient cache trains the same.
@@ -95,6 +96,7 @@ class Config:
     adapters: AdapterConfig | None = None
     text_rules: TextRules = field(default_factory=TextRules)
     objectives: dict[str, Any] = field(default_factory=dict)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

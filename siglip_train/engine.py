@@ -39,17 +39,29 @@ class EngineConfig:
 
 
 def deepspeed_config(
-    config: EngineConfig, *, precision: Literal["bf16", "fp32"], micro_batch_size: int, clip_norm: float
+    config: EngineConfig,
+    *,
+    precision: Literal["bf16", "fp32"],
+    micro_batch_size: int,
+    clip_norm: float,
+    has_teacher: bool = False,
 ) -> dict[str, Any]:
-    """The dict that DeepSpeed takes; nothing is written to disk."""
+    """The dict that DeepSpeed takes; nothing is written to disk.
+
+    has_teacher: parameters are copied in place where they are sharded (`models.ema`).
+    """
     autocast: dict[str, Any] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
     if config.reduce_dtype == "fp32":
         autocast["lower_precision_safe_modules"] = []
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if has_teacher:
+        # it keeps small parameters whole, and would not see in them what is copied into their parts
+        zero["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": autocast,
         "steps_per_print": 10**12,

@@ -36,7 +36,8 @@ class ParameterRule:
 # big_vision decays only what flax calls a kernel: the matrices of linear layers (recipe §1.3)
 DEFAULT_RULES = (
     ParameterRule(
-        r"\.bias$|norm|position|token_embedding|probe|cls_token|logit_scale|logit_bias", decay=False
+        r"\.bias$|norm|position|token_embedding|probe|cls_token|mask_token|prototypes|logit_scale|logit_bias",
+        decay=False,
     ),
     ParameterRule(r"\.weight$"),
 )

@@ -39,6 +39,7 @@ from siglip_train.metrics import MetricWriter, ProgressDisplay
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip, flops_per_pair, passes
+from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer, lr_for_batch
@@ -99,7 +100,12 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
     check_all(tasks, "evaluation.tasks")
-    model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
+    model = TrainingModel(
+        Siglip(config.model),
+        instantiate_all(config.objectives, "objectives"),
+        ema=config.ema,
+        global_batch_size=config.global_batch_size,
+    )
     description = Description(
         config.model,
         tokenizer=None if config.tokenizer is None else kept_tokenizer(run_dir, config.tokenizer),
@@ -117,7 +123,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
     share = RankShare(config.global_batch_size, world.rank, world.world_size)
     micro_batch_size = _micro_batch_size(config, share)
-    inputs = RunInputs(model.inputs, transform, tokenizer, embeddings)
+    inputs = RunInputs(model.inputs, transform, tokenizer, embeddings, config.data.views)
     if embeddings is not None:
         inputs = inputs._replace(kinds=stands_in(inputs.kinds))
     loader = build_loader(
@@ -128,9 +134,15 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         state=progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    flops = _flops_per_pair(config, model) + model.flops_per_sample()
+    flops = _flops_per_pair(config, model) + model.flops_per_sample(
+        StepSizes(config.model, config.data.views)
+    )
     deepspeed_config = engine.deepspeed_config(
-        config.engine, precision=precision, micro_batch_size=share.size, clip_norm=config.optim.clip_norm
+        config.engine,
+        precision=precision,
+        micro_batch_size=share.size,
+        clip_norm=config.optim.clip_norm,
+        has_teacher=model.teacher is not None,
     )
     wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     use_timeout_everywhere(config.distributed)
@@ -318,6 +330,11 @@ def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
 
 def _add_adapters(model: TrainingModel, config: Config) -> None:
     if config.adapters is not None:
+        if model.teacher is not None and config.ema.scope == "tower_and_head":
+            raise UserError(
+                "adapters: the teacher of self-distillation follows every weight of the tower, and adapters leave most "
+                "as they are: set ema.scope=head, so that it has heads alone, or adapters=null"
+            )
         add_adapters(model.model, config.adapters)
 
 

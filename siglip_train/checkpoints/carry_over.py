@@ -81,8 +81,11 @@ def start_from(
     )
     progress = Progress(pretrained=(*loaded, *resampled))
     if checkpoint is None:
+        model.start_teacher()
         return Start(progress)
-    kept = {*loaded, *(_take_own(model, checkpoint, parts, skip_own) if takes_own else ())}
+    own = _take_own(model, checkpoint, parts, skip_own) if takes_own else []
+    model.start_teacher(loaded=own)
+    kept = {*loaded, *own}
     moments = read_moments(checkpoint) if "optimizer" in parts else {}
     if "position" in parts:
         progress = _moved_to(read_progress(checkpoint), lengths)

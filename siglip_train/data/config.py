@@ -60,6 +60,44 @@ class StageConfig:
 
 
 @dataclass
+class ViewsConfig:
+    """Augmented views for self-distillation and masked prediction; values are DINO's and SILC's (assumption).
+
+    local: local views of an image, beside one global view. local_patches: their side, in patches. global_scale,
+    local_scale: the share of the image's area that a view shows, from and to. mirrored, jittered, grey, blurred: the
+    share of views that are. jitter: how much brightness, contrast, saturation and hue change. masked: share of the
+    global view's patches that the student does not see (SigLIP 2, section 2.3).
+    """
+
+    local: int = 8
+    local_patches: int = 6
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    mirrored: float = 0.5
+    jittered: float = 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grey: float = 0.2
+    blurred: float = 0.5
+    masked: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.local < 0 or self.local_patches < 1:
+            raise ValueError("local must not be negative and local_patches at least 1")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} is {low}, {high}: give shares of the area, 0 < from <= to <= 1")
+        for name in ("mirrored", "jittered", "grey", "blurred", "masked"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share in 0..1")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError(
+                f"jitter is {self.jitter}: give what is not negative, and of the hue at most 0.5"
+            )
+
+
+@dataclass
 class DataConfig:
     """What to train on and how to read it.
 
@@ -88,6 +126,7 @@ class DataConfig:
     that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
     embedding_dir: a folder that all ranks see: what a locked image tower makes of every image is computed once, kept
     there, and read in place of the images; null = no.
+    views: augmented views of the images, for objectives that need them.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -113,6 +152,7 @@ class DataConfig:
     fetch_attempts: int = USUAL.attempts
     max_failed_shards: float = 0.05
     embedding_dir: str | None = None
+    views: ViewsConfig = field(default_factory=ViewsConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -95,7 +95,7 @@ class ImageTransform:
         picture = Encoded(data, max_pixels, strict=True)
         box = (0, 0, *picture.size)
         if self.min_crop_area < 1:
-            box = choices.once("crop", partial(_random_box, picture.size, self.min_crop_area)) or box
+            box = choices.once("crop", partial(random_box, picture.size, (self.min_crop_area, 1.0))) or box
         pixels = picture.pixels(self._divisor(box) if self.reduced_jpeg else 1)
         pixels = resize_pixels(_cut(pixels, box, picture.size), self.image_size, self.image_size, self.resize)
         if self.flip and choices.once("mirror", _is_mirrored):
@@ -105,8 +105,7 @@ class ImageTransform:
 
     def _divisor(self, box: Box) -> Literal[1, 2, 4, 8]:
         left, top, right, bottom = box
-        spare = min(right - left, bottom - top) / (_LEAST_REDUCTION * self.image_size)
-        return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
+        return divisor_for(min(right - left, bottom - top), self.image_size)
 
     def batch(self, patches: list[NDArray], out: torch.Tensor | None = None) -> Images:
         """Stack B results of this transform, into `out` `[B, L, P]` if given."""
@@ -144,11 +143,17 @@ def _is_mirrored(rng: np.random.Generator) -> bool:
     return rng.random() < 0.5
 
 
-def _random_box(size: tuple[int, int], min_area: float, rng: np.random.Generator) -> Box | None:
-    """The Inception crop, or None for the whole image when none fits."""
+def divisor_for(side: float, wanted: int) -> Literal[1, 2, 4, 8]:
+    """At which part of its size a JPEG can be decoded, of which `side` pixels are resized to `wanted`."""
+    spare = side / (_LEAST_REDUCTION * wanted)
+    return 8 if spare >= 8 else 4 if spare >= 4 else 2 if spare >= 2 else 1
+
+
+def random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box | None:
+    """The Inception crop, of a share of the area within `scale`, or None for the whole image when none fits."""
     width, height = size
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * rng.uniform(min_area, 1.0)
+        area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -83,18 +83,23 @@ def flops_per_pair(
     0 = it is not run.
     """
     vision, text = config.vision, config.text
-    length = vision.grid**2 if tokens is None else tokens
-    seen = length + (vision.pool == "cls")
-    stem = 2.0 * length * vision.patch_values * vision.width
-    forward = vision.depth * _block_flops(seen, vision.width, vision.mlp_dim)
-    if vision.pool == "map":
-        forward += _pool_flops(length, vision.width, vision.mlp_dim)
+    vision_flops = image_flops(vision, vision.grid**2 if tokens is None else tokens, vision_passes)
     forward_text = text.depth * _block_flops(text.context_length, text.width, text.mlp_dim)
     if text.projection:
         forward_text += 2.0 * text.width * vision.width
+    return vision_flops + text_passes * forward_text
+
+
+def image_flops(vision: VisionConfig, tokens: int, passes: float = 3.0) -> float:
+    """The vision tower's part of `flops_per_pair`, for an image of so many tokens."""
+    seen = tokens + (vision.pool == "cls")
+    stem = 2.0 * tokens * vision.patch_values * vision.width
+    forward = vision.depth * _block_flops(seen, vision.width, vision.mlp_dim)
+    if vision.pool == "map":
+        forward += _pool_flops(tokens, vision.width, vision.mlp_dim)
     # of a tower that is not run at all there is no stem either
-    stem_passes = min(vision_passes, max(1.0, vision_passes - 1))
-    return stem_passes * stem + vision_passes * forward + text_passes * forward_text
+    stem_passes = min(passes, max(1.0, passes - 1))
+    return stem_passes * stem + passes * forward
 
 
 def passes(tower: nn.Module) -> float:

@@ -4,6 +4,7 @@ A fixed resolution is the case without a mask; there is no second tower for vari
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -113,9 +114,19 @@ class VisionTower(nn.Module):
         if self.config.pool == "cls":
             nn.init.zeros_(self.cls_token)
 
-    def forward(self, patches: Tensor, grid: Tensor, mask: Tensor | None = None) -> VisionFeatures:
-        """patches `[B, L, P]` (uint8 or -1..1), grid `[B, L, 2]`, mask `[B, L]` or None; see `Images`."""
-        tokens = self._embed(patches, grid, mask)
+    def forward(
+        self,
+        patches: Tensor,
+        grid: Tensor,
+        mask: Tensor | None = None,
+        *,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> VisionFeatures:
+        """patches `[B, L, P]` (uint8 or -1..1), grid `[B, L, 2]`, mask `[B, L]` or None; see `Images`.
+
+        change: what is done to the embedded patches `[B, L, D]` before positions are added (masked prediction).
+        """
+        tokens = self._embed(patches, grid, mask, change)
         if self.config.pool == "cls":
             return self._encode_with_class_token(tokens, mask)
         tokens = self.encoder(tokens, mask)  # [B, L, D]
@@ -137,12 +148,21 @@ class VisionTower(nn.Module):
         count = layer if layer >= 0 else depth + 1 + layer
         return self.encoder.run_blocks(self._embed(*images), count, images.mask)
 
-    def _embed(self, patches: Tensor, grid: Tensor, mask: Tensor | None) -> Tensor:
+    def _embed(
+        self,
+        patches: Tensor,
+        grid: Tensor,
+        mask: Tensor | None,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         assert patches.shape[-1] == self.config.patch_values, (patches.shape, self.config.patch_values)
         if not patches.is_floating_point():
             # on the device, so that a quarter of the bytes travel there
             patches = patches.to(self.position_table.dtype) / 127.5 - 1
-        return self.patch_embedding(patches) + resample_positions(self.position_table, grid, mask)
+        embedded = self.patch_embedding(patches)
+        if change is not None:
+            embedded = change(embedded)
+        return embedded + resample_positions(self.position_table, grid, mask)
 
     def _encode_with_class_token(self, tokens: Tensor, mask: Tensor | None) -> VisionFeatures:
         class_token = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from siglip_train.batch import Batch
+from siglip_train.data.config import ViewsConfig
 from siglip_train.data.inputs.base import Input
 from siglip_train.data.inputs.captions import CaptionInput
 from siglip_train.data.inputs.images import ImageInput
+from siglip_train.models.siglip import SiglipConfig
 from siglip_train.objectives.forward_pass import ForwardPass
 
 
@@ -24,6 +26,13 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class StepSizes(NamedTuple):
+    """What the work of a step depends on beside the objectives."""
+
+    model: SiglipConfig
+    views: ViewsConfig
+
+
 class Objective(nn.Module):
     """A term of the loss: of each of its tasks, the mean over the samples of the global batch that take part in it.
 
@@ -35,11 +44,13 @@ class Objective(nn.Module):
     inputs: the classes of what it needs of a sample.
     pairs_samples: whether samples are compared with one another, so that the sums of a batch are not those of its
         parts. Such an objective asks the forward pass for embeddings alone.
+    averaged: names of its modules that the teacher has a moving average of; there is a teacher where there are any.
     task_weights: factors of its tasks within the term, 1 where none is given.
     """
 
     inputs: tuple[type[Input], ...] = (CaptionInput, ImageInput)
     pairs_samples = False
+    averaged: tuple[str, ...] = ()
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
@@ -65,6 +76,6 @@ class Objective(nn.Module):
         """More numbers for the log, `train/<objective>/<name>`, read after a step that is logged.  # all ranks"""
         return {}
 
-    def flops_per_sample(self) -> float:
-        """Operations of a step, forward and backward, for each sample, beside those of the towers."""
+    def flops_per_sample(self, sizes: StepSizes) -> float:  # noqa: ARG002  # for those that need it
+        """Operations of a step, forward and backward, for each sample, beside the towers' on image and text."""
         return 0.0

@@ -11,7 +11,7 @@ from siglip_train.batch import Batch
 from siglip_train.data.inputs.images import ImageInput
 from siglip_train.data.inputs.labels import LabelInput
 from siglip_train.errors import UserError
-from siglip_train.objectives.base import Objective
+from siglip_train.objectives.base import Objective, StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
 
 
@@ -63,7 +63,7 @@ class Classification(Objective):
         """Count this rank's images."""
         return {"images": batch.size}
 
-    def flops_per_sample(self) -> float:
+    def flops_per_sample(self, sizes: StepSizes) -> float:  # noqa: ARG002
         """Three products with the classifier's weights."""
         return 6.0 * self.classifier.in_features * self.classifier.out_features
 

@@ -1,9 +1,11 @@
 """Every encoder output of a batch by name, computed when the first objective asks for it and then shared."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from siglip_train.batch import Batch
@@ -17,11 +19,15 @@ class ForwardPass:
     """The passes of `model` over `batch`. What no objective asks for is never computed.
 
     All ranks must ask in the same order, as ZeRO-3 gathers weights on the way; objectives run in config order.
+    copies: the teacher's, by the modules that they follow.
     """
 
-    def __init__(self, model: Siglip, batch: Batch) -> None:
+    def __init__(
+        self, model: Siglip, batch: Batch, copies: Mapping[nn.Module, nn.Module] = MappingProxyType({})
+    ) -> None:
         self.model = model
         self.batch = batch
+        self._copies = copies
 
     @cached_property
     def image(self) -> VisionFeatures:
@@ -41,6 +47,25 @@ class ForwardPass:
         texts = self.batch.part("texts")
         with record_function("forward/text"):
             return self.model.text(texts)
+
+    @cached_property
+    def local_views(self) -> VisionFeatures:
+        """The vision tower on all local views at once, image by image: tokens `[B V, l, D]`, pooled `[B V, D]`."""
+        patches, grid, _ = self.batch.part("views").local
+        with record_function("forward/local_views"):
+            return self.model.vision(patches.flatten(0, 1), grid.flatten(0, 1))
+
+    @cached_property
+    def teacher(self) -> VisionFeatures:
+        """What the teacher makes of the global view, without gradients: tokens `[B, L, D]`, pooled `[B, D]`."""
+        # by its scope it may have heads alone; its tower is then the student's (TIPSv2)
+        tower = self._copies.get(self.model.vision, self.model.vision)
+        with record_function("forward/teacher"), torch.no_grad():
+            return tower(*self.batch.part("views").whole)
+
+    def teacher_of(self, student: nn.Module) -> nn.Module:
+        """The teacher's copy of a module that an objective names in `averaged`. Call it under `torch.no_grad`."""
+        return self._copies[student]
 
     @cached_property
     def image_pooled(self) -> Tensor:

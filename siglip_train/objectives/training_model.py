@@ -1,6 +1,6 @@
 """The model and its objectives as one module: what the engine wraps and the loop calls."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from siglip_train.batch import Batch
 from siglip_train.data.inputs.base import Input
-from siglip_train.models.siglip import Siglip
-from siglip_train.objectives.base import Losses, Objective
+from siglip_train.models.ema import EmaConfig, Teacher
+from siglip_train.models.siglip import Siglip, image_flops
+from siglip_train.objectives.base import Losses, Objective, StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
 
 # by `objective/task`: what a task's sum on this rank is divided by, so that the mean over ranks of the quotients is the
@@ -24,10 +25,41 @@ Scalar = Callable[[nn.Parameter], float]
 class TrainingModel(nn.Module):
     """`model` and the objectives it is trained on, by the names they have in the config and in the logs."""
 
-    def __init__(self, model: Siglip, objectives: Mapping[str, Objective]) -> None:
+    def __init__(
+        self,
+        model: Siglip,
+        objectives: Mapping[str, Objective],
+        *,
+        ema: EmaConfig | None = None,
+        global_batch_size: int = 1,
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(dict(objectives))
+        ema = ema or EmaConfig()
+        self._averages_tower = ema.scope == "tower_and_head"
+        students = self._students()
+        self.teacher = Teacher(students, ema.momentum_at(global_batch_size)) if students else None
+
+    def _students(self) -> dict[str, nn.Module]:
+        """What the teacher has copies of: heads of objectives as `<objective>/<module>`, and `vision`."""
+        heads = {
+            f"{name}/{module}": objective.get_submodule(module)
+            for name, objective in self._named()
+            for module in objective.averaged
+        }
+        return {"vision": self.model.vision, **heads} if heads and self._averages_tower else heads
+
+    def _copies(self) -> dict[nn.Module, nn.Module]:
+        if self.teacher is None:
+            return {}
+        return {student: self.teacher.copies[name] for name, student in self._students().items()}
+
+    def start_teacher(self, loaded: Collection[str] = ()) -> None:
+        """Let the teacher, if there is one, begin as the student is now, but for its parameters named in `loaded`."""
+        if self.teacher is not None:
+            own = {name.removeprefix("teacher.") for name in loaded if name.startswith("teacher.")}
+            self.teacher.start_from(self._students(), own)
 
     @property
     def inputs(self) -> tuple[type[Input], ...]:
@@ -52,7 +84,7 @@ class TrainingModel(nn.Module):
         All work goes through here, in parts where need be: ZeRO-3 gathers weights for the forward of a module.
         divisors: None = the counts of this batch alone, as in a single process.
         """
-        forward_pass = ForwardPass(self.model, batch)
+        forward_pass = ForwardPass(self.model, batch, self._copies())
         if part is not None:
             return part(self, forward_pass)
         if divisors is None:
@@ -82,7 +114,9 @@ class TrainingModel(nn.Module):
         return Losses(total, terms)
 
     def after_step(self) -> None:
-        """Tell every objective that an optimizer step has changed the weights.  # all ranks"""
+        """Tell the teacher and every objective that an optimizer step has changed the weights.  # all ranks"""
+        if self.teacher is not None:
+            self.teacher.follow(self._students())
         for _, objective in self._named():
             objective.after_step()
 
@@ -95,9 +129,11 @@ class TrainingModel(nn.Module):
             found.update({f"{name}/{metric}": value for metric, value in objective.metrics().items()})
         return found
 
-    def flops_per_sample(self) -> float:
-        """Operations of a step for each sample, beside those of the towers."""
-        return sum(objective.flops_per_sample() for _, objective in self._named())
+    def flops_per_sample(self, sizes: StepSizes) -> float:
+        """Operations of a step for each sample, beside the towers' on image and text."""
+        vision = sizes.model.vision
+        teacher = image_flops(vision, vision.grid**2, passes=1.0) if self.teacher is not None else 0.0
+        return teacher + sum(objective.flops_per_sample(sizes) for _, objective in self._named())
 
     def _named(self, names: Iterable[str] | None = None) -> list[tuple[str, Objective]]:
         chosen = self.objectives if names is None else names

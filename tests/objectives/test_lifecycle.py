@@ -17,11 +17,12 @@ from siglip_train import loop
 from siglip_train.checkpoints.load import read_checkpoint, restore_weights
 from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
 from siglip_train.checkpoints.write import Progress
+from siglip_train.data.config import ViewsConfig
 from siglip_train.distributed.collectives import is_distributed
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip
-from siglip_train.objectives.base import Objective
+from siglip_train.objectives.base import Objective, StepSizes
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import build_optimizer
@@ -66,7 +67,7 @@ class Scored(Objective):
     def metrics(self):
         return {"average": self.average[0].item()}
 
-    def flops_per_sample(self):
+    def flops_per_sample(self, sizes):
         return 6.0 * self.head.in_features
 
 
@@ -201,7 +202,7 @@ def test_what_an_objective_adds_is_in_the_log_and_in_the_cost_of_a_step() -> Non
     model = training_model()
     found = model.metrics(lambda parameter: parameter.item())
     assert found == {"logit_scale": pytest.approx(10.0), "logit_bias": -10.0, "scored/average": 0.0}
-    assert model.flops_per_sample() == 6.0 * whole.CONFIG.vision.width
+    assert model.flops_per_sample(StepSizes(whole.CONFIG, ViewsConfig())) == 6.0 * whole.CONFIG.vision.width
 
 
 def test_a_scale_beyond_all_floats_is_infinite_and_does_not_end_the_run_by_itself() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import SourceConfig
+from siglip_train.data.config import SourceConfig, ViewsConfig
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.shards.reader import RawSample, ShardReader
 from siglip_train.data.tokenizer import Tokenizer
@@ -21,13 +21,14 @@ class RunInputs(NamedTuple):
     """What the batches of a run hold, and what it is made with.
 
     kinds: the classes of inputs that its objectives name. transform, tokenizer: of the model. embedding_dir: of a
-    locked tower, None = there is none.
+    locked tower, None = there is none. views: how augmented views are made.
     """
 
     kinds: "tuple[type[Input], ...]"
     transform: ImageTransform
     tokenizer: Tokenizer | None
     embedding_dir: Path | None = None
+    views: ViewsConfig = ViewsConfig()
 
 
 class InputSetup(NamedTuple):
