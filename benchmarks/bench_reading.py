@@ -18,7 +18,9 @@ import webdataset
 from harness import Row, finish, measure, rows
 from loader_shards import prepare_cases
 
-from siglip_train.data.shards.tar import TarIndex, load_index, read_member, scan
+from siglip_train.data.shards.kept_index import load_index
+from siglip_train.data.shards.scan import scan
+from siglip_train.data.shards.tar import TarIndex, read_member
 
 CASES = ("tiny shapes 128 px", "emoji 64 px", "photographs 224 px")
 BASELINES = dict.fromkeys(("ours", "index"), "webdataset")

@@ -15,11 +15,11 @@ Implementation = Literal["triton", "chunked"]
 _forced: list[Implementation] = []
 
 
-def implementation(tensor: Tensor, op: str, sample: Sample) -> Implementation:
+def implementation(tensor: Tensor, op: object, sample: Sample) -> Implementation:
     """ "triton" for fp32, bf16 and fp16 on an NVIDIA GPU from Ampere on, if it is right there; else "chunked".
 
-    op: what the warning calls it. The first question for an op, device and dtype compares the kernel with torch on
-    the sample; the answer holds for the process. Ranks that come to different answers exchange the same.
+    op: its `str` is what the warning calls it. The first question for an op, device and dtype compares the kernel with
+    torch on the sample; the answer holds for the process. Ranks that come to different answers exchange the same.
     """
     if _forced:
         return _forced[-1]
@@ -29,7 +29,7 @@ def implementation(tensor: Tensor, op: str, sample: Sample) -> Implementation:
     # here, because it imports torch's compiler, and that Triton: seconds, where neither is needed
     from kernels.self_check import passes
 
-    return "triton" if passes(op, tensor.device, tensor.dtype, sample) else "chunked"
+    return "triton" if passes(str(op), tensor.device, tensor.dtype, sample) else "chunked"
 
 
 @contextmanager

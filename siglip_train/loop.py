@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import engine as engines
-from siglip_train import optim
+from siglip_train import engine_state, optim
 from siglip_train.batch import Batch
 from siglip_train.checkpoints.save import Checkpoints
 from siglip_train.checkpoints.write import Progress
 from siglip_train.distributed.collectives import gather_objects, mean_over_ranks
-from siglip_train.distributed.peers import Standing
 from siglip_train.distributed.ring import exchange_seconds, waiting
 from siglip_train.distributed.setup import World
 from siglip_train.distributed.slow_ranks import SlowRank, Times, largest
+from siglip_train.distributed.standing import Standing
 from siglip_train.errors import UserError
-from siglip_train.metrics import MetricWriter, ProgressDisplay, memory_gib, peak_flops
+from siglip_train.metrics import MetricWriter, memory_gib, peak_flops
 from siglip_train.objectives.training_model import Divisors
 from siglip_train.optim import OptimConfig
+from siglip_train.parameter_groups import UnusedParameters
+from siglip_train.progress_display import ProgressDisplay
 from siglip_train.supervision.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ def train(run: Trainer, progress: Progress) -> Progress:
     Returns how far it came. All ranks. Raises `UserError` at a loss or gradient that is not finite.
     """
     timer = _Timer(run)
-    watch: optim.UnusedParameters | None = optim.UnusedParameters(run.engine.module)
+    watch: UnusedParameters | None = UnusedParameters(run.engine.module)
     batches: Iterable[Batch] = iter(run.loader)
     at, first = run.standing.at, progress.step + 1
     while progress.step < run.schedule.last_step:
@@ -149,7 +151,7 @@ def _seed_of_step(run: Trainer, step: int) -> int:
     return zlib.crc32(f"{run.schedule.seed} {step} {run.world.rank}".encode())
 
 
-def _warn_of_unused(watch: optim.UnusedParameters) -> None:
+def _warn_of_unused(watch: UnusedParameters) -> None:
     names = watch.stop()
     if names:
         log.warning(
@@ -224,13 +226,13 @@ def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
     """Set every group's learning rate for the next step; return the base rate."""
     batch, total = run.schedule.global_batch_size, run.schedule.total_samples
     lr = run.optim.lr * optim.schedule(run.optim, samples_seen=samples_seen, batch=batch, total_samples=total)
-    for group in engines.inner_optimizer(run.engine).param_groups:
+    for group in run.engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
     return lr
 
 
 def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
-    added = run.engine.module.metrics(lambda parameter: engines.scalar(run.engine, parameter))
+    added = run.engine.module.metrics(lambda parameter: engine_state.scalar(run.engine, parameter))
     losses = {"train/loss": report.total.item()}
     losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
     return {

@@ -1,6 +1,5 @@
 """The folder of a run: agreed on by all ranks, kept to one run at a time, its config and its logs."""
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from siglip_train.distributed.collectives import broadcast_object, on_main
 from siglip_train.distributed.setup import World
 from siglip_train.errors import UserError
 from siglip_train.files.atomic import put_folder, write_text
+from siglip_train.files.lock import lock_if_possible
 from siglip_train.files.records import read_text
 from siglip_train.interop.native import copy_tokenizer
 from siglip_train.interop.runs import run_config
@@ -98,14 +98,8 @@ def _refuse_a_folder_for_each_attempt(variables: Mapping[str, str]) -> None:
 def _claim(to_file: logging.FileHandler, run_dir: Path) -> None:
     """Keep other runs out of the folder for as long as this process lives: ranks can outlive a killed launcher."""
     assert to_file.stream is not None, "it opens its file at once"
-    try:
-        fcntl.flock(to_file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"run_dir: another process still trains in {run_dir}; wait for its end, or end it"
-        ) from None
-    except OSError as error:
-        log.warning("run_dir: %s knows no locks (%s); take care that one run alone uses it", run_dir, error)
+    if not lock_if_possible(to_file.stream, run_dir):
+        raise UserError(f"run_dir: another process still trains in {run_dir}; wait for its end, or end it")
 
 
 def write_done(run_dir: Path, *, samples: int, steps: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 from torch.optim import AdamW
 
-from siglip_train import engine, loop
+from siglip_train import engine, engine_state, loop
 from siglip_train.checkpoints import carry_over
 from siglip_train.checkpoints.carry_over import Start
 from siglip_train.checkpoints.load import check_moments, read_checkpoint, restore_weights
@@ -35,14 +35,17 @@ from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics,
 from siglip_train.evals.table import result_tables
 from siglip_train.gradient_cache import cached_step
 from siglip_train.interop.native import Description, parameter_shapes, write_export
-from siglip_train.metrics import MetricWriter, ProgressDisplay
+from siglip_train.metrics import MetricWriter
 from siglip_train.models.adapters import add_adapters, merged
+from siglip_train.models.flops import flops_per_pair, passes
 from siglip_train.models.published import likeness
-from siglip_train.models.siglip import Siglip, flops_per_pair, passes
+from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import build_optimizer, lr_for_batch
+from siglip_train.optim import lr_for_batch
+from siglip_train.parameter_groups import build_optimizer
+from siglip_train.progress_display import ProgressDisplay
 from siglip_train.report import write_report
 from siglip_train.run_dir import (
     earlier_config,
@@ -146,7 +149,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     )
     wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     use_timeout_everywhere(config.distributed)
-    engine.restore_moments(wrapped, start.moments)
+    engine_state.restore_moments(wrapped, start.moments)
     # they take as much memory as two models
     start = start._replace(moments={})
 
@@ -164,7 +167,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         precision=precision,
         batch_size=config.evaluation.batch_size,
         workers=config.data.worker_count,
-        scalar_of=lambda parameter: engine.scalar(wrapped, parameter),
+        scalar_of=lambda parameter: engine_state.scalar(wrapped, parameter),
         on_batch=_on_batch(watch),
         heads=dict(model.objectives.items()),
     )
@@ -319,7 +322,7 @@ def _load_weights(model: TrainingModel, config: Config, run_dir: Path, descripti
 
 def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
     """AdamW by the rules, in groups of parameters that have had equally many updates; rules may freeze parameters."""
-    steps = engine.steps_of(start.moments)
+    steps = engine_state.steps_of(start.moments)
     optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
     if start.is_resumed:
         check_moments(model, start.moments)

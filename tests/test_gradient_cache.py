@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from kernels import sigmoid_loss
 from kernels.testing import assert_close
 from siglip_train import engine as engines
-from siglip_train import loop
+from siglip_train import engine_state, loop
 from siglip_train.batch import Batch, Images
 from siglip_train.distributed.collectives import is_distributed
 from siglip_train.distributed.setup import World
@@ -23,7 +23,7 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import build_optimizer
+from siglip_train.parameter_groups import build_optimizer
 from siglip_train.supervision.stop_signal import StopSignal
 from tests.engine import test_engine as whole
 from tests.objectives.tiny import tiny_batch, tiny_model
@@ -367,7 +367,7 @@ def history(take_step, stage: int, precision: str) -> dict:
         told["losses"].append([report.total.item(), *(term.item() for term in report.terms.values())])
         told["norms"].append(report.gradient_norm)
         told["reduced_bytes"].append(counter.reduced_bytes)
-    told["weights"] = engines.gather_weights(engine)
+    told["weights"] = engine_state.gather_weights(engine)
     engine.destroy()
     return told
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from siglip_train.metrics import LogConfig, MetricWriter, ProgressDisplay, memory_gib, peak_flops
+from siglip_train.metrics import LogConfig, MetricWriter, memory_gib, peak_flops
+from siglip_train.progress_display import ProgressDisplay
 
 STEP = {"train/loss": 1.5, "train/samples_per_second": 100.0, "train/data_time": 0.1, "train/step_time": 0.4}
 
@@ -36,7 +37,7 @@ def test_tensorboard_and_wandb_offline(tmp_path: Path) -> None:
 
 
 def test_a_line_for_each_logged_step_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="siglip_train.metrics")
+    caplog.set_level(logging.INFO, logger="siglip_train.progress_display")
     display = ProgressDisplay(total_steps=10, start_step=0, is_main=True, is_terminal=False)
     display.start()
     display.step(1, None)

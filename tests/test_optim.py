@@ -12,14 +12,8 @@ from siglip_train.errors import UserError
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig, patchify
-from siglip_train.optim import (
-    OptimConfig,
-    ParameterRule,
-    UnusedParameters,
-    build_optimizer,
-    parameter_groups,
-    schedule,
-)
+from siglip_train.optim import OptimConfig, ParameterRule, schedule
+from siglip_train.parameter_groups import UnusedParameters, build_optimizer, parameter_groups
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from data_tools.tokenizer.train import TrainingOptions, train_tokenizer
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
 from siglip_train.errors import UserError
+from siglip_train.files.atomic import put_folder
 
 # raise it whenever the same options would give other bytes
 GENERATOR_VERSION = 2
@@ -110,9 +110,7 @@ def make_tiny(out_dir: Path, options: TinyOptions, *, workers: int = 1, force: b
         _write_class_files(folder)
         write_preview(folder / "train" / "00000.tar", folder / "preview.png")
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if out_dir.exists():
-            os.replace(out_dir, Path(scratch) / "old")
-        os.replace(folder, out_dir)
+        put_folder(folder, out_dir)
     return True
 
 

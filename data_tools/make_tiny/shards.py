@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_tools.make_tiny.drawing import draw_scene
 from data_tools.make_tiny.languages import SHARES
 from data_tools.make_tiny.scenes import Scene, plan_scene, plan_single
 from data_tools.make_tiny.vocabulary import CLASS_INDEX, HELD_OUT, SEEN
+from siglip_train.files.atomic import appearing
 
 SAMPLES_PER_SHARD = 500
 # extension, Pillow format, options, share
@@ -74,15 +74,16 @@ def plan_validation(seed: int, count: int) -> list[Scene]:
 def write_shard(task: ShardTask) -> int:
     """Draw and write one shard; return the number of its samples."""
     scenes = plan_validation(task.seed, task.stop) if task.split == "validation" else None
-    partial = task.path.with_suffix(".partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with (
+        appearing(task.path) as partial,
+        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
         for index in range(task.start, task.stop):
             # a second stream, so that the plan of a scene does not depend on how it is stored
             random = sample_random(task.seed, f"{task.split}/storage", index)
             scene, label = (scenes[index], None) if scenes else _plan(task, index)
             for name, content in _members(scene, label, random):
                 _add(archive, f"{index:07d}.{name}", content)
-    os.replace(partial, task.path)
     return task.stop - task.start
 
 

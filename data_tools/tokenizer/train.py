@@ -1,6 +1,5 @@
 """Train a sentencepiece tokenizer in the form siglip_train reads: pad 0, end 1, unknown 2, no beginning."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import sentencepiece
 
 from siglip_train.data.tokenizer import TextRules
 from siglip_train.errors import UserError
+from siglip_train.files.atomic import appearing
 
 # bytes of a caption; the library leaves longer ones out without a word, its own limit being 4,192
 _LONGEST = 1 << 24
@@ -37,10 +37,9 @@ def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOption
     Text is taken as it is (no Unicode normalisation), so decoding gives the lower-cased caption back.
     Raises UserError when the captions cannot fill, or do not fit, the vocabulary; a file at `path` is replaced.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     clean = TextRules().clean
     try:
-        with partial.open("wb") as sink:
+        with appearing(path) as partial, partial.open("wb") as sink:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(clean(caption) for caption in captions),
                 model_writer=sink,
@@ -57,7 +56,6 @@ def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOption
                 num_threads=1,  # the sums of several threads depend on their number
                 minloglevel=2,
             )
-        os.replace(partial, path)
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1] or "the captions do not fit"
         # as the option is called here
@@ -65,5 +63,3 @@ def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOption
         raise UserError(f"cannot train a tokenizer of {options.vocab_size} pieces: {reason}") from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from siglip_train.data.remote.locations import is_remote
 from siglip_train.data.shards.faults import BadSample, plain_detail
 from siglip_train.data.shards.manifest import left_out_of, members_of
 from siglip_train.data.shards.reader import RawSample, short_name
-from siglip_train.data.shards.tar import REPEATED_MEMBER, TarIndex, member_for_tools, scan
+from siglip_train.data.shards.scan import REPEATED_MEMBER, scan
+from siglip_train.data.shards.tar import TarIndex, member_for_tools
 from siglip_train.data.shards.tar_members import AFTER_THE_END, BLOCK, BROKEN_HEADER, SPARSE, BrokenTarError
 from siglip_train.errors import UserError
 

@@ -2,7 +2,7 @@
 
 from kernels.sigmoid_loss.exchange.choose import Exchange, check_exchange, choose_exchange
 from kernels.sigmoid_loss.exchange.cost_model import Links
-from kernels.sigmoid_loss.exchange.messages import exchange_seconds
+from kernels.sigmoid_loss.exchange.wait_clock import exchange_seconds
 from kernels.sigmoid_loss.op import sigmoid_loss
 from kernels.sigmoid_loss.pairs import PairIds
 from kernels.sigmoid_loss.scores import sigmoid_loss_scores

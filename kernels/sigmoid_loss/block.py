@@ -55,7 +55,7 @@ def _module(op: str, images: Tensor, ids: PairIds | None) -> ModuleType:
         # weighed pairs have a kernel of their own, whatever the weight
         weight=None if ids is None else 0.5 if ids.weight else 0.0,
     )
-    if implementation(images, str(sample), sample) == "chunked":
+    if implementation(images, sample, sample) == "chunked":
         return chunked
     # here, because importing Triton takes long and machines without a GPU need not have it
     from kernels.sigmoid_loss.triton import block

@@ -16,7 +16,7 @@ from siglip_train.checkpoints.load import read_heads, read_moments, read_progres
 from siglip_train.checkpoints.resume import fault_on_any_rank
 from siglip_train.checkpoints.write import MODEL_PREFIX, Progress
 from siglip_train.distributed.collectives import on_main
-from siglip_train.engine import steps_of
+from siglip_train.engine_state import steps_of
 from siglip_train.errors import UserError
 from siglip_train.interop.files import shortened
 from siglip_train.interop.load import load_weights

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from siglip_train import engine as engines
+from siglip_train import engine_state
 from siglip_train.checkpoints.write import MODEL_PREFIX, SEALED, Progress
 from siglip_train.errors import UserError, said
 from siglip_train.files.manifest import MANIFEST, damage
@@ -51,13 +51,13 @@ def read_heads(folder: Path) -> dict[str, Tensor]:
 
 
 def read_moments(folder: Path) -> dict[str, Tensor]:
-    """AdamW's state as `engine.gather_moments` gave it. Raises `UserError` as `read_checkpoint` does."""
+    """AdamW's state as `engine_state.gather_moments` gave it. Raises `UserError` as `read_checkpoint` does."""
     step = torch.tensor(read_progress(folder).step)
     with _readable(folder):
         moments = load_file(folder / "moments.safetensors")
     # earlier versions wrote no counts: every parameter had taken all steps of its run
     names = {name.rpartition(".")[0] for name in moments}
-    return {**{f"{name}.{engines.STEP}": step for name in names}, **moments}
+    return {**{f"{name}.{engine_state.STEP}": step for name in names}, **moments}
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def check_moments(model: nn.Module, moments: Mapping[str, Tensor]) -> None:
     missing = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and f"{name}.{engines.MOMENTS[0]}" not in moments
+        if parameter.requires_grad and f"{name}.{engine_state.MOMENTS[0]}" not in moments
     ]
     if missing:
         raise UserError(

@@ -1,7 +1,6 @@
 """Chooses the checkpoint that a run resumes from: the newest one that is whole and the same on every rank."""
 
 import logging
-import os
 import socket
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,7 @@ def _settle(chosen: Path, folder: Path) -> None:
     try:
         for path in checkpoints_in(folder):
             if step_of(path) > step_of(chosen):
-                os.replace(path, aside := _free_name(path))
+                path.rename(aside := _free_name(path))
                 log.warning("%s is now %s; no run uses it, and it may be removed", path, aside.name)
         if last_checkpoint(folder) != chosen:
             write_text(folder / LAST, chosen.name + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from siglip_train import engine as engines
+from siglip_train import engine_state
 from siglip_train.checkpoints.write import CheckpointFolder, Progress
 from siglip_train.distributed.collectives import broadcast_object
 from siglip_train.errors import UserError
@@ -71,8 +71,8 @@ class Checkpoints:
         """
         if self.last_step == progress.step:
             return
-        weights = engines.gather_weights(engine)
-        moments = engines.gather_moments(engine)
+        weights = engine_state.gather_weights(engine)
+        moments = engine_state.gather_moments(engine)
         failure = None
         if engine.global_rank == 0:
             try:

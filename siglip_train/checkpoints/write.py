@@ -8,7 +8,6 @@ objectives own, and layers with adapters, which `weights/` has in merged form), 
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +60,8 @@ class CheckpointFolder:
         partial.mkdir(parents=True)
         try:
             self._fill(partial, weights, moments, progress)
-            self._put(partial, final)
+            # a damaged or abandoned checkpoint of that name goes
+            put_folder(partial, final)
         finally:
             # of a full disk, what was written of this one
             shutil.rmtree(partial, ignore_errors=True)
@@ -84,15 +84,6 @@ class CheckpointFolder:
             state = {**progress._asdict(), SEALED: True}
             (folder / "state.json").write_text(json.dumps(state, indent=1))
             seal.add(folder / "state.json")
-
-    def _put(self, partial: Path, final: Path) -> None:
-        """Rename the folder to the name of its step, and remove a damaged or abandoned checkpoint of that name."""
-        replaced = self.path / f".{final.name}.replaced"
-        if final.exists():
-            self.remove(replaced)
-            os.replace(final, replaced)
-        put_folder(partial, final)
-        self.remove(replaced)
 
     def remove(self, path: Path) -> None:
         """Remove a folder. A failure is logged once and does not end the run."""

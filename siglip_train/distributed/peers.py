@@ -10,23 +10,17 @@ import json
 import logging
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import PurePath
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from siglip_train.distributed.standing import PHASES, Standing, described
+
 log = logging.getLogger(__name__)
 
-# in the order in which a step goes through them; "first step" compiles
-Phase = Literal["start-up", "data", "first step", "step", "metrics", "checkpoint", "evaluation", "end"]
-_PHASES: tuple[Phase, ...] = (
-    "start-up", "data", "first step", "step", "metrics", "checkpoint", "evaluation", "end"
-)  # fmt: skip
 _QUICK = ("data", "step", "metrics")
 
 # seconds between two words to the store
@@ -44,71 +38,6 @@ _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|remote (peer|process)|TCPStore",
     re.IGNORECASE,
 )
-
-
-class Standing:
-    """Where the main thread of this rank stands: written by it, read by threads that watch."""
-
-    def __init__(self) -> None:
-        self._now: tuple[Phase, int, float] = ("start-up", 0, time.monotonic())
-        self._thread = threading.get_ident()
-
-    def at(self, phase: Phase, step: int | None = None) -> None:
-        """It has come to this phase, of this step; without one, of the same."""
-        self._now = (phase, self._now[1] if step is None else step, time.monotonic())
-
-    def move(self) -> None:
-        """It is alive, in the same phase."""
-        self.at(self._now[0])
-
-    @property
-    def phase(self) -> Phase:
-        """Where it is."""
-        return self._now[0]
-
-    @property
-    def since(self) -> float:
-        """When it came there or last moved, on the monotonic clock."""
-        return self._now[2]
-
-    def __str__(self) -> str:
-        return _described(self._now[0], self._now[1])
-
-    def report(self) -> dict[str, Any]:
-        """All of it for others: phase, step, seconds since, and the innermost lines of code."""
-        phase, step, since = self._now
-        frame = sys._current_frames().get(self._thread)
-        return {
-            "phase": phase,
-            "step": step,
-            "seconds": round(time.monotonic() - since),
-            "line": _line(frame),
-        }
-
-
-def _described(phase: str, step: int) -> str:
-    match phase:
-        case "start-up" | "end":
-            return phase
-        case "data":
-            return f"step {step}, waiting for data"
-        case "first step" | "step":
-            return f"step {step}"
-        case _:
-            return f"step {step}, {phase}"
-
-
-def _line(frame: FrameType | None) -> str:
-    """`loop.py:140 agree > distributed_c10d.py:3100 all_reduce`: the innermost line of this project, and of all."""
-    innermost, ours = frame, frame
-    while ours is not None and not {"siglip_train", "kernels"} & set(PurePath(ours.f_code.co_filename).parts):
-        ours = ours.f_back
-    lines = [ours, innermost] if ours is not innermost else [innermost]
-    return " > ".join(
-        f"{PurePath(each.f_code.co_filename).name}:{each.f_lineno} {each.f_code.co_name}"
-        for each in lines
-        if each
-    )
 
 
 class Failure(NamedTuple):
@@ -313,7 +242,7 @@ class Peers:
         if silent:
             return f"{self._named(silent)} silent, stopped or cut off{_others(heard)}"
         places = {
-            rank: (told["step"], _PHASES.index(told["phase"]), told["exchanges"])
+            rank: (told["step"], PHASES.index(told["phase"]), told["exchanges"])
             for rank, told in heard.items()
         }
         behind = [rank for rank in heard if places[rank] == min(places.values())]
@@ -331,7 +260,7 @@ class Peers:
 
     def _place(self, rank: int) -> str:
         told = self._heard[rank][0]
-        return f"{_described(told['phase'], told['step'])} ({told['line']})"
+        return f"{described(told['phase'], told['step'])} ({told['line']})"
 
     def _listen(self) -> None:
         """Read what every rank has told last, and note when it was new."""
@@ -359,7 +288,7 @@ def _others(waiting: dict[int, Any]) -> str:
     rank = min(waiting)
     told = waiting[rank]
     whose = f"rank {rank} waits" if len(waiting) == 1 else f"{len(waiting)} ranks wait"
-    return f"; {whose} at {_described(told['phase'], told['step'])} ({told['line']})"
+    return f"; {whose} at {described(told['phase'], told['step'])} ({told['line']})"
 
 
 def _exchanges() -> int:

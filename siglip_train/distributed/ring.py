@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exchange_seconds
 from kernels.sigmoid_loss.exchange.cost_model import Form
-from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.exchange.wait_clock import waiting
 from kernels.sigmoid_loss.pairs import dtype_of_products
 from siglip_train.distributed.collectives import is_distributed
 

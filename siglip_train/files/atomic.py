@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 def appearing(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write a file under; at the end of the block it takes the place of `path`.
 
-    Where the block fails, what it has written is removed, and an earlier file at `path` stays. Raises `OSError`.
+    Where the block fails, what it has written is removed, and an earlier file at `path` stays, as it does where the
+    block leaves no file. Raises `OSError`.
     """
     # of the main thread it is the number of the process; no other thread on the machine has the same
     partial = path.with_name(f".{path.name}.{threading.get_native_id()}")
@@ -26,6 +28,8 @@ def appearing(path: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
     try:
         yield partial
+        if not partial.exists():
+            return
         flush(partial)
         os.replace(partial, path)
     except BaseException:
@@ -78,19 +82,22 @@ def flush_folder(folder: Path) -> None:
 
 
 def put_folder(partial: Path, folder: Path) -> None:
-    """Give a complete folder its name; it is on the disk first. There must be nothing at `folder`."""
+    """Give a complete folder its name; it is on the disk first. An earlier folder of this name is removed.
+
+    A folder cannot take the place of another in one step: the earlier one steps aside, to `.NAME.replaced`.
+    """
     flush_folder(partial)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(folder, replaced)
     os.replace(partial, folder)
     flush(folder.parent)
-
-
-def temporary(path: Path) -> Path:
-    """The name beside `path` under which this process writes it; no other process has the same."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were ended have left under their `temporary` names."""
+    """Remove what processes that were ended have left under the names that `appearing` gives."""
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.\d+", path.name):
             path.unlink(missing_ok=True)

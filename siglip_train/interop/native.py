@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -149,15 +148,7 @@ def write_export(folder: Path, state: Mapping[str, Tensor], description: Descrip
         "image": {"resize": description.resize},
     }
     (partial / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        # a folder cannot be replaced in one step: the old one steps aside first
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(folder, replaced)
-        put_folder(partial, folder)
-        shutil.rmtree(replaced)
-    else:
-        put_folder(partial, folder)
+    put_folder(partial, folder)
 
 
 def read_export(folder: Path, skip: Sequence[str] = ()) -> ModelFiles:

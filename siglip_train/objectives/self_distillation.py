@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from siglip_train.models.siglip import image_flops
+from siglip_train.models.flops import image_flops
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
 from siglip_train.objectives.prototypes import PrototypeObjective

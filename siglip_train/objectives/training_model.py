@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from siglip_train.batch import Batch
 from siglip_train.data.inputs.base import Input
 from siglip_train.models.ema import EmaConfig, Teacher
-from siglip_train.models.siglip import Siglip, image_flops
+from siglip_train.models.flops import image_flops
+from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Losses, Objective, StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from siglip_train.distributed.peers import Standing
+from siglip_train.distributed.standing import Standing
 
 # of Slurm, a preempting cloud, a launcher; of Slurm before its time limit; of a terminal that is lost
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from siglip_train.distributed import flight_recorder
-from siglip_train.distributed.peers import Failure, Peers, Standing
+from siglip_train.distributed.peers import Failure, Peers
 from siglip_train.distributed.setup import DistributedConfig, launched_rank
+from siglip_train.distributed.standing import Standing
 from siglip_train.errors import PeerError, UserError, said
 from siglip_train.supervision.rank_log import RankLog
 from siglip_train.supervision.stop_signal import StopSignal

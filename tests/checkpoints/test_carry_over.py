@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from siglip_train import engine as engines
+from siglip_train import engine_state
 from siglip_train.checkpoints.carry_over import PARTS, Lengths, Start, outlook, start_from
 from siglip_train.checkpoints.load import read_moments
 from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
@@ -20,7 +20,8 @@ from siglip_train.interop.native import Description, write_export
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import OptimConfig, ParameterRule, build_optimizer, schedule
+from siglip_train.optim import OptimConfig, ParameterRule, schedule
+from siglip_train.parameter_groups import build_optimizer
 from tests.conftest import ROOT
 from tests.engine.test_engine import CONFIG
 from tests.test_train import mistake
@@ -42,7 +43,9 @@ def model_with(**objectives: int) -> TrainingModel:
 def moments_of(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
     found = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        found.update({f"{name}.{key}": torch.full_like(parameter, number + 1) for key in engines.MOMENTS})
+        found.update(
+            {f"{name}.{key}": torch.full_like(parameter, number + 1) for key in engine_state.MOMENTS}
+        )
         found[f"{name}.step"] = torch.tensor(step)
     return found
 
@@ -56,8 +59,8 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingMode
             tensor.normal_()
     run_dir = tmp_path_factory.mktemp("before")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "gather_weights", lambda _: model.state_dict())
-        patch.setattr(engines, "gather_moments", lambda _: moments_of(model, 10))
+        patch.setattr(engine_state, "gather_weights", lambda _: model.state_dict())
+        patch.setattr(engine_state, "gather_moments", lambda _: moments_of(model, 10))
         saver = Checkpoints(
             run_dir, CheckpointConfig(), lambda path, state: write_export(path, state, Description(CONFIG))
         )
@@ -121,7 +124,7 @@ def test_only_what_is_asked_for_is_taken(before: tuple[Path, TrainingModel]) -> 
         # from the beginning of the data and of the schedule, and with what was loaded as pretrained
         assert begun.progress == Progress(pretrained=begun.progress.pretrained)
         assert len(begun.progress.pretrained) == len(list(model.model.parameters()))
-        taken = engines.steps_of(begun.moments)
+        taken = engine_state.steps_of(begun.moments)
         assert len(taken) == (len(begun.progress.pretrained) if "optimizer" in parts else 0)
         assert f"{head}.exp_avg" not in begun.moments, (
             "a head with initial values must not get moments of another"
@@ -130,7 +133,7 @@ def test_only_what_is_asked_for_is_taken(before: tuple[Path, TrainingModel]) -> 
 
 def test_a_parameter_in_a_group_has_as_many_updates_as_the_others(before: tuple[Path, TrainingModel]) -> None:
     model = model_with(kept=3, new=3)
-    steps = engines.steps_of(start(model, before[0]).moments)
+    steps = engine_state.steps_of(start(model, before[0]).moments)
     groups = build_optimizer(model, OptimConfig(), steps=steps).param_groups
     counts = [{steps.get(name, 0) for name in group["names"]} for group in groups]
     assert sorted(map(list, counts)) == [[0], [0], [10], [10]], "decayed and not, old and new"
@@ -146,7 +149,7 @@ def test_a_checkpoint_of_an_earlier_version_knows_one_count_for_all(
     save_file({name: tensor for name, tensor in moments.items() if not name.endswith(".step")}, file)
     found = read_moments(checkpoint)
     assert found.keys() == moments.keys()
-    assert set(engines.steps_of(found).values()) == {10}
+    assert set(engine_state.steps_of(found).values()) == {10}
 
 
 def test_another_shape_is_told_with_the_way_out(before: tuple[Path, TrainingModel]) -> None:

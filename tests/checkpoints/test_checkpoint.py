@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from siglip_train import engine
+from siglip_train import engine_state
 from siglip_train.checkpoints import save
 from siglip_train.checkpoints.load import fault_of, read_checkpoint, restore_weights
 from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
@@ -31,8 +31,8 @@ class TrainingStandIn(nn.Module):
 @pytest.fixture
 def saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoints:
     module = TrainingStandIn()
-    monkeypatch.setattr(engine, "gather_weights", lambda _: dict(module.state_dict()))
-    monkeypatch.setattr(engine, "gather_moments", lambda _: {"model.weight.exp_avg": torch.ones(3, 2)})
+    monkeypatch.setattr(engine_state, "gather_weights", lambda _: dict(module.state_dict()))
+    monkeypatch.setattr(engine_state, "gather_moments", lambda _: {"model.weight.exp_avg": torch.ones(3, 2)})
     return Checkpoints(tmp_path, CheckpointConfig(every_steps=2, keep=2), write_weights)
 
 

@@ -26,7 +26,9 @@ from siglip_train.data.remote.cache import local_tar
 from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
-from siglip_train.data.shards.tar import BrokenTarError, TarIndex, scan
+from siglip_train.data.shards.scan import scan
+from siglip_train.data.shards.tar import TarIndex
+from siglip_train.data.shards.tar_members import BrokenTarError
 from siglip_train.errors import SampleError, UserError
 
 BLOCK = 512

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from siglip_train.data.shards.manifest import Entry, index_content, members_of
-from siglip_train.data.shards.tar import scan
+from siglip_train.data.shards.scan import scan
 from tests.data.conftest import encoded, picture
 
 Member = tuple[str, bytes]

@@ -28,7 +28,8 @@ from siglip_train.data.remote.cache import (
 from siglip_train.data.remote.disk_budget import DiskBudget, PartialFile
 from siglip_train.data.remote.locations import expand
 from siglip_train.data.remote.retry import _SLOWEST, CancelledError, RetryPolicy
-from siglip_train.data.shards.tar import index_of_copy, load_index, scan
+from siglip_train.data.shards.kept_index import index_of_copy, load_index
+from siglip_train.data.shards.scan import scan
 from siglip_train.errors import UserError
 from tests.data.faulty_server import Faults, serve
 from tests.data.shard_files import sample, write_shards, write_tar

@@ -19,7 +19,7 @@ from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.remote.cache import ShardCache, was_damaged
 from siglip_train.data.remote.limits import Limits
-from siglip_train.data.shards.tar import scan
+from siglip_train.data.shards.scan import scan
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import encoded, picture
 from tests.data.fuzz import Fuzz, flipped

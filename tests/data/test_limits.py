@@ -16,14 +16,16 @@ from siglip_train.data.remote import limits
 from siglip_train.data.remote.cache import ShardCache, UnavailableShardError, local_tar
 from siglip_train.data.remote.limits import MAX_PIXELS, MAX_TEXT_BYTES, Limits, OversizedError
 from siglip_train.data.remote.retry import RetryPolicy
-from siglip_train.data.shards import tar, tar_members
+from siglip_train.data.shards import scan as scanning
+from siglip_train.data.shards import tar
 from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
-from siglip_train.data.shards.tar import BrokenTarError, scan
+from siglip_train.data.shards.scan import scan
+from siglip_train.data.shards.tar_members import BrokenTarError
 from siglip_train.errors import SampleError, UserError
 from tests.data import bombs
 from tests.data.conftest import encoded, picture
@@ -110,7 +112,7 @@ def test_a_huge_member_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_tar_of_countless_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "_MAX_MEMBERS", 5)
+    monkeypatch.setattr(scanning, "_MAX_MEMBERS", 5)
     write_tar(tmp_path / "a.tar", [(f"{n}.txt", b"") for n in range(6)])
     with pytest.raises(BrokenTarError, match="more than 5 members"):
         scan(tmp_path / "a.tar")
@@ -193,4 +195,4 @@ def test_an_endless_list_of_parts_ends(tmp_path: Path) -> None:
         path = tmp_path / "list"
         path.write_bytes(content)
         with path.open("rb") as file, pytest.raises(ValueError, match=r"no end|int"):
-            tar_members._sparse_parts(file.fileno(), 0)
+            tar._sparse_parts(file.fileno(), 0)

@@ -7,7 +7,7 @@ import pytest
 
 from siglip_train.data.shards.manifest import Entry, index_content, left_out_of, members_of, read_index
 from siglip_train.data.shards.reader import Wanted
-from siglip_train.data.shards.tar import scan
+from siglip_train.data.shards.scan import scan
 from tests.data.shard_files import sample, without, write_tar
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.kept_index import load_index
 from siglip_train.data.shards.reader import ShardReader, ShardSet, Wanted, read_samples
-from siglip_train.data.shards.tar import TarIndex, load_index
+from siglip_train.data.shards.tar import TarIndex
 from siglip_train.errors import SampleError, UserError
 from tests.data.faulty_server import serve
 from tests.data.shard_files import sample, without, write_index, write_shards, write_tar

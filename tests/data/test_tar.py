@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, read_member, scan
+from siglip_train.data.shards.kept_index import load_index
+from siglip_train.data.shards.scan import scan
+from siglip_train.data.shards.tar import TarIndex, read_member
+from siglip_train.data.shards.tar_members import BrokenTarError
 from siglip_train.errors import SampleError
 from tests.data.shard_files import Member, sample, sparse_member, write_tar
 
@@ -334,7 +337,7 @@ def test_a_kept_index_is_used_until_the_file_changes(tmp_path: Path, monkeypatch
     path, cache = _three(tmp_path), tmp_path / "cache"
     first = load_index(path, cache)
     with monkeypatch.context() as patch:
-        patch.setattr("siglip_train.data.shards.tar.scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr("siglip_train.data.shards.kept_index.scan", lambda path: pytest.fail("scanned again"))
         again = load_index(path, cache)
     assert _contents(path, again) == _contents(path, first)
     write_tar(path, sample("other"))

@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from siglip_train.distributed import peers
-from siglip_train.distributed.peers import Failure, Peers, Standing
+from siglip_train.distributed.peers import Failure, Peers
+from siglip_train.distributed.standing import Standing
 from tests.forks import free_port
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from siglip_train import engine as engines
-from siglip_train import loop
+from siglip_train import engine_state, loop
 from siglip_train.batch import Batch, Images
 from siglip_train.checkpoints import carry_over
 from siglip_train.checkpoints.carry_over import PARTS, Start
@@ -26,7 +26,8 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import OptimConfig, build_optimizer, parameter_groups
+from siglip_train.optim import OptimConfig
+from siglip_train.parameter_groups import build_optimizer, parameter_groups
 from tests.engine import test_engine as whole
 from tests.objectives.test_lifecycle import Scored
 from tests.ranks import run_ranks
@@ -88,9 +89,9 @@ def deepspeed_engine(model: TrainingModel, start: Start, stage: int, clip_norm: 
     # without this ZeRO-3 would keep parameters as small as these whole on every rank
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     world = whole.World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    optimizer = build_optimizer(model, OPTIM, steps=engines.steps_of(start.moments))
+    optimizer = build_optimizer(model, OPTIM, steps=engine_state.steps_of(start.moments))
     engine = engines.build_engine(model, optimizer, config=config, world=world)
-    engines.restore_moments(engine, start.moments)
+    engine_state.restore_moments(engine, start.moments)
     return engine
 
 
@@ -135,7 +136,7 @@ def taken(engine, kind: str, first: int, count: int) -> list[float]:
 
 def check_moments(engine, source: Path, fresh: set[str]) -> None:
     """Those of kept parameters are the run's before, by name and to the last bit; all others are zero, at step 0."""
-    found, there = engines.gather_moments(engine), read_checkpoint(source).moments
+    found, there = engine_state.gather_moments(engine), read_checkpoint(source).moments
     for name, tensor in found.items() if dist.get_rank() == 0 else ():
         expected = torch.zeros_like(tensor) if name.rpartition(".")[0] in fresh else there[name]
         assert torch.equal(tensor, expected), name
@@ -164,7 +165,7 @@ def on_a_rank(stages: list[int], folder: Path) -> list[tuple[list[float], dict]]
             read_checkpoint(source).weights["objectives.scored.average"],
         )
         told += taken(engine, "second", BEFORE, 1)
-        weights = engines.gather_weights(engine)
+        weights = engine_state.gather_weights(engine)
         told += taken(engine, "second", BEFORE + 1, THEN - 1)
         save(engine, "second", second, BEFORE + THEN)
         engine.destroy()
@@ -174,7 +175,7 @@ def on_a_rank(stages: list[int], folder: Path) -> list[tuple[list[float], dict]]
         engine.destroy()
 
         engine, start = carried("third", second, stage)
-        counts = engines.steps_of(engines.gather_moments(engine))
+        counts = engine_state.steps_of(engine_state.gather_moments(engine))
         assert dist.get_rank() or {counts[TABLE], counts["model.logit_bias"]} == {THEN, BEFORE + THEN}
         assert dist.get_rank() or counts["objectives.later.head.bias"] == 0
         told += taken(engine, "third", BEFORE + THEN, THEN)
@@ -283,7 +284,7 @@ def beside_one_that_goes_on(stages: list[int], folder: Path) -> list[tuple[dict,
         # without clipping, by which a new head would be felt
         engine = resumed("base", run_dir, BEFORE, stage, clip_norm=1e9)
         taken(engine, "base", BEFORE, 1)
-        goes_on = engines.gather_weights(engine)
+        goes_on = engine_state.gather_weights(engine)
         engine.destroy()
 
         def with_a_head(run_dir: Path = run_dir) -> tuple[TrainingModel, Start]:
@@ -304,7 +305,7 @@ def beside_one_that_goes_on(stages: list[int], folder: Path) -> list[tuple[dict,
         model.objectives["added"].head.load_state_dict(initial)
         engine = deepspeed_engine(model, start, stage, clip_norm=1e9)
         taken(engine, "base", BEFORE, 1)
-        results.append((goes_on, engines.gather_weights(engine), fresh))
+        results.append((goes_on, engine_state.gather_weights(engine), fresh))
         engine.destroy()
     return results
 

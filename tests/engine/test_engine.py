@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import engine as engines
+from siglip_train import engine_state
 from siglip_train.batch import Batch, Images
 from siglip_train.data.remote.locations import cache_folder
 from siglip_train.distributed.setup import World
@@ -15,7 +16,8 @@ from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import OptimConfig, build_optimizer
+from siglip_train.optim import OptimConfig
+from siglip_train.parameter_groups import build_optimizer
 from tests.ranks import run_ranks
 from tests.tiers import one_in
 
@@ -97,13 +99,13 @@ def train_and_resume(stages: list[int]) -> list[dict]:
     for stage in stages:
         engine = build(stage)
         before = steps(engine, 0, STEPS)
-        weights, moments = engines.gather_weights(engine), engines.gather_moments(engine)
-        scale = engines.scalar(engine, engine.module.model.logit_scale)
+        weights, moments = engine_state.gather_weights(engine), engine_state.gather_moments(engine)
+        scale = engine_state.scalar(engine, engine.module.model.logit_scale)
         engine.destroy()
         shared = [(weights, moments)]
         dist.broadcast_object_list(shared)  # as on a shared disk
         resumed = build((stage + 1) % 4, shared[0][0])
-        engines.restore_moments(resumed, shared[0][1])
+        engine_state.restore_moments(resumed, shared[0][1])
         results.append(
             {"before": before, "after": steps(resumed, STEPS, STEPS), "scale": scale,
              "names": sorted(shared[0][0]), "moments": sorted(shared[0][1])}

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from siglip_train import engine as engines
+from siglip_train import engine_state
 from siglip_train.batch import Batch
 from siglip_train.checkpoints.load import Saved, read_checkpoint, restore_weights
 from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
@@ -23,7 +24,8 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.classification import Classification
 from siglip_train.objectives.forward_pass import ForwardPass
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import OptimConfig, UnusedParameters, build_optimizer
+from siglip_train.optim import OptimConfig
+from siglip_train.parameter_groups import UnusedParameters, build_optimizer
 from tests.data.conftest import encoded, picture
 from tests.data.shard_files import sample, write_tar
 from tests.engine import test_engine as whole
@@ -80,7 +82,7 @@ def build(stage: int, saved: Saved | None = None):
     world = World(rank, world_size, rank, torch.device("cpu"))
     engine = engines.build_engine(model, build_optimizer(model, OPTIM), config=config, world=world)
     if saved is not None:
-        engines.restore_moments(engine, saved.moments)
+        engine_state.restore_moments(engine, saved.moments)
     return engine, world
 
 

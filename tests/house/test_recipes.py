@@ -10,10 +10,11 @@ import yaml
 
 from siglip_train.config import Config, parse
 from siglip_train.errors import UserError
+from siglip_train.models.flops import flops_per_pair
 from siglip_train.models.published import likeness
-from siglip_train.models.siglip import Siglip, flops_per_pair
+from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import parameter_groups
+from siglip_train.parameter_groups import parameter_groups
 from siglip_train.typed import REQUIRED, build
 from tests.composing import filled, names, sizes
 from tests.conftest import ROOT

@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from siglip_train.models.flops import flops_per_pair, passes
 from siglip_train.models.layers import initialize
-from siglip_train.models.siglip import Siglip, flops_per_pair, normalize, passes
+from siglip_train.models.siglip import Siglip, normalize
 from siglip_train.models.vision import patchify
 from tests.models.small import padded, rectangle, small_config, small_model, some_pixels, some_tokens
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from siglip_train import engine as engines
-from siglip_train import loop
+from siglip_train import engine_state, loop
 from siglip_train.checkpoints.load import read_checkpoint, restore_weights
 from siglip_train.checkpoints.save import CheckpointConfig, Checkpoints
 from siglip_train.checkpoints.write import Progress
@@ -25,7 +25,7 @@ from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Objective, StepSizes
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import build_optimizer
+from siglip_train.parameter_groups import build_optimizer
 from tests.engine import test_engine as whole
 from tests.ranks import run_ranks
 from tests.test_gradient_cache import trainer
@@ -119,7 +119,7 @@ def resumed(folder: Path, step: int, stage: int):
         nn.init.constant_(parameter, torch.nan)
     restore_weights(model, saved, folder)
     engine = deepspeed_engine(model, stage)
-    engines.restore_moments(engine, saved.moments)
+    engine_state.restore_moments(engine, saved.moments)
     return engine
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.sigmoid_loss.exchange.choose import Exchange, choose_exchange
 from kernels.sigmoid_loss.exchange.cost_model import Form
-from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.exchange.wait_clock import waiting
 from kernels.sigmoid_loss.pairs import PairIds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

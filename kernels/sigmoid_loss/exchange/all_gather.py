@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.sigmoid_loss.block import gradients_of, value_of
-from kernels.sigmoid_loss.exchange.messages import waiting
+from kernels.sigmoid_loss.exchange.wait_clock import waiting
 from kernels.sigmoid_loss.pairs import BlockGradients, Embeddings, Pairs
 
 

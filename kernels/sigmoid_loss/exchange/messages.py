@@ -1,18 +1,17 @@
-"""Messages between ranks: neighbours on a ring, transfers on their way, blocks that travel, and the time spent waiting.
+"""Messages between ranks: neighbours on a ring, transfers on their way, and blocks that travel.
 
 Only `batch_isend_irecv` on the group of the caller. Every rank posts the same messages in the same order: gloo matches
 them by tag and order, NCCL by order alone.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.sigmoid_loss.exchange.wait_clock import waiting
 from kernels.sigmoid_loss.pairs import Embeddings
 
 BLOCKS, GRADIENTS = 1, 2
@@ -163,51 +162,3 @@ class GradientStream:
 
     def _packed(self, share: Tensor) -> Tensor:
         return share if self._dtype is None or share.ndim < 2 else share.to(self._dtype)
-
-
-def exchange_seconds() -> float:
-    """Seconds this process has waited for other ranks since the last call, and start again at 0.
-
-    On a CPU: time on the host's clock. On a GPU: time the compute stream stood still, measured by events; reading
-    waits for the work launched so far.
-    """
-    return _clock.read()
-
-
-class _WaitClock:
-    """Adds up time spent waiting, on the host or on a GPU's compute stream."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @contextmanager
-    def waiting(self, device: torch.device) -> Iterator[None]:
-        if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        yield
-        after.record()
-        self._events.append((before, after))
-        self._count_finished()
-
-    def read(self) -> float:
-        if self._events:
-            self._events[-1][1].synchronize()
-        self._count_finished()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-    def _count_finished(self) -> None:
-        # keeps the queue short where nobody reads the clock
-        while self._events and self._events[0][1].query():
-            before, after = self._events.popleft()
-            self._seconds += before.elapsed_time(after) / 1000
-
-
-_clock = _WaitClock()
-waiting = _clock.waiting

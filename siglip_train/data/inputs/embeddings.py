@@ -25,8 +25,8 @@ from siglip_train.data.inputs.base import Empty, Input, InputSetup
 from siglip_train.data.inputs.images import ImageInput
 from siglip_train.data.remote.failed import UnavailableShardError
 from siglip_train.data.remote.locations import short_name
+from siglip_train.data.shards.kept_index import identity
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
-from siglip_train.data.shards.tar import identity
 from siglip_train.distributed.collectives import broadcast_object, is_distributed
 from siglip_train.errors import SampleError, UserError
 from siglip_train.files.atomic import appearing

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from siglip_train.data.remote.limits import USUAL_LIMITS
-from siglip_train.data.shards.tar_members import read_part
+from siglip_train.data.shards.tar import read_part
 from siglip_train.errors import SampleError
 
 # the record's part that is the image, whatever its format

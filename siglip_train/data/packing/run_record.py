@@ -1,17 +1,14 @@
 """The record, in a folder of shards, of the command that made it, and its lock: what makes running it again safe."""
 
 import contextlib
-import fcntl
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from siglip_train.errors import UserError
-
-_LOG = logging.getLogger(__name__)
+from siglip_train.files.lock import lock_if_possible
 
 _LOCK = ".lock"
 
@@ -45,7 +42,8 @@ def alone_in(out_dir: Path) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / _LOCK
     with path.open("a+") as file:
-        if not _is_locked(file.fileno(), out_dir):
+        # the run that had it may have removed the file before this one locked it
+        if not (lock_if_possible(file, out_dir) and os.fstat(file.fileno()).st_nlink > 0):
             file.seek(0)
             raise BusyError(
                 f"{out_dir} is being written by process {file.read()}: wait for its end, or end it"
@@ -57,17 +55,6 @@ def alone_in(out_dir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def _is_locked(file: int, out_dir: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        _LOG.warning("%s knows no locks (%s): take care that one command alone writes it", out_dir, error)
-    # the run that had it may have removed the file between the two calls
-    return os.fstat(file).st_nlink > 0
 
 
 def require_same(out_dir: Path, present: Mapping[str, Any], record: Mapping[str, Any], did: str) -> None:

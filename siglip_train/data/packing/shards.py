@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Recor
 from siglip_train.data.shards.faults import plain_detail
 from siglip_train.data.shards.fields import read_facts, read_text
 from siglip_train.errors import SampleError
-from siglip_train.files.atomic import temporary, write_whole
+from siglip_train.files.atomic import appearing, write_whole
 
 
 class Skipped(NamedTuple):
@@ -63,8 +62,16 @@ class ShardTask(NamedTuple):
 
 def write_shard(task: ShardTask) -> int:
     """Write one shard and its report; return the number of records. Where no record is usable there is no shard."""
+    with appearing(task.path) as partial:
+        report = _write(task, partial)
+        if not report.samples:
+            partial.unlink()
+    report.save(task.report)
+    return len(task.records)
+
+
+def _write(task: ShardTask, partial: Path) -> ShardReport:
     skipped = []
-    partial = temporary(task.path)
     # GNU: long and non-ASCII names without a header of their own for every member
     with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive, warnings.catch_warnings():
         # Pillow warns of half the pixels that it allows
@@ -77,13 +84,7 @@ def write_shard(task: ShardTask) -> int:
                 continue
             for extension, content in members.items():
                 add_member(archive, f"{record.key}.{extension}", content)
-    report = ShardReport(len(task.records) - len(skipped), skipped)
-    if report.samples:
-        os.replace(partial, task.path)
-    else:
-        partial.unlink()
-    report.save(task.report)
-    return len(task.records)
+    return ShardReport(len(task.records) - len(skipped), skipped)
 
 
 def sample_members(

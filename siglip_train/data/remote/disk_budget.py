@@ -1,7 +1,6 @@
 """The disk space of the cache: reserved before it is used; the copy that was used least recently is removed first."""
 
 import contextlib
-import fcntl
 import os
 import re
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siglip_train.errors import UserError
+from siglip_train.files.lock import lock
 
 _BLOCK = 4096
 # what a file of unknown length asks for at a time: a share of the limit, and not more than this
@@ -49,7 +49,7 @@ class DiskBudget:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(parents=True, exist_ok=True)
         with (self._locks / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
             yield
 
     def touch(self, path: Path) -> None:
@@ -113,11 +113,7 @@ class DiskBudget:
     def _is_left(self, part: Path) -> bool:
         """Has the process of a transfer ended without removing it?"""
         with (self._locks / part.name.partition(".")[0]).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+            return lock(file)
 
 
 class PartialFile:
@@ -169,7 +165,7 @@ class PartialFile:
         self.finish()
         # alone: who adds up the room could else find it under neither name
         with self._room.lock("room"):
-            os.replace(self.path, copy)
+            self.path.rename(copy)
 
 
 def rounded(size: int) -> int:

@@ -18,10 +18,12 @@ from siglip_train.data.remote.fetch import FetchError
 from siglip_train.data.remote.limits import OversizedError
 from siglip_train.data.remote.locations import beside, expand, is_remote, lasting_name, short_name, unsigned
 from siglip_train.data.shards.faults import BadSample
+from siglip_train.data.shards.kept_index import index_of_copy, load_index
 from siglip_train.data.shards.manifest import INDEX_NAME, Entry, read_index
 from siglip_train.data.shards.reader import ShardSet, Wanted, complete_samples, damaged_samples
 from siglip_train.data.shards.select import EVERYTHING
-from siglip_train.data.shards.tar import BrokenTarError, TarIndex, index_of_copy, load_index
+from siglip_train.data.shards.tar import TarIndex
+from siglip_train.data.shards.tar_members import BrokenTarError
 from siglip_train.distributed.collectives import broadcast_object, gather_objects, is_distributed
 from siglip_train.errors import UserError, said
 

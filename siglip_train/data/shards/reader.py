@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from siglip_train.data.remote.cache import ExpectedShard, ShardCache, local_tar, was_damaged
 from siglip_train.data.remote.locations import cache_folder, expand, is_remote, short_name
 from siglip_train.data.shards.faults import BadSample
+from siglip_train.data.shards.kept_index import load_index
 from siglip_train.data.shards.select import EVERYTHING, Selection
-from siglip_train.data.shards.tar import BrokenTarError, TarIndex, load_index, member_for_tools, read_member
+from siglip_train.data.shards.tar import TarIndex, member_for_tools, read_member
+from siglip_train.data.shards.tar_members import BrokenTarError
 from siglip_train.errors import UserError
 
 # per process; a window of small shards should fit, or every sample would load an index
@@ -108,11 +110,13 @@ def complete_samples(
 
 
 class OpenShard(NamedTuple):
-    """A shard ready to read: its tar, the index of it and the numbers of its complete samples."""
+    """A shard ready to read: its tar, the index of it and the numbers of its complete samples. name: for messages."""
 
     path: Path
     tar: TarIndex
     samples: NDArray[np.int64]
+    name: str
+    is_copy: bool
 
 
 def open_shard(shards: ShardSet, shard: int, cache: ShardCache) -> OpenShard:
@@ -138,7 +142,7 @@ def open_shard(shards: ShardSet, shard: int, cache: ShardCache) -> OpenShard:
             reason = f"it holds {len(samples)} complete samples instead of {shards.counts[shard]}"
             raise cache.reject(url, path, reason)
         cache.accept(url)
-    return OpenShard(path, index, samples)
+    return OpenShard(path, index, samples, short_name(url), cache.is_copy(path))
 
 
 class ShardReader:
@@ -146,6 +150,7 @@ class ShardReader:
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
+        self._limit = shards.cache.limits.member_bytes
         self._opened: collections.OrderedDict[int, OpenShard] = collections.OrderedDict()
         self._descriptors: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._touched: dict[int, float] = {}
@@ -177,16 +182,17 @@ class ShardReader:
         return {self.shards.cache.name(url): url for url in self.shards.urls}
 
     def _read(self, shard: int, sample: int, *, image: bool) -> RawSample:
-        path, index, samples = self._open(shard)
-        row = int(samples[sample])
+        opened = self._open(shard)
+        index, row = opened.tar, int(opened.samples[sample])
         present, wanted = index.members(row), self.shards.wanted
         places = {name: present[name] for name in (*(wanted.text or ()), *wanted.extra) if name in present}
         if image:
             places["image"] = next(present[extension] for extension in wanted.image if extension in present)
-        with self._descriptor(shard, path) as descriptor:
-            limit = self.shards.cache.limits.member_bytes
-            members = {name: read_member(index, descriptor, place, limit) for name, place in places.items()}
-        return RawSample(short_name(self.shards.urls[shard]), index.key(row), members, (shard, sample))
+        with self._descriptor(shard, opened) as descriptor:
+            members = {
+                name: read_member(index, descriptor, place, self._limit) for name, place in places.items()
+            }
+        return RawSample(opened.name, index.key(row), members, (shard, sample))
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a complete sample; "?" in a remote shard, which might have to be fetched for it."""
@@ -203,19 +209,19 @@ class ShardReader:
         return opened
 
     @contextlib.contextmanager
-    def _descriptor(self, shard: int, path: Path) -> Iterator[int]:
-        if self.shards.cache.is_copy(path):
+    def _descriptor(self, shard: int, opened: OpenShard) -> Iterator[int]:
+        if opened.is_copy:
             # not kept open: a file that was removed takes up the disk until its last reader lets go
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(opened.path, os.O_RDONLY)
             try:
-                self._touch(shard, path)
+                self._touch(shard, opened.path)
                 yield descriptor
             finally:
                 os.close(descriptor)
             return
         descriptor = self._descriptors.pop(shard, -1)
         if descriptor < 0:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(opened.path, os.O_RDONLY)
             if len(self._descriptors) >= _DESCRIPTORS:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors[shard] = descriptor

@@ -1,39 +1,18 @@
-"""Where the samples of a plain tar lie: an index of offsets from one scan of its headers, kept on disk for reuse.
+"""Where the samples of a plain tar lie, and the bytes of their members.
 
-Samples follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name. A
-sample that damage of the tar may have touched is left out, so that no image meets the caption of another.
+Samples follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name.
 """
 
-import contextlib
-import hashlib
-import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from siglip_train.data.remote.limits import USUAL_LIMITS
-from siglip_train.data.remote.locations import COPIES
-from siglip_train.data.shards.tar_members import (
-    AFTER_THE_END,
-    TRUNCATED,
-    BrokenTarError,
-    Member,
-    Members,
-    read_part,
-)
+from siglip_train.data.shards.tar_members import BLOCK, MAX_RECORDS, TRUNCATED
 from siglip_train.errors import SampleError
-from siglip_train.files.atomic import appearing
-
-# beside the causes of `Lost`
-REPEATED_MEMBER = "repeated member"
-# their table takes 150 bytes of memory each; all of ImageNet in one tar has 4 million
-_MAX_MEMBERS = 16_000_000
-# enters the name of a kept index: raise it when its content changes
-_INDEX_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -102,159 +81,38 @@ def member_for_tools(
     return read_part(descriptor, int(index.offsets[member]), size if limit is None else min(size, limit))
 
 
-def load_index(path: Path, cache: Path) -> TarIndex:
-    """The index of a tar, from `cache` where this very file was scanned before. Raises `BrokenTarError`."""
-    try:
-        size, file = path.stat().st_size, _kept_file(path, cache)
-    except OSError as error:
-        raise BrokenTarError(error.strerror) from error
-    kept = _read_kept(file)
-    if kept is not None and kept.file_size == size:
-        return kept
-    index = scan(path)
-    with contextlib.suppress(OSError):
-        _keep(index, file)
-    return index
+def read_part(descriptor: int, offset: int, size: int) -> bytes:
+    """The bytes of a member, fewer where the tar has become shorter.
 
-
-def index_of_copy(path: Path, cache: Path) -> TarIndex | None:
-    """The index of a copy in the cache that may be gone, None = it was never scanned."""
-    return _read_kept(_kept_file(path, cache))
-
-
-def identity(path: Path, cache: Path) -> str:
-    """What tells this very tar from others and from what it was before; a copy need not be there. Raises `OSError`."""
-    if path.parent == cache / COPIES:
-        # the name of a copy says which version of which shard it is, and a copy made anew is the same
-        return f"{path.name}\0"
-    stat = path.stat()
-    return f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-
-
-def _kept_file(path: Path, cache: Path) -> Path:
-    content = f"{identity(path, cache)}\0{_INDEX_VERSION}"
-    return cache / "indexes" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
-
-
-def _read_kept(file: Path) -> TarIndex | None:
-    # a damaged or foreign file there costs a scan, nothing else
-    with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
-        return TarIndex(
-            **{name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
-        )
-    return None
-
-
-def _keep(index: TarIndex, kept: Path) -> None:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(kept) as partial, partial.open("wb") as file:
-        np.savez(file, **{field.name: getattr(index, field.name) for field in fields(index)})
-
-
-class _Builder:
-    """Collects members into samples."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[bytes, int] = {}
-        self.rows: list[tuple[int, int, int]] = []
-        self.starts: list[int] = []
-        self.keys: list[bytes] = []
-        self.seen: set[bytes] = set()
-        self.repeated = 0
-        self.torn: list[tuple[bytes, str]] = []
-        self._extensions: set[bytes] = set()
-        self._lost = b""
-
-    def add(self, name: bytes, offset: int, size: int) -> None:
-        key, extension = split_name(name)
-        if not key or key == self._lost:
-            return
-        self._lost = b""
-        if not self.keys or key != self.keys[-1] or extension in self._extensions:
-            self.repeated += key in self.seen
-            self.seen.add(key)
-            self.keys.append(key)
-            self.starts.append(len(self.rows))
-            self._extensions = set()
-        self._extensions.add(extension)
-        self.rows.append((offset, size, self.kinds.setdefault(extension, len(self.kinds))))
-
-    def lose(self, name: bytes, cause: str) -> None:
-        """Leave out the sample of a member; where it is not known, the sample before, whose end may be damaged too."""
-        self._lost = split_name(name)[0]
-        if self.keys and self._lost in (b"", self.keys[-1]) and cause != AFTER_THE_END:
-            self._lost = self.keys.pop()
-            del self.rows[self.starts.pop() :]
-        self.torn.append((self._lost or b"?", cause))
-
-    def drop_mixed(self) -> None:
-        """Leave out neighbours of one key and different members: one may have a member whose damaged name became its.
-
-        (Long names and pax records have no checksum.)
-        """
-        ends = [*self.starts[1:], len(self.rows)]
-        mixed: set[int] = set()
-        for sample in range(1, len(self.keys)):
-            if self.keys[sample] == self.keys[sample - 1]:
-                pair = (sample - 1, sample)
-                one, other = ({row[2] for row in self.rows[self.starts[i] : ends[i]]} for i in pair)
-                mixed.update(pair if one != other else ())
-        self.torn += [(self.keys[sample], REPEATED_MEMBER) for sample in sorted(mixed)]
-        if mixed:
-            self._keep([sample for sample in range(len(ends)) if sample not in mixed], ends)
-
-    def _keep(self, samples: list[int], ends: list[int]) -> None:
-        rows = [self.rows[self.starts[sample] : ends[sample]] for sample in samples]
-        self.keys = [self.keys[sample] for sample in samples]
-        self.starts = [0, *itertools.accumulate(map(len, rows))][:-1]
-        self.rows = list(itertools.chain.from_iterable(rows))
-
-    def build(self, size: int) -> TarIndex:
-        table = np.array(self.rows, dtype=np.int64).reshape(-1, 3)
-        return TarIndex(
-            extensions=np.array([kind.decode("utf-8", "replace") for kind in self.kinds], dtype=np.str_),
-            offsets=table[:, 0].copy(),
-            sizes=table[:, 1].copy(),
-            kinds=table[:, 2].astype(np.int16),
-            starts=np.array([*self.starts, len(self.rows)], dtype=np.int64),
-            keys=np.frombuffer(b"".join(self.keys), dtype="S1"),
-            key_ends=np.cumsum([len(key) for key in self.keys], dtype=np.int64),
-            torn=np.array([key.decode("utf-8", "replace") for key, _ in self.torn], dtype=np.str_),
-            torn_causes=np.array([cause for _, cause in self.torn], dtype=np.str_),
-            repeated=self.repeated,
-            file_size=size,
-        )
-
-
-def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """Member name to (key, lower-case extension) at the first dot of its last part; no key for hidden files."""
-    begin = name.rfind(b"/") + 1
-    dot = name.find(b".", begin)
-    return (name[:dot], name[dot + 1 :].lower()) if dot > begin else (b"", b"")
-
-
-def scan(path: Path) -> TarIndex:
-    """Read the headers of a tar. Samples that damage may have touched are left out and named in `torn`.
-
-    Raises `BrokenTarError` where there is not a single header.
+    offset: below 0, that of the list of parts which are no holes, in decimal numbers: how many, then the place and size
+    of each; from the next block on stands what is in them (`tar --format=posix -S`). A wrong list gives no bytes.
     """
-    builder = _Builder()
+    if offset >= 0:
+        return os.pread(descriptor, size, offset)
+    content = bytearray(size)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise BrokenTarError(error.strerror) from error
-    try:
-        end = os.fstat(descriptor).st_size
-        for found in Members(descriptor, end):
-            if isinstance(found, Member):
-                builder.add(*found)
-                if len(builder.rows) > _MAX_MEMBERS:
-                    raise BrokenTarError(f"it holds more than {_MAX_MEMBERS:,} members: split it")
-            else:
-                builder.lose(*found)
-    except OSError as error:
-        raise BrokenTarError(error.strerror) from error
-    finally:
-        os.close(descriptor)
-    builder.drop_mixed()
-    return builder.build(end)
+        parts, position = _sparse_parts(descriptor, -offset)
+        for place, length in parts:
+            data = os.pread(descriptor, length, position)
+            if len(data) < length or not 0 <= place <= size - length:
+                return b""
+            content[place : place + length] = data
+            position += length
+    except ValueError:
+        return b""
+    return bytes(content)
+
+
+def _sparse_parts(descriptor: int, offset: int) -> tuple[list[tuple[int, int]], int]:
+    """(place, size) of the parts of a file with holes, and where the first of them lies. Raises ValueError."""
+    text = os.pread(descriptor, MAX_RECORDS, offset)
+    count, _, rest = text.partition(b"\n")
+    wanted = 2 * int(count)
+    if not 0 <= wanted <= len(rest):
+        raise ValueError("the list of parts has no end")
+    *numbers, behind = rest.split(b"\n", wanted)
+    if len(numbers) < wanted:
+        raise ValueError("the list of parts has no end")
+    position = offset + (len(text) - len(behind) + BLOCK - 1) // BLOCK * BLOCK
+    values = [int(number) for number in numbers]
+    return list(zip(values[::2], values[1::2], strict=True)), position

@@ -23,7 +23,7 @@ _MAX_SPARSE = 1 << 28
 # the largest prime below 2^16, modulo which Adler-32 sums
 _ADLER = 65_521
 # a long name or pax records, bytes; a wrong size may claim all that follows
-_MAX_RECORDS = 1 << 20
+MAX_RECORDS = 1 << 20
 # what does not fit into 11 octal digits stands in a pax record
 _LARGE = 8**11
 _CHUNK = 1 << 20
@@ -100,7 +100,7 @@ class Members:
             self._go_on(behind + BLOCK * more)
             return _found(Member(name, data, size), given, is_readable=kind != _OLD_SPARSE)
         if kind in _RECORDS:
-            records = os.pread(self._descriptor, min(size, _MAX_RECORDS), data)
+            records = os.pread(self._descriptor, min(size, MAX_RECORDS), data)
             self._go_on(behind, _records(kind, records, size))
             # the member that the records before these belong to is gone as well
             return Lost(b"", BROKEN_HEADER) if given.is_broken else None
@@ -222,43 +222,6 @@ def _records(kind: bytes, data: bytes, size: int) -> _Given:
         return _Given(name, int(records.get(b"size", -1)), real_size=real_size)
     except ValueError:
         return _Given(is_broken=True)
-
-
-def read_part(descriptor: int, offset: int, size: int) -> bytes:
-    """The bytes of a member, fewer where the tar has become shorter.
-
-    offset: below 0, that of the list of parts which are no holes, in decimal numbers: how many, then the place and size
-    of each; from the next block on stands what is in them (`tar --format=posix -S`). A wrong list gives no bytes.
-    """
-    if offset >= 0:
-        return os.pread(descriptor, size, offset)
-    content = bytearray(size)
-    try:
-        parts, position = _sparse_parts(descriptor, -offset)
-        for place, length in parts:
-            data = os.pread(descriptor, length, position)
-            if len(data) < length or not 0 <= place <= size - length:
-                return b""
-            content[place : place + length] = data
-            position += length
-    except ValueError:
-        return b""
-    return bytes(content)
-
-
-def _sparse_parts(descriptor: int, offset: int) -> tuple[list[tuple[int, int]], int]:
-    """(place, size) of the parts of a file with holes, and where the first of them lies. Raises ValueError."""
-    text = os.pread(descriptor, _MAX_RECORDS, offset)
-    count, _, rest = text.partition(b"\n")
-    wanted = 2 * int(count)
-    if not 0 <= wanted <= len(rest):
-        raise ValueError("the list of parts has no end")
-    *numbers, behind = rest.split(b"\n", wanted)
-    if len(numbers) < wanted:
-        raise ValueError("the list of parts has no end")
-    position = offset + (len(text) - len(behind) + BLOCK - 1) // BLOCK * BLOCK
-    values = [int(number) for number in numbers]
-    return list(zip(values[::2], values[1::2], strict=True)), position
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
