@@ -76,14 +76,15 @@ class StopTraining(Exception):  # noqa: N818  # not an error
     """Raised on all ranks together when a stop signal came in the middle of an evaluation."""
 
 
-class Trainer(NamedTuple):
-    """The parts of a run that the loop drives. `writer` is None off rank 0.
+# of a run, a batch and the number of the step; also returns whether any rank was asked to stop
+TakeStep = Callable[["Trainer", Batch, int], tuple[StepReport, bool]]
 
-    take_step: `plain_step`, or another with its signature.
-    """
+
+class Trainer(NamedTuple):
+    """The parts of a run that the loop drives. `writer` is None off rank 0. take_step: `plain_step`, for one."""
 
     engine: Any
-    take_step: "Callable[[Trainer, Batch, int], tuple[StepReport, bool]]"
+    take_step: TakeStep
     loader: BatchStream
     optim: OptimConfig
     schedule: Schedule

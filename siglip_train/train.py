@@ -99,6 +99,9 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     if _is_done(config, world, run_dir, watch):
         return
     seed_everything(config.seed)
+    precision = _precision(config, world)
+    share = RankShare(config.global_batch_size, world.rank, world.world_size)
+    take_step = _take_step(config, share)
 
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
@@ -116,30 +119,22 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         resize=transform.resize,
     )
     start = _load_weights(model, config, run_dir, description)
-    progress = start.progress
-    if progress.step < config.total_steps:
+    if start.progress.step < config.total_steps:
         forget_done(run_dir)
     engine.apply_speed_options(model, config.engine)
-
-    precision = _precision(config, world)
     optimizer = _optimizer(model, config, start)
+
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
-    share = RankShare(config.global_batch_size, world.rank, world.world_size)
-    micro_batch_size = _micro_batch_size(config, share)
-    inputs = RunInputs(model.inputs, transform, tokenizer, embeddings, config.data.views)
-    if embeddings is not None:
-        inputs = inputs._replace(kinds=stands_in(inputs.kinds))
+    kinds = model.inputs if embeddings is None else stands_in(model.inputs)
     loader = build_loader(
         config.data,
-        inputs=inputs,
+        inputs=RunInputs(kinds, transform, tokenizer, embeddings, config.data.views),
         share=share,
         seed=config.seed,
-        state=progress.loader,
+        state=start.progress.loader,
         pin_memory=world.device.type == "cuda",
     )
-    flops = _flops_per_pair(config, model) + model.flops_per_sample(
-        StepSizes(config.model, config.data.views)
-    )
+    schedule = _schedule(config, share, model)
     deepspeed_config = engine.deepspeed_config(
         config.engine,
         precision=precision,
@@ -153,12 +148,6 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     # they take as much memory as two models
     start = start._replace(moments={})
 
-    checkpoints = Checkpoints(
-        run_dir,
-        config.checkpoint,
-        lambda folder, state: write_export(folder, merged(state, config.adapters), description),
-    )
-    checkpoints.last_step = progress.step if start.is_resumed else None
     encoder = Encoder(
         model=model.model,
         tokenizer=tokenizer or _no_tokenizer,
@@ -173,43 +162,24 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     )
     trainer = loop.Trainer(
         engine=wrapped,
-        take_step=loop.plain_step if micro_batch_size == share.size else cached_step,
+        take_step=take_step,
         loader=loader,
         optim=config.optim,
-        schedule=loop.Schedule(
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=micro_batch_size,
-            total_samples=config.samples,
-            last_step=config.last_step,
-            log_every=config.log.every_steps,
-            evaluate_every=config.evaluation.every_steps,
-            flops_per_pair=flops,
-            seed=config.seed,
-        ),
+        schedule=schedule,
         world=world,
-        checkpoints=checkpoints,
-        writer=MetricWriter(run_dir, config.log, resumed_step=progress.step, run_config=values)
-        if world.is_main
-        else None,
-        display=ProgressDisplay(
-            total_steps=config.last_step,
-            start_step=progress.step,
-            is_main=world.is_main,
-            is_terminal=sys.stderr.isatty(),
-        ),
+        checkpoints=_checkpoints(config, run_dir, description, start),
+        writer=_writer(config, world, run_dir, values, start.progress),
+        display=_display(config, world, start.progress),
         stop=watch.stop,
         standing=watch.standing,
         slow_rank=SlowRank(config.distributed.slow_rank_excess, config.distributed.slow_rank_logs),
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision, loader.outlook(config.samples), written)
-    if config.objectives.get("sigmoid") is not None and _begins_unlearned(progress):
-        log.info(
-            "a sigmoid loss near %.2f is to be expected at the start",
-            expected_initial_loss(config.global_batch_size),
-        )
+    _announce(config, world, model, precision, [*loader.outlook(config.samples), *_expected(config, start)])
+    if written is not None:
+        _say_usual_lr(config, written)
     prepare = partial(embed_images, loader, encoder, embeddings) if embeddings is not None else None
-    _finish(_train(trainer, progress, prepare), config, world, run_dir, watch)
+    _finish(_train(trainer, start.progress, prepare), config, world, run_dir, watch)
 
 
 class _Begun(NamedTuple):
@@ -388,6 +358,53 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
 
 
+def _take_step(config: Config, share: RankShare) -> loop.TakeStep:
+    if _micro_batch_size(config, share) < share.size:
+        return cached_step
+    return loop.plain_step
+
+
+def _schedule(config: Config, share: RankShare, model: TrainingModel) -> loop.Schedule:
+    return loop.Schedule(
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=_micro_batch_size(config, share),
+        total_samples=config.samples,
+        last_step=config.last_step,
+        log_every=config.log.every_steps,
+        evaluate_every=config.evaluation.every_steps,
+        flops_per_pair=_flops_per_pair(config, model)
+        + model.flops_per_sample(StepSizes(config.model, config.data.views)),
+        seed=config.seed,
+    )
+
+
+def _checkpoints(config: Config, run_dir: Path, description: Description, start: Start) -> Checkpoints:
+    checkpoints = Checkpoints(
+        run_dir,
+        config.checkpoint,
+        lambda folder, state: write_export(folder, merged(state, config.adapters), description),
+    )
+    checkpoints.last_step = start.progress.step if start.is_resumed else None
+    return checkpoints
+
+
+def _writer(
+    config: Config, world: World, run_dir: Path, values: dict[str, Any], progress: Progress
+) -> MetricWriter | None:
+    if not world.is_main:
+        return None
+    return MetricWriter(run_dir, config.log, resumed_step=progress.step, run_config=values)
+
+
+def _display(config: Config, world: World, progress: Progress) -> ProgressDisplay:
+    return ProgressDisplay(
+        total_steps=config.last_step,
+        start_step=progress.step,
+        is_main=world.is_main,
+        is_terminal=sys.stderr.isatty(),
+    )
+
+
 def _flops_per_pair(config: Config, model: TrainingModel) -> float:
     """FLOPs of the towers for one pair. Call it after the rules have frozen parameters."""
     return flops_per_pair(
@@ -402,8 +419,7 @@ def _announce(
     world: World,
     model: TrainingModel,
     precision: str,
-    data: list[str],
-    written: dict[str, Any] | None,
+    more: list[str],
 ) -> None:
     title, note = likeness(config.model)
     size = sum(shape.numel() for shape in parameter_shapes(config.model).values())
@@ -420,10 +436,8 @@ def _announce(
         precision,
         "" if trained == count else f"; {trained / 1e6:.3g} M of {count / 1e6:.4g} M parameters are trained",
     )
-    for line in data:
+    for line in more:
         log.info(line)
-    if written is not None:
-        _say_usual_lr(config, written)
 
 
 def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
@@ -440,10 +454,14 @@ def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
         )
 
 
-def _begins_unlearned(progress: Progress) -> bool:
-    """Whether scale and bias still have their initial values, and not those of a checkpoint or of `init_from`."""
-    given = {name.removeprefix(MODEL_PREFIX) for name in progress.pretrained}
-    return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
+def _expected(config: Config, start: Start) -> list[str]:
+    """The loss that a sigmoid objective begins near, unless a checkpoint or `init_from` gave scale and bias."""
+    given = {name.removeprefix(MODEL_PREFIX) for name in start.progress.pretrained}
+    has_learned = start.progress.step > 0 or not given.isdisjoint(("logit_scale", "logit_bias"))
+    if config.objectives.get("sigmoid") is None or has_learned:
+        return []
+    expected = expected_initial_loss(config.global_batch_size)
+    return [f"a sigmoid loss near {expected:.2f} is to be expected at the start"]
 
 
 if __name__ == "__main__":

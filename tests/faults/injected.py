@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from siglip_train.checkpoints.write import CheckpointFolder
 from siglip_train.distributed import peers
+from siglip_train.distributed.standing import Phase, Standing
 from siglip_train.supervision import stop_signal
 from siglip_train.supervision.rank_log import RankLog
 
@@ -22,14 +23,14 @@ def at(phase: str, step: int, ranks: tuple[int, ...], fault: Callable[[], None],
     hurry()
     if rank not in ranks:
         return
-    come = peers.Standing.at
+    come = Standing.at
 
-    def then(self: peers.Standing, now: peers.Phase, number: int | None = None) -> None:
+    def then(self: Standing, now: Phase, number: int | None = None) -> None:
         come(self, now, number)
         if self._now[:2] == (phase, step):
             fault()
 
-    peers.Standing.at = then  # type: ignore[method-assign]
+    Standing.at = then  # type: ignore[method-assign]
 
 
 def hurry() -> None:
