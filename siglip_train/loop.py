@@ -4,8 +4,9 @@ import logging
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import mean
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,11 +66,15 @@ class Schedule(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """The results of one optimizer step: this rank's losses (on the device) and the norm before clipping."""
+    """The results of one optimizer step: this rank's losses (on the device) and the norm before clipping.
+
+    measured: what else goes into the log, the same on all ranks.
+    """
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
     gradient_norm: float
+    measured: Mapping[str, float] = MappingProxyType({})
 
 
 class StopTraining(Exception):  # noqa: N818  # not an error
@@ -238,7 +243,7 @@ def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
     losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
     return {
         **mean_over_ranks(losses),
-        **{f"train/{name}": value for name, value in added.items()},
+        **{f"train/{name}": value for name, value in (*added.items(), *report.measured.items())},
         "train/grad_norm": report.gradient_norm,
         "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),
     }

@@ -22,9 +22,13 @@ class LogConfig:
 
     every_steps: optimizer steps from one line to the next. tensorboard: also for TensorBoard, in `run_dir/tensorboard`.
     wandb: also to Weights & Biases; offline = into a folder, to upload later. wandb_project: its project there.
+    objective_gradient_every: steps, a multiple of every_steps, from one line to the next that also has
+    `train/NAME_grad_norm`, the norm of each objective's gradient, times its weight, on towers, scale and bias; it costs
+    a backward pass for each. 0 = never.
     """
 
     every_steps: int = 10
+    objective_gradient_every: int = 0
     tensorboard: bool = False
     wandb: Literal["offline", "online", "disabled"] = "disabled"
     wandb_project: str = "siglip-train"
@@ -33,6 +37,11 @@ class LogConfig:
         """Check ranges."""
         if self.every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {self.every_steps}")
+        if self.objective_gradient_every < 0 or self.objective_gradient_every % self.every_steps:
+            raise ValueError(
+                f"objective_gradient_every is {self.objective_gradient_every}: give a multiple of every_steps "
+                f"({self.every_steps}), or 0 for never"
+            )
 
 
 class MetricWriter:

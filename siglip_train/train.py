@@ -40,6 +40,7 @@ from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.flops import flops_per_pair, passes
 from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip
+from siglip_train.objective_gradients import measured_step
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
@@ -359,9 +360,18 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
 
 
 def _take_step(config: Config, share: RankShare) -> loop.TakeStep:
-    if _micro_batch_size(config, share) < share.size:
-        return cached_step
-    return loop.plain_step
+    is_cached = _micro_batch_size(config, share) < share.size
+    every = config.log.objective_gradient_every
+    if every and (is_cached or config.engine.zero_stage == 3):
+        remedy = "micro_batch_size=null" if is_cached else "engine.zero_stage=2 or lower"
+        what = "the gradient cache" if is_cached else "ZeRO 3"
+        raise UserError(
+            f"log.objective_gradient_every: {what} keeps no graph that the gradient of each objective could be taken "
+            f"of; set {remedy}, or log.objective_gradient_every=0"
+        )
+    if every:
+        return partial(measured_step, every=every)
+    return cached_step if is_cached else loop.plain_step
 
 
 def _schedule(config: Config, share: RankShare, model: TrainingModel) -> loop.Schedule:
