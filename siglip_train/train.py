@@ -160,6 +160,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         scalar_of=lambda parameter: engine_state.scalar(wrapped, parameter),
         on_batch=_on_batch(watch),
         heads=dict(model.objectives.items()),
+        whole=wrapped,
     )
     trainer = loop.Trainer(
         engine=wrapped,
@@ -176,7 +177,9 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         slow_rank=SlowRank(config.distributed.slow_rank_excess, config.distributed.slow_rank_logs),
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(config, world, model, precision, [*loader.outlook(config.samples), *_expected(config, start)])
+    _announce(
+        config, world, model, precision, [*loader.outlook(config.samples), *_expected(config, start.progress)]
+    )
     if written is not None:
         _say_usual_lr(config, written)
     prepare = partial(embed_images, loader, encoder, embeddings) if embeddings is not None else None
@@ -464,14 +467,18 @@ def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
         )
 
 
-def _expected(config: Config, start: Start) -> list[str]:
+def _expected(config: Config, progress: Progress) -> list[str]:
     """The loss that a sigmoid objective begins near, unless a checkpoint or `init_from` gave scale and bias."""
-    given = {name.removeprefix(MODEL_PREFIX) for name in start.progress.pretrained}
-    has_learned = start.progress.step > 0 or not given.isdisjoint(("logit_scale", "logit_bias"))
-    if config.objectives.get("sigmoid") is None or has_learned:
+    if config.objectives.get("sigmoid") is None or not _begins_unlearned(progress):
         return []
     expected = expected_initial_loss(config.global_batch_size)
     return [f"a sigmoid loss near {expected:.2f} is to be expected at the start"]
+
+
+def _begins_unlearned(progress: Progress) -> bool:
+    """Whether scale and bias still have their initial values, and not those of a checkpoint or of `init_from`."""
+    given = {name.removeprefix(MODEL_PREFIX) for name in progress.pretrained}
+    return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ class Encoder:
     batch_size: rows a rank takes at once. workers: loader processes a rank.
     scalar_of: reads a one-element parameter; an engine that shards parameters (ZeRO-3) brings its own.
     on_batch: called before each batch on all ranks alike; may raise to end an evaluation early.
-    heads: the objectives of the run, by name, for tasks that ask what they learned.
+    heads: the objectives of the run, by name, for tasks that ask what they learned. whole: model and heads as the
+    engine calls them (`TrainingModel.forward`), where it has sharded them.
     Each `encode_*` must be called by all ranks; every rank then makes the same number of forward calls, as
     ZeRO-3 needs, and gets the same result.
     """
@@ -108,6 +109,7 @@ class Encoder:
     scalar_of: Callable[[Tensor], float] = Tensor.item
     on_batch: Callable[[], None] = lambda: None
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    whole: Callable[..., Any] | None = None
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embed texts: `[n, E]` fp32 on the CPU, unit norm, in the order given."""
@@ -117,7 +119,7 @@ class Encoder:
         size = min(self.batch_size, share)
         mine = texts[self.world.rank * share :][:share]
         rows = []
-        with self._inference():
+        with self.inference():
             # all ranks: as many calls as the largest share needs, short ones filled up
             for first in range(0, share, size):
                 self.on_batch()
@@ -170,7 +172,7 @@ class Encoder:
         self, loader: EvaluationLoader, encode: Callable[[Images], Tensor]
     ) -> Iterator[tuple[EvaluationBatch, Tensor]]:
         """Every batch of a loader with what `encode` makes of it, fp32 on the device, fillers included. All ranks."""
-        with self._inference():
+        with self.inference():
             # all ranks: the loader gives each the same number of equally large batches; index -1 = filler
             for batch in loader:
                 self.on_batch()
@@ -186,10 +188,16 @@ class Encoder:
         return math.exp(self.scalar_of(self.model.logit_scale)), self.scalar_of(self.model.logit_bias)
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
+        """Within it, model and heads are in eval mode, without gradients, in this encoder's precision."""
         # module by module, because a frozen tower may be in eval mode inside a model that trains
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
+        modes = [
+            (module, module.training)
+            for root in (self.model, *self.heads.values())
+            for module in root.modules()
+        ]
+        for module, _ in modes:
+            module.training = False
         device_type = self.world.device.type
         try:
             with (

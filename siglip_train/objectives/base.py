@@ -37,8 +37,9 @@ class Objective(nn.Module):
     """A term of the loss: of each of its tasks, the mean over the samples of the global batch that take part in it.
 
     Heads and running averages of its own are submodules and buffers: they are trained, saved and resumed with the
-    model. Every rank runs every pass in every micro-batch, with samples of weight zero if need be: under ZeRO-3 the
-    others would wait for a rank that leaves one out.
+    model. Evaluations call it too, so what it remembers of a forward, it remembers while `self.training` alone. Every
+    rank runs every pass in every micro-batch, with samples of weight zero if need be: under ZeRO-3 the others would
+    wait for a rank that leaves one out.
 
     weight: factor of this term in the total. Raises ValueError unless it is finite and above 0.
     inputs: the classes of what it needs of a sample.
