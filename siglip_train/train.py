@@ -107,18 +107,8 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     tokenizer, transform = _text_and_image_input(config)
     tasks = instantiate_all(config.evaluation.tasks, "evaluation.tasks")
     check_all(tasks, "evaluation.tasks")
-    model = TrainingModel(
-        Siglip(config.model),
-        instantiate_all(config.objectives, "objectives"),
-        ema=config.ema,
-        global_batch_size=config.global_batch_size,
-    )
-    description = Description(
-        config.model,
-        tokenizer=None if config.tokenizer is None else kept_tokenizer(run_dir, config.tokenizer),
-        rules=config.text_rules,
-        resize=transform.resize,
-    )
+    model = _training_model(config)
+    description = _description(config, run_dir, transform)
     start = _load_weights(model, config, run_dir, description)
     if start.progress.step < config.total_steps:
         forget_done(run_dir)
@@ -136,13 +126,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         pin_memory=world.device.type == "cuda",
     )
     schedule = _schedule(config, share, model)
-    deepspeed_config = engine.deepspeed_config(
-        config.engine,
-        precision=precision,
-        micro_batch_size=share.size,
-        clip_norm=config.optim.clip_norm,
-        has_teacher=model.teacher is not None,
-    )
+    deepspeed_config = _deepspeed_config(config, precision, share, model)
     wrapped = engine.build_engine(model, optimizer, config=deepspeed_config, world=world)
     use_timeout_everywhere(config.distributed)
     engine_state.restore_moments(wrapped, start.moments)
@@ -360,6 +344,37 @@ def _evaluate(tasks: dict[str, Evaluator], encoder: Encoder, run_dir: Path, step
             log.warning("the report will lack the details of this evaluation: %s", said(error))
         log.info("evaluation at step %d\n%s", step, result_tables(evaluations))
     return {f"val/{name}": value for name, value in flat_metrics(evaluations).items()}
+
+
+def _training_model(config: Config) -> TrainingModel:
+    return TrainingModel(
+        Siglip(config.model),
+        instantiate_all(config.objectives, "objectives"),
+        ema=config.ema,
+        global_batch_size=config.global_batch_size,
+    )
+
+
+def _description(config: Config, run_dir: Path, transform: ImageTransform) -> Description:
+    """What stands beside exported weights; the run keeps the tokenizer. All ranks."""
+    return Description(
+        config.model,
+        tokenizer=None if config.tokenizer is None else kept_tokenizer(run_dir, config.tokenizer),
+        rules=config.text_rules,
+        resize=transform.resize,
+    )
+
+
+def _deepspeed_config(
+    config: Config, precision: Literal["bf16", "fp32"], share: RankShare, model: TrainingModel
+) -> dict[str, Any]:
+    return engine.deepspeed_config(
+        config.engine,
+        precision=precision,
+        micro_batch_size=share.size,
+        clip_norm=config.optim.clip_norm,
+        has_teacher=model.teacher is not None,
+    )
 
 
 def _take_step(config: Config, share: RankShare) -> loop.TakeStep:

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from siglip_train import engine as engines
-from siglip_train import loop
+from siglip_train import engine_state, loop
 from siglip_train.batch import Batch, Images
 from siglip_train.checkpoints.load import read_checkpoint, restore_weights
 from siglip_train.data.image_transform import patch_grid
@@ -27,7 +26,7 @@ from siglip_train.objectives.masked_prediction import MaskedPrediction
 from siglip_train.objectives.self_distillation import SelfDistillation
 from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import build_optimizer
+from siglip_train.parameter_groups import build_optimizer
 from tests.engine import test_engine as whole
 from tests.objectives.test_lifecycle import deepspeed_engine, save
 from tests.ranks import run_ranks
@@ -210,7 +209,7 @@ def taken(engine, take_step, micro_batch_size: int, first: int, end: int) -> lis
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     run, told = trainer(engine, micro_batch_size), []
-    before = engines.gather_weights(engine)
+    before = engine_state.gather_weights(engine)
     for step in range(first, end):
         report, _ = take_step(run, batch(step, rank, world_size), step + 1)
         values = torch.stack([report.total, *report.terms.values()])
@@ -218,7 +217,7 @@ def taken(engine, take_step, micro_batch_size: int, first: int, end: int) -> lis
         own = engine.module.objectives
         centres = [own[name].centre.abs().sum().item() for name in ("distillation", "masked")]
         told.append([*(values / world_size).tolist(), *centres])
-        weights = engines.gather_weights(engine)
+        weights = engine_state.gather_weights(engine)
         for name in (name for name in weights if name.startswith("teacher.")):
             of_student = name.replace("teacher.copies.vision.", "model.vision.")
             of_student = re.sub(r"teacher\.copies\.(\w+)/", r"objectives.\1.", of_student)
@@ -236,7 +235,7 @@ def resumed(folder: Path, step: int, stage: int):
         nn.init.constant_(parameter, torch.nan)
     restore_weights(model, saved, folder)
     engine = deepspeed_engine(model, stage)
-    engines.restore_moments(engine, saved.moments)
+    engine_state.restore_moments(engine, saved.moments)
     return engine
 
 
