@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from siglip_train.data.remote.locations import cache_folder
 from siglip_train.distributed.setup import World
 from siglip_train.engine_state import create_moments
+from siglip_train.models.decoder import Decoder
 from siglip_train.models.layers import Encoder
 
 
@@ -96,7 +97,7 @@ def apply_speed_options(model: nn.Module, config: EngineConfig) -> None:
         # torch's own choice is a folder in the shared temporary one whose name all can guess, and it runs what is there
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(None) / "inductor"))
     for module in model.modules():
-        if isinstance(module, Encoder):
+        if isinstance(module, (Encoder, Decoder)):
             module.activation_checkpointing = config.activation_checkpointing
             if config.compile_blocks:
                 for block in module.blocks:

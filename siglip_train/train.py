@@ -464,6 +464,9 @@ def _announce(
         precision,
         "" if trained == count else f"; {trained / 1e6:.3g} M of {count / 1e6:.4g} M parameters are trained",
     )
+    for name, objective in model.objectives.items():
+        if own := engine.parameter_counts(objective)[0]:
+            log.info("objective %s: %.3g M parameters of its own", name, own / 1e6)
     for line in more:
         log.info(line)
 

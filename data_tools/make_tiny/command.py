@@ -21,7 +21,7 @@ from siglip_train.errors import UserError
 from siglip_train.files.atomic import put_folder
 
 # raise it whenever the same options would give other bytes
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 RECORD = "dataset.json"
 TOKENIZER_SCENES = 4000
 EXAMPLE = "example: siglip-data make-tiny data/tiny --samples 30000 --seed 0"
@@ -104,7 +104,10 @@ def make_tiny(out_dir: Path, options: TinyOptions, *, workers: int = 1, force: b
         folder.mkdir()
         # first, because a vocabulary size that cannot be had should not cost the drawing
         train_tokenizer(
-            _tokenizer_captions(options.seed), folder / "tokenizer.model", TrainingOptions(options.vocab_size)
+            _tokenizer_captions(options.seed),
+            folder / "tokenizer.model",
+            # what boxes are written with: no caption has them, and as bytes a box would take 28 tokens
+            TrainingOptions(options.vocab_size, symbols="0123456789:"),
         )
         _write_shards(folder, options, workers)
         _write_class_files(folder)

@@ -120,6 +120,7 @@ def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
         "language": language,
         "captions": captions,
         "objects": objects,
+        "regions": [{"box": each["box"], "text": each["label"], "score": 1.0} for each in objects],
         "background": scene.background,
         "width": scene.width,
         "height": scene.height,

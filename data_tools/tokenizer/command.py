@@ -27,7 +27,15 @@ EXAMPLE = """examples:
 _LANGUAGE = ("json:language", "json:lang")
 _CONTEXT_LENGTH = 64
 # options that one of the two forms alone has; they have no default of argparse's
-_OF_TRAINING = ("vocab_size", "model_type", "character_coverage", "byte_fallback", "sentences", "force")
+_OF_TRAINING = (
+    "vocab_size",
+    "model_type",
+    "character_coverage",
+    "byte_fallback",
+    "symbols",
+    "sentences",
+    "force",
+)
 _OF_INSPECTION = ("language", "context_length", "json")
 
 
@@ -61,6 +69,8 @@ def _add_training(group: Any) -> None:
                        help=f"of characters that become pieces ({defaults.character_coverage})")  # fmt: skip
     group.add_argument("--no-byte-fallback", dest="byte_fallback", action="store_const", const=False,
                        help="other characters are unknown, instead of their bytes in UTF-8")  # fmt: skip
+    group.add_argument("--symbols", metavar="CHARACTERS",
+                       help="are always pieces of their own; 0123456789: for a decoder that writes boxes")  # fmt: skip
     group.add_argument("--sentences", type=positive, metavar="N",
                        help="train on N captions, the same ones in every run (all)")  # fmt: skip
     group.add_argument("--force", action="store_const", const=True, help="replace a model that is there")

@@ -21,7 +21,8 @@ class TrainingOptions:
 
     vocab_size: pieces. model_type: bpe, or unigram, which trains longer and splits long captions into more tokens.
     character_coverage: share of the captions' characters that become pieces of their own. byte_fallback: other
-    characters become the bytes of their UTF-8; without it, they are unknown.
+    characters become the bytes of their UTF-8; without it, they are unknown. symbols: characters that are pieces of
+    their own whatever the captions hold, and never parts of longer ones; also at the beginning of a word.
     """
 
     vocab_size: int = 8192
@@ -29,6 +30,7 @@ class TrainingOptions:
     model_type: Literal["bpe", "unigram"] = "bpe"
     character_coverage: float = 0.9995
     byte_fallback: bool = True
+    symbols: str = ""
 
 
 def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOptions) -> None:
@@ -47,6 +49,7 @@ def train_tokenizer(captions: Iterable[str], path: Path, options: TrainingOption
                 model_type=options.model_type,
                 character_coverage=options.character_coverage,
                 byte_fallback=options.byte_fallback,
+                user_defined_symbols=[*(f"▁{symbol}" for symbol in options.symbols), *options.symbols],
                 max_sentence_length=_LONGEST,
                 normalization_rule_name="identity",
                 pad_id=0,

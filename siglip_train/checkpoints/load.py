@@ -101,7 +101,9 @@ def has_manifest(folder: Path) -> bool:
 
 def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:
     """Load the weights into the training model, before the engine is built around it."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # each once, also what two modules share
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     found = {name: tuple(tensor.shape) for name, tensor in saved.weights.items()}
     differing = sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
@@ -113,7 +115,7 @@ def restore_weights(model: nn.Module, saved: Saved, folder: Path) -> None:
             f"{expected.get(name)} here ({len(differing)} differ); use its own config, or init_from for a new run"
         )
     with torch.no_grad():
-        model.load_state_dict(saved.weights)
+        model.load_state_dict(saved.weights, strict=False)
 
 
 def check_moments(model: nn.Module, moments: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from siglip_train.data.order import Order
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS, Limits
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
+from siglip_train.data.sentences import SentenceConfig
 from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import Wanted
@@ -27,7 +28,9 @@ class SourceConfig:
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
     or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
-    (`json:class`) with a class index, for such objectives. language: counted in the log, a name (`en`) or a field
+    (`json:class`) with a class index, for such objectives. regions: field with a list of `{box, text, score}`, box =
+    [left, top, right, bottom] as shares of width and height (`json:regions`; `json:objects` as `siglip-data pack`
+    writes those of COCO), for such objectives. language: counted in the log, a name (`en`) or a field
     (`json:lang`).
     select: which samples, by key.
     """
@@ -38,6 +41,7 @@ class SourceConfig:
     image: str = "jpg;jpeg;png;webp;bmp"
     text: Any = "txt"
     label: str | None = None
+    regions: str | None = None
     language: str | None = None
     select: Selection = field(default_factory=Selection)
 
@@ -45,6 +49,24 @@ class SourceConfig:
         """Samples must lie somewhere."""
         if self.shards is None and self.folder is None:
             raise ValueError("no samples: give shards='/data/web/*.tar', or folder=/data/images")
+
+
+@dataclass
+class RegionConfig:
+    """Which regions of an image a decoder is trained on, and what becomes of them where the image is cropped.
+
+    min_score: of the detector that found them. min_visible: share of a region's area that a crop must leave of it.
+    side_words: a region whose text has one of them is left out where the image is mirrored.
+    """
+
+    min_score: float = 0.3
+    min_visible: float = 0.5
+    side_words: list[str] = field(default_factory=lambda: ["left", "right"])
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.min_visible <= 1:
+            raise ValueError(f"min_visible is a share in 0..1, got {self.min_visible}")
 
 
 @dataclass
@@ -124,6 +146,7 @@ class DataConfig:
     bound. fetch_timeout_seconds: a download that gives nothing for so long is tried again.
     fetch_attempts: downloads that are tried for a shard. max_failed_shards: share of a source's shards
     that may be unavailable at once (one, if it has several and the share is above 0), or not be counted at the start.
+    sentences: how captions and regions are written for a decoder. regions: which of them.
     embedding_dir: a folder that all ranks see: what a locked image tower makes of every image is computed once, kept
     there, and read in place of the images; null = no.
     views: augmented views of the images, for objectives that need them.
@@ -151,6 +174,8 @@ class DataConfig:
     fetch_timeout_seconds: float = USUAL.timeout_seconds
     fetch_attempts: int = USUAL.attempts
     max_failed_shards: float = 0.05
+    sentences: SentenceConfig = field(default_factory=SentenceConfig)
+    regions: RegionConfig = field(default_factory=RegionConfig)
     embedding_dir: str | None = None
     views: ViewsConfig = field(default_factory=ViewsConfig)
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,13 @@ def patch_grid(rows: int, columns: int) -> torch.Tensor:
     """`[rows * columns, 2]` int64: (row, column) of every patch, row-major."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack((row.flatten(), column.flatten()), dim=1)
+
+
+class View(NamedTuple):
+    """What training sees of an image: the crop as shares of width and height, and whether it is mirrored after that."""
+
+    crop: tuple[float, float, float, float]
+    is_mirrored: bool
 
 
 @dataclass(frozen=True)
@@ -93,15 +100,34 @@ class ImageTransform:
         the filter is bicubic and Pillow shrinks the columns first. Raises `SampleError`.
         """
         picture = Encoded(data, max_pixels, strict=True)
-        box = (0, 0, *picture.size)
-        if self.min_crop_area < 1:
-            box = choices.once("crop", partial(random_box, picture.size, (self.min_crop_area, 1.0))) or box
+        box = self._crop(picture.size, choices)
         pixels = picture.pixels(self._divisor(box) if self.reduced_jpeg else 1)
         pixels = resize_pixels(_cut(pixels, box, picture.size), self.image_size, self.image_size, self.resize)
-        if self.flip and choices.once("mirror", _is_mirrored):
+        if self._mirrors(choices):
             # torch mirrors pixels as vectors, numpy one by one
             pixels = torch.from_numpy(pixels).flip(1).numpy()
         return patchify(pixels, self.patch_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether training sees every image whole, and none of them mirrored."""
+        return not self.flip and self.min_crop_area == 1
+
+    def view(self, size: tuple[int, int], choices: Choices) -> View:
+        """What `for_training` takes of an image of this `size` (width, height) with the same choices."""
+        left, top, right, bottom = self._crop(size, choices)
+        width, height = size
+        crop = (left / width, top / height, right / width, bottom / height)
+        return View(crop, self._mirrors(choices))
+
+    def _crop(self, size: tuple[int, int], choices: Choices) -> Box:
+        box = (0, 0, *size)
+        if self.min_crop_area < 1:
+            box = choices.once("crop", partial(random_box, size, (self.min_crop_area, 1.0))) or box
+        return box
+
+    def _mirrors(self, choices: Choices) -> bool:
+        return self.flip and choices.once("mirror", _is_mirrored)
 
     def _divisor(self, box: Box) -> Literal[1, 2, 4, 8]:
         left, top, right, bottom = box

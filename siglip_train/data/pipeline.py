@@ -53,7 +53,9 @@ def build_loader(
     ready = []
     for number, (name, source, shards) in enumerate(zip(names, sources, shard_sets, strict=True)):
         reader, language = ShardReader(shards), language_field(source)
-        setup = InputSetup(name, source, reader, inputs, config.max_image_pixels)
+        setup = InputSetup(
+            name, source, reader, inputs, config.max_image_pixels, config.sentences, config.regions
+        )
         ready.append(
             Source(
                 name=name,

@@ -67,6 +67,10 @@ class SentencePieceEncoder:
         """Token ids without special tokens."""
         return self.pieces.encode(text, add_bos=False, add_eos=False)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        return self.pieces.decode(list(ids))
+
 
 class JsonEncoder:
     """A `tokenizer.json` of the tokenizers library; a tokenizer_config.json beside it names EOS and pad."""
@@ -90,6 +94,10 @@ class JsonEncoder:
         # set at each use: it does not survive pickling
         self.tokenizer.encode_special_tokens = True
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def _not_negative(index: int) -> int | None:
@@ -137,11 +145,20 @@ class Tokenizer:
         self.eos_id: int = encoder.eos_id
         self.pad_id: int = encoder.eos_id if rules.pad == "eos" else encoder.pad_id  # type: ignore[assignment]
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text under the rules, as many as there are, without special tokens."""
+        return self.encoder.encode(self.rules.clean(text[:_READ]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids before the first end or padding."""
+        known = [i for i, token in enumerate(ids) if token in (self.eos_id, self.pad_id)]
+        return self.encoder.decode(ids[: known[0]] if known else ids).strip()
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts to int64 `[n, context_length]`."""
         rows = torch.full((len(texts), self.context_length), self.pad_id, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
-            ids = self.encoder.encode(self.rules.clean(text[:_READ]))[: self.context_length - 1]
+            ids = self.encode(text)[: self.context_length - 1]
             row[: len(ids) + 1] = torch.tensor([*ids, self.eos_id])
         return rows
 

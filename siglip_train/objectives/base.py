@@ -10,7 +10,7 @@ from siglip_train.data.config import ViewsConfig
 from siglip_train.data.inputs.base import Input
 from siglip_train.data.inputs.captions import CaptionInput
 from siglip_train.data.inputs.images import ImageInput
-from siglip_train.models.siglip import SiglipConfig
+from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.objectives.forward_pass import ForwardPass
 
 
@@ -61,6 +61,9 @@ class Objective(nn.Module):
             )
         self.weight = weight
         self.task_weights: dict[str, float] = {}
+
+    def share_with(self, model: Siglip) -> None:
+        """Take what the objective shares with the model, once, when both are put together. Raises `UserError`."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many of this rank's samples take part in each task, from the batch alone: all of them in one task."""

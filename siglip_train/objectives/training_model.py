@@ -37,6 +37,8 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(dict(objectives))
+        for _, objective in self._named():
+            objective.share_with(model)
         ema = ema or EmaConfig()
         self._averages_tower = ema.scope == "tower_and_head"
         students = self._students()

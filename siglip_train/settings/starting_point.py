@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siglip_train.data.config import DataConfig
+from siglip_train.data.sentences import SentenceConfig
 from siglip_train.data.tokenizer import TextRules, load_tokenizer
 from siglip_train.errors import UserError
 from siglip_train.interop.load import read_description
 from siglip_train.interop.native import Description
 from siglip_train.interop.runs import newest_checkpoint, run_config
 from siglip_train.models.published import of_file
+from siglip_train.models.siglip import SiglipConfig
 from siglip_train.models.text import TextConfig
 from siglip_train.optim import OptimConfig
 from siglip_train.typed import REQUIRED, build
@@ -154,6 +156,21 @@ def _take_vocabulary(values: dict[str, Any]) -> None:
     values["model"]["text"]["vocab_size"] = load_tokenizer(values["tokenizer"], rules).vocab_size
 
 
+def _decoder_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the text tower, with half its layers, rounded up (SigLIP 2, section 2.2)."""
+    sizes = build(SiglipConfig, values["model"], "model")
+    text = asdict(sizes.text)
+    taken = {name: text[name] for name in ("width", "mlp_dim", "heads", "gelu", "vocab_size")}
+    sentences = values["data"].get("sentences") or {}
+    length = sentences.get("context_length") or SentenceConfig.context_length
+    return {
+        **taken,
+        "depth": -(-sizes.text.depth // 2),
+        "vision_width": sizes.vision.width,
+        "context_length": length,
+    }
+
+
 def _skip_absent(described: Description, values: dict[str, Any]) -> list[str]:
     skipped = values.get("init_skip") or []
     lacking = [name for name in described.absent if not name.startswith(tuple(skipped))]
@@ -186,11 +203,13 @@ def _fill_sources(values: dict[str, Any]) -> None:
 
 
 def _fill_for_the_tower(values: dict[str, Any]) -> None:
-    """Make heads as wide as the image tower, and choose the learning rate for that width."""
+    """Make heads as wide as the image tower and decoders like the text tower, and choose the rate for that width."""
     width = values["model"]["vision"].get("width")
     for node in (values.get("objectives") or {}).values():
         if isinstance(node, dict):
             _fill_nulls(node, {"width": width})
+            if isinstance(node.get("decoder"), dict):
+                _fill_nulls(node["decoder"], _decoder_sizes(values))
     optim = values["optim"]
     if optim.get("lr") is None and optim.get("lr_by_width") and isinstance(width, int):
         # the built config has the table's types checked; its own lr is not read

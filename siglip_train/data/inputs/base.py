@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import SourceConfig, ViewsConfig
+from siglip_train.data.config import RegionConfig, SourceConfig, ViewsConfig
 from siglip_train.data.image_transform import ImageTransform
+from siglip_train.data.sentences import SentenceConfig
 from siglip_train.data.shards.reader import RawSample, ShardReader
 from siglip_train.data.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class RunInputs(NamedTuple):
 class InputSetup(NamedTuple):
     """What one input is made from: a source, as the config has it, the reader of its shards, and the run's options.
 
-    max_image_pixels: larger images are bad samples.
+    max_image_pixels: larger images are bad samples. sentences, regions: how they are written and chosen for a decoder.
     """
 
     name: str
@@ -42,6 +43,8 @@ class InputSetup(NamedTuple):
     reader: ShardReader
     run: RunInputs
     max_image_pixels: int
+    sentences: SentenceConfig = SentenceConfig()
+    regions: RegionConfig = RegionConfig()
 
 
 class Input:

@@ -1,12 +1,15 @@
-"""The caption of a sample, as tokens: which of its texts is drawn."""
+"""The caption of a sample, which of its texts is drawn, as tokens: for the text tower, and for the decoder."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from siglip_train.data.choices import Choices
 from siglip_train.data.config import SourceConfig
 from siglip_train.data.inputs.base import Empty, Input, InputSetup
+from siglip_train.data.sentences import Sentence, SentenceForm, Sentences
 from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
@@ -36,8 +39,48 @@ class CaptionInput(Input):
 
     def make(self, sample: RawSample, choices: Choices) -> str:
         """One caption."""
-        return self._choice.draw(sample, choices.generator)
+        return _caption(self._choice, sample, choices)
 
     def collate(self, rows: list[Any], empty: Empty) -> Tensor:
         """Tokenise them together."""
         return self._tokenizer(rows)
+
+
+class CaptionSentences(NamedTuple):
+    """The captions of B samples for the decoder. draw: `[B]` float32 in 0..1, by which an objective decides how."""
+
+    sentences: Sentences
+    draw: Tensor
+
+
+class CaptionSentenceInput(Input):
+    """`CaptionSentences`: the captions that the text tower gets, with the prefix of their task.
+
+    The number drawn for each sample belongs to its place in the run, and not to a rank or a micro-batch.
+    """
+
+    part = "caption_sentences"
+
+    def __init__(self, setup: InputSetup) -> None:
+        if setup.run.tokenizer is None:
+            raise UserError("captions need a tokenizer: tokenizer=PATH to a .model or a tokenizer.json")
+        self._form = SentenceForm(setup.sentences, setup.run.tokenizer)
+        self._choice = CaptionChoice(setup.source.text)
+
+    @classmethod
+    def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
+        """Those that can hold a caption."""
+        return CaptionInput.members(name, source)
+
+    def make(self, sample: RawSample, choices: Choices) -> tuple[Sentence, float]:
+        """One caption, and the number drawn."""
+        return self._form.caption(_caption(self._choice, sample, choices)), choices.generator.random()
+
+    def collate(self, rows: list[Any], empty: Empty) -> CaptionSentences:
+        """Put them together."""
+        draws = np.array([draw for _, draw in rows], dtype=np.float32)
+        return CaptionSentences(self._form.rows([sentence for sentence, _ in rows]), torch.from_numpy(draws))
+
+
+def _caption(choice: CaptionChoice, sample: RawSample, choices: Choices) -> str:
+    return choices.once("caption", lambda generator: choice.draw(sample, generator))

@@ -59,12 +59,19 @@ class Field(NamedTuple):
             if isinstance(value, str) and value.replace("\0", "").strip()
         ]
 
-    def empty_list(self, sample: RawSample) -> bool:
-        """Whether a list without values stands here, which `values` cannot tell from nothing."""
+    def node(self, sample: RawSample) -> Any:
+        """What stands here in the json member, lists and mappings as they are; None where it is absent.
+
+        Raises `SampleError`.
+        """
         node: Any = _json(sample.members["json"]) if self.path and "json" in sample.members else None
         for name in self.path:
             node = node.get(name) if isinstance(node, dict) else None
-        return node == []
+        return node
+
+    def empty_list(self, sample: RawSample) -> bool:
+        """Whether a list without values stands here, which `values` cannot tell from nothing."""
+        return self.node(sample) == []
 
     def first(self, sample: RawSample) -> Any:
         """The first value here, None where it is absent. Raises `SampleError`."""
