@@ -411,6 +411,7 @@ def _checkpoints(config: Config, run_dir: Path, description: Description, start:
         run_dir,
         config.checkpoint,
         lambda folder, state: write_export(folder, merged(state, config.adapters), description),
+        config.global_batch_size,
     )
     checkpoints.last_step = start.progress.step if start.is_resumed else None
     return checkpoints

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ class CheckpointConfig:
 
     every_steps: optimizer steps from one to the next, 0 = not by steps. every_minutes: the same by the clock, 0 = not.
     keep: the newest so many stay. keep_every_steps: those at multiples of it stay too, 0 = none do.
+    keep_at_samples: one is written at each of these sample counts, after the step that reaches it, and stays: for
+    stages that go on from there.
     """
 
     every_steps: int = 1000
     every_minutes: float = 0.0
     keep: int = 2
     keep_every_steps: int = 0
+    keep_at_samples: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -36,6 +39,12 @@ class CheckpointConfig:
                 "every_steps, every_minutes and keep_every_steps must not be negative (0 = off), "
                 "keep must be at least 1"
             )
+        if min(self.keep_at_samples, default=1) < 1:
+            raise ValueError(f"keep_at_samples is {self.keep_at_samples}: give sample counts above 0")
+
+    def steps_kept(self, global_batch_size: int) -> frozenset[int]:
+        """The steps that reach `keep_at_samples`."""
+        return frozenset(-(-samples // global_batch_size) for samples in self.keep_at_samples)
 
 
 class Checkpoints:
@@ -49,16 +58,18 @@ class Checkpoints:
         run_dir: Path,
         config: CheckpointConfig,
         write_weights: Callable[[Path, dict[str, Tensor]], None],
+        global_batch_size: int = 1,
     ) -> None:
         self._folder = CheckpointFolder(run_dir / "checkpoints", write_weights)
         self._config = config
+        self._kept = config.steps_kept(global_batch_size)
         self._last_time = time.monotonic()
         self.last_step: int | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due at this step by count or by time. The clock is rank 0's. All ranks."""
         config = self._config
-        if config.every_steps and step % config.every_steps == 0:
+        if step in self._kept or (config.every_steps and step % config.every_steps == 0):
             return True
         if not config.every_minutes:
             return False
@@ -99,4 +110,6 @@ class Checkpoints:
         )
         aged = others[: max(0, len(others) - (config.keep - 1))]
         every = config.keep_every_steps
-        return [path for path in aged if not every or step_of(path) % every]
+        return [
+            path for path in aged if (not every or step_of(path) % every) and step_of(path) not in self._kept
+        ]
