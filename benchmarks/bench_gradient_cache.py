@@ -81,6 +81,7 @@ def our_step(
     """`cached_step`, or `plain_step` where one micro-batch is the whole batch."""
     config = engines.deepspeed_config(
         engines.EngineConfig(),
+        world_size=world.world_size,
         precision=precision,
         micro_batch_size=split.case.batch_size,
         clip_norm=clip_norm,

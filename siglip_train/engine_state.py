@@ -44,10 +44,12 @@ def create_moments(engine: Any) -> None:
     NOTE: DeepSpeed links parameters to their moments after the first group's step, when the other groups have none yet
     (0.19.8), and then finds none for them; moments that exist before the first step avoid that, and can be restored.
     """
-    state = inner_optimizer(engine).state
+    optimizer = inner_optimizer(engine)
     for tensor, _ in _optimizer_tensors(engine):
-        state[tensor] = {
-            STEP: torch.zeros((), dtype=torch.float32),
+        # a fused AdamW counts on its device; the others would wait for it there
+        device = tensor.device if optimizer.defaults.get("fused") else "cpu"
+        optimizer.state[tensor] = {
+            STEP: torch.zeros((), dtype=torch.float32, device=device),
             **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS},
         }
     if engine.zero_optimization_stage() in (1, 2):

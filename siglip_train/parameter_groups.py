@@ -96,10 +96,16 @@ def build_optimizer(
     config: OptimConfig,
     pretrained: Collection[str] = (),
     steps: Mapping[str, int] | None = None,
+    *,
+    fused: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, config, pretrained, steps)`."""
+    """AdamW over `parameter_groups(model, config, pretrained, steps)`.
+
+    fused: one kernel for all of a step, which reads and writes 28 bytes a parameter where the default on a GPU moves
+    80; its state is the same.
+    """
     groups = parameter_groups(model, config, pretrained, steps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 class UnusedParameters:

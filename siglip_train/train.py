@@ -113,7 +113,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     if start.progress.step < config.total_steps:
         forget_done(run_dir)
     engine.apply_speed_options(model, config.engine)
-    optimizer = _optimizer(model, config, start)
+    optimizer = _optimizer(model, config, start, world)
 
     embeddings = folder_of(model.model.vision, config.data, transform, precision)
     kinds = model.inputs if embeddings is None else stands_in(model.inputs)
@@ -278,10 +278,12 @@ def _load_weights(model: TrainingModel, config: Config, run_dir: Path, descripti
     return start
 
 
-def _optimizer(model: TrainingModel, config: Config, start: Start) -> AdamW:
+def _optimizer(model: TrainingModel, config: Config, start: Start, world: World) -> AdamW:
     """AdamW by the rules, in groups of parameters that have had equally many updates; rules may freeze parameters."""
     steps = engine_state.steps_of(start.moments)
-    optimizer = build_optimizer(model, config.optim, start.progress.pretrained, steps)
+    optimizer = build_optimizer(
+        model, config.optim, start.progress.pretrained, steps, fused=world.device.type == "cuda"
+    )
     if start.is_resumed:
         check_moments(model, start.moments)
     elif start.moments or start.dropped:
@@ -370,6 +372,7 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     return engine.deepspeed_config(
         config.engine,
+        world_size=share.world_size,
         precision=precision,
         micro_batch_size=share.size,
         clip_norm=config.optim.clip_norm,
@@ -461,7 +464,7 @@ def _announce(
         world.world_size,
         "" if world.world_size == 1 else "s",
         world.device.type,
-        config.engine.zero_stage,
+        config.engine.stage(world.world_size),
         precision,
         "" if trained == count else f"; {trained / 1e6:.3g} M of {count / 1e6:.4g} M parameters are trained",
     )

@@ -347,6 +347,7 @@ def deepspeed_engine(stage: int, precision: str):
     model = TrainingModel(Siglip(whole.CONFIG), objectives)
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage, reduce_dtype=precision),
+        world_size=dist.get_world_size(),
         precision=precision,
         micro_batch_size=whole.GLOBAL_BATCH // world_size,
         clip_norm=whole.OPTIM.clip_norm,

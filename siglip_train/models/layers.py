@@ -69,6 +69,16 @@ def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
 
+def cast_for_products(x: Tensor) -> Tensor:
+    """Under autocast, x in the dtype of products: one cast for all layers that read it, where each would make its own.
+
+    LayerNorm gives fp32 there, and three copies of its output would be kept for the backward pass.
+    """
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate projections, all with bias."""
 
@@ -94,6 +104,9 @@ class Attention(nn.Module):
         mask: bool, True = may be read: of keys `[B, K]`, or of keys for each query `[B, Q, K]`. causal: query i reads
         keys 0..i alone, of those that the mask leaves. A query that may read no key would be NaN.
         """
+        is_self = context is queries
+        queries = cast_for_products(queries)
+        context = queries if is_self else cast_for_products(context)
         # without a mask None and the flag are passed on as they are, which keeps the fused kernels available
         if mask is not None:
             mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]

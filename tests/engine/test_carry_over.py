@@ -82,6 +82,7 @@ def batch(kind: str, step: int, rank: int = 0, world_size: int = 1) -> Batch:
 def deepspeed_engine(model: TrainingModel, start: Start, stage: int, clip_norm: float = OPTIM.clip_norm):
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage),
+        world_size=dist.get_world_size(),
         precision="fp32",
         micro_batch_size=whole.GLOBAL_BATCH // dist.get_world_size(),
         clip_norm=clip_norm,

@@ -60,19 +60,21 @@ def plain_run() -> list[tuple[float, float]]:
     return history
 
 
-def build(stage: int, weights: dict | None = None):
+def build(stage: int, weights: dict | None = None, *, fused: bool = False):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = training_model()
     if weights is not None:
         model.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage),
+        world_size=world_size,
         precision="fp32",
         micro_batch_size=GLOBAL_BATCH // world_size,
         clip_norm=OPTIM.clip_norm,
     )
     world = World(rank, world_size, rank, torch.device("cpu"))
-    return engines.build_engine(model, build_optimizer(model, OPTIM), config=config, world=world)
+    optimizer = build_optimizer(model, OPTIM, fused=fused)
+    return engines.build_engine(model, optimizer, config=config, world=world)
 
 
 def steps(engine, first: int, count: int) -> list[tuple[float, float]]:
@@ -94,17 +96,21 @@ def steps(engine, first: int, count: int) -> list[tuple[float, float]]:
 
 
 def train_and_resume(stages: list[int]) -> list[dict]:
-    """For each stage: STEPS steps, the state gathered; then a new engine at the next stage goes on from that state."""
+    """For each stage: STEPS steps, the state gathered; then a new engine at the next stage goes on from that state.
+
+    One of the two has a fused AdamW, and so its step counts on the device.
+    """
     results = []
     for stage in stages:
-        engine = build(stage)
+        is_fused = stage != 1
+        engine = build(stage, fused=is_fused)
         before = steps(engine, 0, STEPS)
         weights, moments = engine_state.gather_weights(engine), engine_state.gather_moments(engine)
         scale = engine_state.scalar(engine, engine.module.model.logit_scale)
         engine.destroy()
         shared = [(weights, moments)]
         dist.broadcast_object_list(shared)  # as on a shared disk
-        resumed = build((stage + 1) % 4, shared[0][0])
+        resumed = build((stage + 1) % 4, shared[0][0], fused=not is_fused)
         engine_state.restore_moments(resumed, shared[0][1])
         results.append(
             {"before": before, "after": steps(resumed, STEPS, STEPS), "scale": scale,
@@ -117,7 +123,7 @@ def train_and_resume(stages: list[int]) -> list[dict]:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("world_size", "stages"),
-    [(2, [3]), *(pytest.param(size, [0, 1, 2, 3], marks=pytest.mark.slow) for size in (1, 2, 3))],
+    [(1, [0]), (2, [3]), *(pytest.param(size, [0, 1, 2, 3], marks=pytest.mark.slow) for size in (1, 2, 3))],
 )
 def test_every_stage_equals_plain_adamw_and_resumes_at_another_stage(
     world_size: int, stages: list[int]
@@ -164,15 +170,28 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_ranks(world_size: int
             assert (value - expected).abs().max().item() <= limit, name
 
 
+def deepspeed_config(world_size: int = 2, **options: object) -> dict:
+    return engines.deepspeed_config(
+        engines.EngineConfig(**options),
+        world_size=world_size,
+        precision="bf16",
+        micro_batch_size=1,
+        clip_norm=1.0,
+    )
+
+
 def test_reduce_dtype_decides_which_parameters_travel_in_bf16() -> None:
-    exact = engines.deepspeed_config(
-        engines.EngineConfig(), precision="bf16", micro_batch_size=1, clip_norm=1.0
-    )
-    halved = engines.deepspeed_config(
-        engines.EngineConfig(reduce_dtype="bf16"), precision="bf16", micro_batch_size=1, clip_norm=1.0
-    )
+    exact, halved = deepspeed_config(), deepspeed_config(reduce_dtype="bf16")
     assert exact["torch_autocast"]["lower_precision_safe_modules"] == []
     assert "lower_precision_safe_modules" not in halved["torch_autocast"]
+
+
+def test_a_rank_that_is_alone_shards_nothing_unless_told() -> None:
+    stages = [
+        deepspeed_config(world_size=size, **options)["zero_optimization"]["stage"]
+        for size, options in ((1, {}), (2, {}), (1, {"zero_stage": 2}), (8, {"zero_stage": 0}))
+    ]
+    assert stages == [0, 1, 2, 0]
 
 
 def gradients(model: TrainingModel) -> dict[str, torch.Tensor]:

@@ -75,6 +75,7 @@ def build(stage: int, saved: Saved | None = None):
         restore_weights(model, saved, Path("saved"))
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage),
+        world_size=world_size,
         precision="fp32",
         micro_batch_size=whole.GLOBAL_BATCH // world_size,
         clip_norm=OPTIM.clip_norm,

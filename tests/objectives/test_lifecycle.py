@@ -81,6 +81,7 @@ def deepspeed_engine(model: TrainingModel, stage: int):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = engines.deepspeed_config(
         engines.EngineConfig(zero_stage=stage),
+        world_size=world_size,
         precision="fp32",
         micro_batch_size=whole.GLOBAL_BATCH // world_size,
         clip_norm=whole.OPTIM.clip_norm,
