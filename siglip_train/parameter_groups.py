@@ -13,7 +13,7 @@ from siglip_train.optim import OptimConfig, ParameterRule
 # big_vision decays only what flax calls a kernel: the matrices of linear layers (recipe §1.3)
 DEFAULT_RULES = (
     ParameterRule(
-        r"\.bias$|norm|position|token_embedding|probe|cls_token|mask_token|prototypes|logit_scale|logit_bias",
+        r"\.bias$|norm|position|(token|mask)_embedding|probe|cls_token|mask_token|prototypes|logit_scale|logit_bias",
         decay=False,
     ),
     ParameterRule(r"\.weight$"),

@@ -68,6 +68,24 @@ class Sentence(NamedTuple):
     prefix: int
 
 
+class _Beginning(NamedTuple):
+    """Tokens with which numbers begin: those that are one token longer, and the numbers."""
+
+    longer: list[tuple[int, ...]]
+    numbers: list[int]
+
+
+def _beginnings(numbers: Sequence[Sequence[int]]) -> dict[tuple[int, ...], _Beginning]:
+    found: dict[tuple[int, ...], _Beginning] = {}
+    for number, ids in enumerate(numbers):
+        for length in range(len(ids) + 1):
+            found.setdefault(tuple(ids[:length]), _Beginning([], [])).numbers.append(number)
+    for beginning in list(found):
+        if beginning:
+            found[beginning[:-1]].longer.append(beginning)
+    return found
+
+
 class SentenceForm:
     """Writes sentences as `config` says, with the model's tokenizer. Raises `UserError` where a box leaves no room."""
 
@@ -78,6 +96,7 @@ class SentenceForm:
         self.separator = encode(f" {config.separator}")
         self.numbers = [encode(f" {number}") for number in range(config.box_bins + 1)]
         self._number_of = {tuple(ids): number for number, ids in enumerate(self.numbers)}
+        self._beginnings = _beginnings(self.numbers)
         if len(self._number_of) <= config.box_bins:
             raise UserError(
                 f"tokenizer {tokenizer.name}: it writes several of the numbers 0 to {config.box_bins} alike, so that "
@@ -121,6 +140,38 @@ class SentenceForm:
             numbers = [numbers[place] for place in (1, 0, 3, 2)]
         left, top, right, bottom = (number / self.config.box_bins for number in numbers)
         return (left, top, right, bottom) if left < right and top < bottom else None
+
+    def box_continuations(self, written: Sequence[int]) -> list[int]:
+        """The tokens that may follow those `written` of a box: whole ones have an area, and end after four numbers."""
+        numbers, current = list[int](), tuple[int, ...]()
+        for token in written:
+            if (*current, token) in self._beginnings:
+                current = (*current, token)
+            else:
+                numbers.append(self._number_of[current])
+                current = (token,)
+        lowest, highest = self._bounds(numbers)
+        found = [
+            token for token in self._following(current) if self._reaches((*current, token), lowest, highest)
+        ]
+        if lowest <= self._number_of.get(current, -1) <= highest:
+            numbers.append(self._number_of[current])
+            if len(numbers) == 4:
+                return [*found, self.tokenizer.eos_id]
+            lowest, highest = self._bounds(numbers)
+            found += [token for token in self._following(()) if self._reaches((token,), lowest, highest)]
+        return found
+
+    def _bounds(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """The next number of a box: the first two leave room for the others, which lie beyond them."""
+        bins = self.config.box_bins
+        return (0, bins - 1) if len(numbers) < 2 else (numbers[len(numbers) - 2] + 1, bins)
+
+    def _following(self, beginning: tuple[int, ...]) -> list[int]:
+        return [longer[-1] for longer in self._beginnings[beginning].longer]
+
+    def _reaches(self, beginning: tuple[int, ...], lowest: int, highest: int) -> bool:
+        return any(lowest <= number <= highest for number in self._beginnings[beginning].numbers)
 
     def caption(self, text: str) -> Sentence:
         """A caption."""
