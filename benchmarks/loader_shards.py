@@ -73,17 +73,17 @@ def write_mosaics(shards: list[str], folder: Path, tiles: tuple[int, int], quali
         with tarfile.open(folder / f"{number:05d}.tar", "w") as shard:
             for key in range(LARGE_PER_SHARD):
                 chosen = [samples[place] for place in rng.integers(len(samples), size=tiles[0] * tiles[1])]
-                pictures = [next(iter(sample.members.values())) for sample in chosen]
-                _add(shard, f"{key:04d}.jpg", _mosaic([decode(data) for data in pictures], tiles, quality))
+                images = [next(iter(sample.members.values())) for sample in chosen]
+                _add(shard, f"{key:04d}.jpg", _mosaic([decode(data) for data in images], tiles, quality))
                 _add(shard, f"{key:04d}.txt", chosen[0].members["txt"])
     return _names(folder)
 
 
-def _mosaic(pictures: list[Image.Image], tiles: tuple[int, int], quality: int) -> bytes:
+def _mosaic(images: list[Image.Image], tiles: tuple[int, int], quality: int) -> bytes:
     width, height = LARGE[0] // tiles[0], LARGE[1] // tiles[1]
     mosaic = Image.new("RGB", LARGE)
-    for place, picture in enumerate(pictures):
-        tile = ImageOps.fit(picture, (width, height))
+    for place, image in enumerate(images):
+        tile = ImageOps.fit(image, (width, height))
         mosaic.paste(tile, (place % tiles[0] * width, place // tiles[0] * height))
     out = io.BytesIO()
     mosaic.save(out, "JPEG", quality=quality, subsampling="4:2:0")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_tools.filter.balance_spec import BalanceSpec, load_spec
 from data_tools.filter.fingerprint import COLOURS, fingerprint
 from data_tools.filter.rules import Fields, Looked, Rule, RuleOptions, build_rules
-from data_tools.shared.reading import picture_header, read_rows
+from data_tools.shared.reading import image_header, read_rows
 from data_tools.stats.counters import digest
 from data_tools.stats.texts import encodable, normalised
 from siglip_train.data.image_file import decode
@@ -175,9 +175,9 @@ class _Collector:
             self.shows[row] = [trait.is_shown(looked.sample, looked.captions) for trait in traits]
             self.digests[row] = digest(looked.sample.key.encode())
         if wanted.headers_only:
-            picture_header(looked.picture, wanted.max_pixels)
+            image_header(looked.image_bytes, wanted.max_pixels)
             return
-        image = decode(looked.picture, wanted.max_pixels, strict=True)
+        image = decode(looked.image_bytes, wanted.max_pixels, strict=True)
         if wanted.images:
             self.hashes[row], self.colours[row] = fingerprint(image)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_tools.filter.where import Where, compile_pattern
-from data_tools.shared.reading import first_text, picture_header
+from data_tools.shared.reading import first_text, image_header
 from data_tools.stats.texts import words
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
@@ -52,7 +52,7 @@ class Looked:
         return first_text(self._fields.language, self.sample) or UNKNOWN
 
     @property
-    def picture(self) -> bytes:
+    def image_bytes(self) -> bytes:
         """The bytes of the image."""
         members = self.sample.members
         name = next((name for name in self._fields.image if name in members), None)
@@ -63,7 +63,7 @@ class Looked:
     @functools.cached_property
     def size(self) -> tuple[int, int]:
         """(width, height) by the header of the image."""
-        return picture_header(self.picture)[1:]
+        return image_header(self.image_bytes)[1:]
 
 
 class Fields:

@@ -21,18 +21,18 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, Image.Image, list[Box]]:
     The map has 8 bits a pixel: 0 is background, else the class + 1. A box is left, top, right, bottom
     (the last two exclusive) of the object's pixels in the map.
     """
-    picture = _draw_background(scene)
+    image = _draw_background(scene)
     class_map = Image.new("L", (scene.width, scene.height), 0)
     boxes = []
     for thing in scene.things:
         stencil = _draw_stencil(thing)  # coverage, 0..255
         color = tuple(max(0, min(255, a + b)) for a, b in zip(COLORS[thing.color], thing.tint, strict=True))
-        picture.paste(color, (thing.left, thing.top), stencil)
+        image.paste(color, (thing.left, thing.top), stencil)
         inside = stencil.point(_half_covered())
         class_map.paste(CLASS_INDEX[f"{thing.color} {thing.shape}"] + 1, (thing.left, thing.top), inside)
         left, top, right, bottom = inside.getbbox() or (0, 0, 0, 0)
         boxes.append((thing.left + left, thing.top + top, thing.left + right, thing.top + bottom))
-    return picture, class_map, boxes
+    return image, class_map, boxes
 
 
 @cache
@@ -49,8 +49,8 @@ def _draw_background(scene: Scene) -> Image.Image:
     if scene.texture == "gradient":
         ramp = Image.linear_gradient("L").resize(size)
         return Image.composite(Image.new("RGB", size, tone), Image.new("RGB", size, base), ramp)
-    picture = Image.new("RGB", size, base)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, base)
+    draw = ImageDraw.Draw(image)
     pitch = random.randint(8, 20)
     if scene.texture == "stripes":
         slope = random.choice((-1, 0, 1)) * scene.height
@@ -60,7 +60,7 @@ def _draw_background(scene: Scene) -> Image.Image:
         for x in range(pitch // 2, scene.width, pitch):
             for y in range(pitch // 2, scene.height, pitch):
                 draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=tone)
-    return picture
+    return image
 
 
 def _draw_stencil(thing: Thing) -> Image.Image:

@@ -21,17 +21,17 @@ def write_preview(shard: Path, path: Path) -> None:
     sheet = Image.new("RGB", (COLUMNS * (CELL + MARGIN) + MARGIN, ROWS * height + MARGIN), (225, 228, 232))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for cell, (picture, caption) in enumerate(_read_samples(shard, COLUMNS * ROWS)):
+    for cell, (image, caption) in enumerate(_read_samples(shard, COLUMNS * ROWS)):
         left = MARGIN + cell % COLUMNS * (CELL + MARGIN)
         top = MARGIN + cell // COLUMNS * height
-        sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
+        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
         for row, line in enumerate(textwrap.wrap(caption, 27)[:LINES]):
             draw.text((left, top + CELL + row * LINE), line, fill=(20, 20, 20), font=font)
     sheet.save(path)
 
 
 def _read_samples(shard: Path, count: int) -> list[tuple[Image.Image, str]]:
-    pictures: dict[str, Image.Image] = {}
+    images: dict[str, Image.Image] = {}
     captions: dict[str, str] = {}
     with tarfile.open(shard) as archive:
         for entry in archive:
@@ -40,7 +40,7 @@ def _read_samples(shard: Path, count: int) -> list[tuple[Image.Image, str]]:
             if source is None or len(captions) == count:
                 break
             if extension in ("jpg", "png", "webp"):
-                pictures[key] = Image.open(io.BytesIO(source.read())).convert("RGB")
+                images[key] = Image.open(io.BytesIO(source.read())).convert("RGB")
             elif extension == "json":
                 captions[key] = json.load(source)["captions"]["en"]
-    return [(pictures[key], caption) for key, caption in captions.items()]
+    return [(images[key], caption) for key, caption in captions.items()]

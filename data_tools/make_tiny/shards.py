@@ -97,7 +97,7 @@ def _plan(task: ShardTask, index: int) -> tuple[Scene, int | None]:
 
 
 def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
-    picture, class_map, boxes = draw_scene(scene)
+    image, class_map, boxes = draw_scene(scene)
     captions = word_everywhere(scene.description)
     language = random.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     shares = [share for *_, share in ENCODINGS]
@@ -126,7 +126,7 @@ def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
         "height": scene.height,
     }
     members = [
-        (extension, _encode(picture, image_format, options)),
+        (extension, _encode(image, image_format, options)),
         ("txt", captions[language].encode()),
         ("json", json.dumps(facts, ensure_ascii=False).encode()),
         ("mask.png", _encode(class_map, "PNG", {"compress_level": 4})),
@@ -134,9 +134,9 @@ def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
     return members if label is None else [*members, ("cls", str(label).encode())]
 
 
-def _encode(picture: Image.Image, image_format: str, options: dict[str, Any]) -> bytes:
+def _encode(image: Image.Image, image_format: str, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, image_format, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.shared.arguments import add_max_pixels, add_workers, folder_name, positive, share
-from siglip_train.data.packing.pictures import FORMATS, ImageOptions
+from siglip_train.data.packing.images import FORMATS, ImageOptions
 from siglip_train.data.packing.plan import SKIPPED, Packed, PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
 from siglip_train.errors import UserError
@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pictures, defaults = ImageOptions(), PackOptions()
+    images, defaults = ImageOptions(), PackOptions()
     parser.add_argument("source", metavar="SOURCE", help=_SOURCE_HELP)
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to create, or to go on with")
     parser.add_argument("--image-root", help="folder of a table's or COCO's images (that of the file)")
@@ -55,9 +55,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--coco-instances", metavar="FILE", help="boxes to add to the captions")
     parser.add_argument("--resize", type=positive, metavar="SHORTEST_SIDE",
                         help="shrink larger images to it, pixels")  # fmt: skip
-    parser.add_argument("--format", choices=FORMATS, default=pictures.format,
+    parser.add_argument("--format", choices=FORMATS, default=images.format,
                         help="keep = the bytes as they are, unless shrunk (%(default)s)")  # fmt: skip
-    parser.add_argument("--quality", type=positive, default=pictures.quality,
+    parser.add_argument("--quality", type=positive, default=images.quality,
                         help="of jpg and webp that are encoded anew, 1 to 100 (%(default)s)")  # fmt: skip
     parser.add_argument("--grey-bits", type=int, choices=range(8, 16), metavar="8..15",
                         help="of the 16 of grey images, those in use: 12 of many cameras and scanners")  # fmt: skip
@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
             key_column=arguments.key_column,
             caption_template=arguments.caption_template,
         ),
-        pictures=ImageOptions(
+        images=ImageOptions(
             arguments.resize, arguments.format, arguments.quality, arguments.grey_bits, arguments.max_pixels
         ),
         shard_samples=arguments.shard_samples,

@@ -7,7 +7,7 @@ from typing import Any
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
 from data_tools.shared.facts import boxes, language
 from siglip_train.data.image_file import decode
-from siglip_train.data.packing.pictures import read_mask
+from siglip_train.data.packing.images import read_mask
 from siglip_train.data.shards.fields import Field, read_facts
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import SampleError
@@ -67,15 +67,15 @@ def _add_image(
     if data is None:
         made.faults.append("no image")
         return
-    picture = decode(data)
-    made.places.append(f"{picture.width}\u00a0×\u00a0{picture.height}")
-    picture.thumbnail((_SIDE, _SIDE))
-    made.url, (made.width, made.height) = data_url(picture), picture.size
-    made.boxes = placed(list(boxes(facts)), *picture.size)
+    decoded = decode(data)
+    made.places.append(f"{decoded.width}\u00a0×\u00a0{decoded.height}")
+    decoded.thumbnail((_SIDE, _SIDE))
+    made.url, (made.width, made.height) = data_url(decoded), decoded.size
+    made.boxes = placed(list(boxes(facts)), *decoded.size)
     if "mask.png" not in members:
         return
     mask = read_mask(members["mask.png"])
-    made.masks, pixels = mask_url(mask, picture.size), mask.histogram()
+    made.masks, pixels = mask_url(mask, decoded.size), mask.histogram()
     names = facts.get("classes")
     names = names if isinstance(names, dict) else {}
     largest = sorted(

@@ -40,7 +40,7 @@ def first_text(fields: Sequence[Field], sample: RawSample) -> str:
     return ""
 
 
-def picture_header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
+def image_header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
     """(format, width, height) of an image without decoding it. Raises `SampleError`."""
-    picture = Encoded(data, max_pixels)
-    return picture.format, *picture.size
+    image = Encoded(data, max_pixels)
+    return image.format, *image.size

@@ -113,7 +113,7 @@ def plan(
     used = [(url, share) for url, share in zip(urls, shares, strict=True) if share != 0]
     parts = zip(used, _shares(_DECODED, len(used)), _shares(shown, len(used)), strict=True)
     return [
-        ShardTask(url, measures, cache, share, decoded, pictures) for (url, share), decoded, pictures in parts
+        ShardTask(url, measures, cache, share, decoded, images) for (url, share), decoded, images in parts
     ]
 
 

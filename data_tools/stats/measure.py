@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.shared.reading import first_text, picture_header, read_rows
+from data_tools.shared.reading import first_text, image_header, read_rows
 from data_tools.stats.tally import Shown, Tally
 from data_tools.stats.texts import encodable, normalised, words
 from siglip_train.data.image_file import decode
@@ -19,7 +19,7 @@ from siglip_train.errors import SampleError, UserError
 from siglip_train.report.thumbnail import thumbnail
 
 # as in data.sources, in order of preference
-_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 # of a text that is kept as such, to be listed
 _LISTED_CHARACTERS = 300
 _SHOWN_CAPTIONS = 3
@@ -75,7 +75,7 @@ def measure_shard(task: ShardTask) -> Tally:
         if place in shown:
             counted.show()
     # small before it travels to the process that merges
-    tally.pictures.settle()
+    tally.images.settle()
     tally.captions.settle()
     return tally
 
@@ -92,14 +92,14 @@ class _Counted:
     def __init__(self, sample: RawSample, measures: Measures, tally: Tally) -> None:
         self.sample, self.measures, self.tally = sample, measures, tally
         self.texts: list[tuple[str, str]] = []
-        self.picture = next((sample.members[name] for name in _PICTURES if name in sample.members), None)
+        self.image = next((sample.members[name] for name in _IMAGES if name in sample.members), None)
         self.size = (0, 0)
 
     def count(self, *, is_decoded: bool) -> None:
         """Count everything; what fails is named, once for each cause."""
         self.tally.samples += 1
         faults: dict[str, SampleError] = {}
-        parts = [self._count_picture, self._count_captions, self._count_labels]
+        parts = [self._count_image, self._count_captions, self._count_labels]
         for part in [*parts, self._decode] if is_decoded else parts:
             try:
                 part()
@@ -111,17 +111,17 @@ class _Counted:
     def show(self) -> None:
         """Keep the sample for the report, unless it has no readable image."""
         with contextlib.suppress(SampleError):
-            url = thumbnail(decode(self.picture or b""), 192)
+            url = thumbnail(decode(self.image or b""), 192)
             captions = tuple(self.texts[:_SHOWN_CAPTIONS])
             self.tally.shown.append(Shown(self.sample.name, *self.size, url, captions))
 
-    def _count_picture(self) -> None:
-        if self.picture is None:
-            raise SampleError("no image", f"none of {', '.join(_PICTURES)}")
-        tally, (kind, width, height) = self.tally, picture_header(self.picture)
+    def _count_image(self) -> None:
+        if self.image is None:
+            raise SampleError("no image", f"none of {', '.join(_IMAGES)}")
+        tally, (kind, width, height) = self.tally, image_header(self.image)
         self.size = (width, height)
-        tally.picture_bytes.add(len(self.picture))
-        tally.pictures.add(self.picture)
+        tally.image_bytes.add(len(self.image))
+        tally.images.add(self.image)
         tally.formats[kind] += 1
         tally.widths.add(width)
         tally.heights.add(height)
@@ -129,14 +129,14 @@ class _Counted:
         tally.aspects.add(width / height)
 
     def _decode(self) -> None:
-        if self.picture is None:
+        if self.image is None:
             return
         # of this thread, so that other processes on the core do not count
         start = time.thread_time()
-        decode(self.picture)
+        decode(self.image)
         self.tally.decode_seconds += time.thread_time() - start
         self.tally.decoded += 1
-        self.tally.decoded_bytes += len(self.picture)
+        self.tally.decoded_bytes += len(self.image)
         self.tally.decoded_megapixels += self.size[0] * self.size[1] / 1e6
 
     def _count_captions(self) -> None:
@@ -146,7 +146,7 @@ class _Counted:
                 self.texts += field.texts(self.sample)
             except SampleError as error:
                 fault = fault or error
-        self.tally.captions_per_picture.add(len(self.texts))
+        self.tally.captions_per_image.add(len(self.texts))
         language = first_text(self.measures.language, self.sample)
         self.texts = [(encodable(key) or language, encodable(text)) for key, text in self.texts]
         for name, text in self.texts:
@@ -180,7 +180,7 @@ class _Counted:
         for field in self.measures.labels:
             labels = [label for _, label in field.texts(self.sample)]
             if labels:
-                self.tally.objects_per_picture.add(len(labels))
+                self.tally.objects_per_image.add(len(labels))
                 for label in labels:
                     self.tally.labels.add(encodable(label)[:_LISTED_CHARACTERS])
                 return

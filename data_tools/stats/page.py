@@ -23,7 +23,7 @@ def page(title: str, tally: Tally, summary: Summary) -> str:
         package="data_tools.stats",
         title=title,
         headline=_headline(summary),
-        pictures=_picture_charts(tally),
+        images=_image_charts(tally),
         captions=_caption_charts(tally, summary["captions"]),
         objects=_object_charts(tally, summary["objects"]),
         languages=_languages(summary["captions"]),
@@ -34,13 +34,13 @@ def page(title: str, tally: Tally, summary: Summary) -> str:
 
 
 def _headline(summary: Summary) -> dict[str, str]:
-    pictures, captions, decoding = summary["pictures"], summary["captions"], summary["decoding"]
+    images, captions, decoding = summary["pictures"], summary["captions"], summary["decoding"]
     over = captions.get("over_context_length_share")
     values = {
         "samples": f"{summary['samples']:,}",
         "shards": f"{summary['shards']['read']:,}",
         "captions": f"{captions['number']:,}",
-        "repeated images": percent(pictures["duplicates"]["share"]),
+        "repeated images": percent(images["duplicates"]["share"]),
         "repeated captions": percent(captions["duplicates"]["share"]),
         "bad samples": f"{sum(summary['bad']['causes'].values()):,}",
         "decoded per second and core": short(round(decoding["pictures_per_second_and_core"])),
@@ -50,14 +50,14 @@ def _headline(summary: Summary) -> dict[str, str]:
     return values
 
 
-def _picture_charts(tally: Tally) -> list[Markup]:
+def _image_charts(tally: Tally) -> list[Markup]:
     return [
         histogram("width", tally.widths, "pixels"),
         histogram("height", tally.heights, "pixels"),
         histogram("area", tally.megapixels, "megapixels"),
         histogram("aspect ratio", tally.aspects, "width / height", is_ratio=True),
-        histogram("file size", tally.picture_bytes, "bytes"),
-        bar_chart("format", tally.formats.most_common(_BARS), tally.picture_bytes.count),
+        histogram("file size", tally.image_bytes, "bytes"),
+        bar_chart("format", tally.formats.most_common(_BARS), tally.image_bytes.count),
     ]
 
 
@@ -66,7 +66,7 @@ def _caption_charts(tally: Tally, captions: Summary) -> list[Markup]:
     return [
         histogram("length", tally.characters, "characters"),
         histogram("length with the end token", tally.tokens, "tokens"),
-        histogram("captions per image", tally.captions_per_picture, "captions"),
+        histogram("captions per image", tally.captions_per_image, "captions"),
         _frequent("most frequent captions", captions["most_frequent"], captions["number"], least=2),
         _frequent("most frequent words", captions["words"], words),
     ]
@@ -74,7 +74,7 @@ def _caption_charts(tally: Tally, captions: Summary) -> list[Markup]:
 
 def _object_charts(tally: Tally, objects: Summary) -> list[Markup]:
     return [
-        histogram("objects per image that has any", tally.objects_per_picture, "objects"),
+        histogram("objects per image that has any", tally.objects_per_image, "objects"),
         _frequent("labels", objects["labels"], tally.labels.counts.total() + tally.labels.dropped),
     ]
 

@@ -17,10 +17,10 @@ def summarise(tally: Tally, measures: Measures) -> Summary:
     return {
         "shards": {"read": tally.shards, "bytes": tally.shard_bytes},
         "samples": tally.samples,
-        "pictures": _pictures(tally),
+        "pictures": _images(tally),
         "captions": _captions(tally, measures),
         "objects": {
-            "per_picture": _distribution(tally.objects_per_picture),
+            "per_picture": _distribution(tally.objects_per_image),
             "labels": _frequent(tally.labels),
         },
         "decoding": _decoding(tally),
@@ -32,16 +32,16 @@ def summarise(tally: Tally, measures: Measures) -> Summary:
     }
 
 
-def _pictures(tally: Tally) -> Summary:
+def _images(tally: Tally) -> Summary:
     return {
-        "number": tally.picture_bytes.count,
+        "number": tally.image_bytes.count,
         "formats": dict(tally.formats.most_common()),
-        "bytes": _distribution(tally.picture_bytes),
+        "bytes": _distribution(tally.image_bytes),
         "width": _distribution(tally.widths),
         "height": _distribution(tally.heights),
         "megapixels": _distribution(tally.megapixels),
         "aspect": _distribution(tally.aspects),
-        "duplicates": _duplicates(tally.pictures),
+        "duplicates": _duplicates(tally.images),
     }
 
 
@@ -50,7 +50,7 @@ def _captions(tally: Tally, measures: Measures) -> Summary:
     summary = {
         "fields": [field.text for field in measures.text],
         "number": number,
-        "per_picture": _distribution(tally.captions_per_picture),
+        "per_picture": _distribution(tally.captions_per_image),
         "characters": _distribution(tally.characters),
         "languages": {name: _language(tally, name) for name in _languages(tally)},
         "duplicates": _duplicates(tally.captions),

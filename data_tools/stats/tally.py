@@ -29,14 +29,14 @@ class Tally:
     shards: int = 0
     shard_bytes: int = 0
     samples: int = 0
-    picture_bytes: Distribution = field(default_factory=Distribution)
+    image_bytes: Distribution = field(default_factory=Distribution)
     widths: Distribution = field(default_factory=Distribution)
     heights: Distribution = field(default_factory=Distribution)
     megapixels: Distribution = field(default_factory=Distribution)
     aspects: Distribution = field(default_factory=Distribution)
     formats: Counter[str] = field(default_factory=Counter)
-    pictures: Distinct = field(default_factory=Distinct)
-    captions_per_picture: Distribution = field(default_factory=Distribution)
+    images: Distinct = field(default_factory=Distinct)
+    captions_per_image: Distribution = field(default_factory=Distribution)
     characters: Distribution = field(default_factory=Distribution)
     tokens: Distribution = field(default_factory=Distribution)
     over_length: int = 0
@@ -46,7 +46,7 @@ class Tally:
     captions: Distinct = field(default_factory=Distinct)
     frequent_captions: Frequent = field(default_factory=Frequent)
     words: Frequent = field(default_factory=Frequent)
-    objects_per_picture: Distribution = field(default_factory=Distribution)
+    objects_per_image: Distribution = field(default_factory=Distribution)
     labels: Frequent = field(default_factory=Frequent)
     decoded: int = 0
     decoded_bytes: int = 0

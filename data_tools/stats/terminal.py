@@ -22,17 +22,17 @@ def print_tables(summary: Summary) -> None:
 
 
 def _distributions(summary: Summary) -> Table:
-    pictures, captions = summary["pictures"], summary["captions"]
+    images, captions = summary["pictures"], summary["captions"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     rows = {
-        "width": pictures["width"],
-        "height": pictures["height"],
-        "megapixels": pictures["megapixels"],
-        "width / height": pictures["aspect"],
-        "bytes of an image": pictures["bytes"],
+        "width": images["width"],
+        "height": images["height"],
+        "megapixels": images["megapixels"],
+        "width / height": images["aspect"],
+        "bytes of an image": images["bytes"],
         "captions per image": captions["per_picture"],
         "characters of a caption": captions["characters"],
         "tokens of a caption": captions.get("tokens", {"count": 0}),
@@ -45,16 +45,16 @@ def _distributions(summary: Summary) -> Table:
 
 
 def _facts(summary: Summary) -> Table:
-    pictures, captions, decoding = summary["pictures"], summary["captions"], summary["decoding"]
+    images, captions, decoding = summary["pictures"], summary["captions"], summary["decoding"]
     table = Table(box=None, pad_edge=False, show_header=False)
     facts = {
         "samples": f"{summary['samples']:,}",
         "shards": f"{summary['shards']['read']:,}, {short(summary['shards']['bytes'] / 1e6, 3)} MB",
-        "formats": _shares(pictures["formats"], pictures["number"]),
+        "formats": _shares(images["formats"], images["number"]),
         "languages": _shares(
             {name: each["captions"] for name, each in captions["languages"].items()}, captions["number"]
         ),
-        "repeated images": _repeated(pictures["duplicates"]),
+        "repeated images": _repeated(images["duplicates"]),
         "repeated captions": _repeated(captions["duplicates"]),
         "frequent captions": _listed([pair for pair in captions["most_frequent"]["top"][:3] if pair[1] > 1]),
         "frequent words": _listed(captions["words"]["top"]),

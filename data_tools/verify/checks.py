@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_tools.shared.facts import are_corners, boxes
 from siglip_train.data.image_file import decode, has_16_bits
-from siglip_train.data.packing.pictures import read_mask
+from siglip_train.data.packing.images import read_mask
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.shards.caption_choice import no_caption
 from siglip_train.data.shards.fields import Field, read_facts
@@ -73,7 +73,7 @@ class SampleChecks:
             yield from self._captions(sample, has_json=facts is not None)
         if not dotted:
             yield from self._label(sample, has_json=facts is not None)
-        yield from self._picture(sample.members, facts or {})
+        yield from self._image(sample.members, facts or {})
 
     def _has_image(self, members: Mapping[str, bytes]) -> bool:
         return any(extension in members for extension in self.rules.image)
@@ -153,14 +153,14 @@ class SampleChecks:
         except SampleError as error:
             yield error
 
-    def _picture(self, members: Mapping[str, bytes], facts: Mapping[str, Any]) -> Iterator[SampleError]:
+    def _image(self, members: Mapping[str, bytes], facts: Mapping[str, Any]) -> Iterator[SampleError]:
         data = next((members[extension] for extension in self.rules.image if extension in members), None)
         size = None
         if data is not None:
             try:
-                picture = decode(data, self.rules.max_pixels, strict=True)
-                size = picture.size
-                yield from _dark_faults(data, picture)
+                decoded = decode(data, self.rules.max_pixels, strict=True)
+                size = decoded.size
+                yield from _dark_faults(data, decoded)
                 yield from self._extremes(*size)
                 yield from _size_faults(facts, *size)
             except SampleError as error:
@@ -175,11 +175,11 @@ class SampleChecks:
             yield SampleError("extreme aspect", f"{width} x {height}, limit {self.rules.max_aspect:g} to 1")
 
 
-def _dark_faults(data: bytes, picture: Image.Image) -> Iterator[SampleError]:
+def _dark_faults(data: bytes, decoded: Image.Image) -> Iterator[SampleError]:
     """Levels of 12 bits in an image of 16 are a sixteenth of what they should be, and no one can see it in numbers."""
     if not has_16_bits(data):
         return
-    highest = max(high for _, high in picture.getextrema())  # type: ignore[misc]
+    highest = max(high for _, high in decoded.getextrema())  # type: ignore[misc]
     if highest < _DARK:
         yield SampleError(
             "dark 16-bit picture",

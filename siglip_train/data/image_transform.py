@@ -99,10 +99,10 @@ class ImageTransform:
         Without them, and at full size, every level is within one of what a call gives, or a few at hard edges where
         the filter is bicubic and Pillow shrinks the columns first. Raises `SampleError`.
         """
-        picture = Encoded(data, max_pixels, strict=True)
-        box = self._crop(picture.size, choices)
-        pixels = picture.pixels(self._divisor(box) if self.reduced_jpeg else 1)
-        pixels = resize_pixels(_cut(pixels, box, picture.size), self.image_size, self.image_size, self.resize)
+        encoded = Encoded(data, max_pixels, strict=True)
+        box = self._crop(encoded.size, choices)
+        pixels = encoded.pixels(self._divisor(box) if self.reduced_jpeg else 1)
+        pixels = resize_pixels(_cut(pixels, box, encoded.size), self.image_size, self.image_size, self.resize)
         if self._mirrors(choices):
             # torch mirrors pixels as vectors, numpy one by one
             pixels = torch.from_numpy(pixels).flip(1).numpy()

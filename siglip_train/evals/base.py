@@ -50,8 +50,8 @@ class ImageSet(NamedTuple):
     """A whole evaluation set, in data order, the same on every rank; bad samples are left out.
 
     embeddings: `[n, E]` fp32 on the CPU, unit norm unless pooled outputs were asked for. labels: those that are right
-    for each image, or None. keys: `shard/key` of each. groups: "" where none are wanted. image: the RGB original of
-    image i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
+    for each image, or None. keys: `shard/key` of each. groups: "" where none are wanted. original: the RGB image of
+    row i in 0..n-1, for galleries. counts: samples seen and bad ones by cause.
     """
 
     embeddings: Tensor
@@ -59,7 +59,7 @@ class ImageSet(NamedTuple):
     labels: list[tuple[int, ...]] | None
     keys: list[str]
     groups: list[str]
-    picture: Callable[[int], Image.Image]
+    original: Callable[[int], Image.Image]
     counts: dict[str, int]
 
 
@@ -164,7 +164,7 @@ class Encoder:
             labels=[row.labels for row in everyone] if source.label is not None else None,
             keys=[row.key for row in everyone],
             groups=[row.group for row in everyone],
-            picture=lambda image: loader.picture(places[image]),
+            original=lambda image: loader.original(places[image]),
             counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
         )
 

@@ -169,7 +169,7 @@ class _Batches(Dataset):
         try:
             sample = self.samples.read(place)
             return _Row(
-                self.transform(self.picture(sample), self.center),
+                self.transform(self.original(sample), self.center),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
                 labels_of(self.label, sample) if self.label is not None else (),
@@ -181,13 +181,13 @@ class _Batches(Dataset):
             bad.append(BadSample.of(shard, sample.key if sample else key, error))
             return self._filler
 
-    def picture(self, sample: RawSample) -> Image.Image:
-        picture, cut = decode(sample.members["image"], self.max_pixels, strict=self.strict), self.border
+    def original(self, sample: RawSample) -> Image.Image:
+        original, cut = decode(sample.members["image"], self.max_pixels, strict=self.strict), self.border
         if not cut:
-            return picture
-        if min(picture.size) <= 2 * cut:
-            raise SampleError("picture too small", f"{picture.size} pixels and a border of {cut}")
-        return picture.crop((cut, cut, picture.width - cut, picture.height - cut))
+            return original
+        if min(original.size) <= 2 * cut:
+            raise SampleError("picture too small", f"{original.size} pixels and a border of {cut}")
+        return original.crop((cut, cut, original.width - cut, original.height - cut))
 
 
 def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
@@ -255,9 +255,9 @@ class EvaluationLoader:
             self.counts[f"excluded/{each.cause}"] += 1
             self._log(each)
 
-    def picture(self, index: int) -> Image.Image:
+    def original(self, index: int) -> Image.Image:
         """The RGB original of any sample of the whole set, on any rank."""
-        return self._batches.picture(self._batches.samples.read(index))
+        return self._batches.original(self._batches.samples.read(index))
 
 
 def build_evaluation_loader(

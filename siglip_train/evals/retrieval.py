@@ -139,12 +139,12 @@ class Retrieval:
         }
         for place, (language, texts) in enumerate(languages.items()):
             # each language takes other positions, so that the gallery shows as many images as it can
-            captions, pictures = (
+            captions, shown = (
                 spread(length, self.gallery)[place :: len(languages)]
                 for length in (len(texts.words), len(texts.images))
             )
             details["image_retrieval"] += found_images(images, language, texts, captions)
-            details["text_retrieval"] += found_texts(images, language, texts, pictures)
+            details["text_retrieval"] += found_texts(images, language, texts, shown)
         return details
 
 

@@ -34,7 +34,7 @@ def similarity(images: ImageSet, languages: list[Texts], count: int = 24) -> dic
         rows.append(texts.embeddings[row])
     values = torch.stack(rows) @ images.embeddings[columns].T  # [texts, images]
     return {
-        "pictures": [thumbnail(images.picture(image), 48) for image in columns],
+        "pictures": [thumbnail(images.original(image), 48) for image in columns],
         "captions": words,
         "values": [[round(value, 3) for value in row] for row in values.tolist()],
     }
@@ -49,7 +49,7 @@ def found_images(images: ImageSet, language: str, texts: Texts, rows: list[int])
             "language": language,
             "results": [
                 {
-                    "picture": thumbnail(images.picture(int(texts.images[place]))),
+                    "picture": thumbnail(images.original(int(texts.images[place]))),
                     "score": round(score, 3),
                     "correct": place == int(texts.owners[row]),
                 }
@@ -65,7 +65,7 @@ def found_texts(images: ImageSet, language: str, texts: Texts, rows: list[int]) 
     scores, places = top(images.embeddings[texts.images[rows]], texts.embeddings, 5)
     return [
         {
-            "picture": thumbnail(images.picture(int(texts.images[row]))),
+            "picture": thumbnail(images.original(int(texts.images[row]))),
             "language": language,
             "results": [
                 {

@@ -185,7 +185,7 @@ class ZeroShotClassification:
         details["confusions"] = _confusions(list(zip(meant, predicted, strict=True)))
         details["mistakes"] = [
             {
-                "picture": thumbnail(images.picture(truth.rows[wrong[place]])),
+                "picture": thumbnail(images.original(truth.rows[wrong[place]])),
                 "key": images.keys[truth.rows[wrong[place]]],
                 "label": meant[place],
                 "predicted": predicted[place],

@@ -118,7 +118,7 @@ def test_bad_samples_become_fillers_and_are_counted(tmp_path: Path, caplog: pyte
 def test_any_picture_is_at_hand_on_any_rank(tmp_path: Path):
     loader = _build(EvaluationSource(write_shards(tmp_path, [3, 3])), rank=1, world_size=2)
     for number in (0, 2, 3, 5):
-        np.testing.assert_array_equal(np.asarray(loader.picture(number)), np.asarray(picture(number)))
+        np.testing.assert_array_equal(np.asarray(loader.original(number)), np.asarray(picture(number)))
 
 
 @pytest.mark.parametrize(

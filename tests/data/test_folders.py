@@ -93,7 +93,7 @@ def test_folders_of_classes_are_labelled_in_sorted_order(tmp_path: Path):
     chosen = EvaluationSource(str(root), label="cls", select=Selection(keys="^owl/"))
     assert rows(chosen) == expected[2:]
     loader = build_evaluation_loader(EvaluationSource(str(root)), TRANSFORM, batch_size=4, workers=1)
-    np.testing.assert_array_equal(np.asarray(loader.picture(3)), np.asarray(picture(0)))
+    np.testing.assert_array_equal(np.asarray(loader.original(3)), np.asarray(picture(0)))
     assert len(list(loader)) == 1
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 from data_tools.cli import main
 from siglip_train.data.packing import parquet_tables, plan, shards
 from siglip_train.data.packing.coco_masks import run_lengths
-from siglip_train.data.packing.pictures import ImageOptions
+from siglip_train.data.packing.images import ImageOptions
 from siglip_train.data.packing.plan import PackOptions, pack
 from siglip_train.data.packing.records import SourceOptions
 from siglip_train.data.packing.run_record import alone_in
@@ -193,7 +193,7 @@ def test_run_again(photos: Path, tmp_path: Path) -> None:
     assert (again.samples, again.shards, again.skipped) == (first.samples, first.shards, first.skipped)
     assert (first.is_new, again.is_new) == (True, False)
     with pytest.raises(UserError, match=r"resize None, now 8.*another folder"):
-        pack(str(photos), out, PackOptions(pictures=ImageOptions(resize=8), validation_share=0))
+        pack(str(photos), out, PackOptions(images=ImageOptions(resize=8), validation_share=0))
     write(photos / "000.txt", "another caption")
     with pytest.raises(UserError, match="source_fingerprint"):
         pack(str(photos), out, NO_SPLIT)
@@ -232,7 +232,7 @@ def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
     write(source / "large.json", {"caption": "noise", "objects": [{"label": "x", "box": [0, 0, 0.5, 1]}]})
     write(source / "small.png", small)
     write(source / "small.txt", "less noise")
-    samples = packed(source, tmp_path / "out", PackOptions(pictures=ImageOptions(20), validation_share=0))
+    samples = packed(source, tmp_path / "out", PackOptions(images=ImageOptions(20), validation_share=0))
     large = samples["large"]
     assert np.array_equal(opened(large.members["png"]), image.resize((30, 20), Image.Resampling.BICUBIC))
     nearest = opened(large.members["mask.png"])
@@ -244,7 +244,7 @@ def test_resizing_shrinks_pictures_and_masks_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("form", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 def test_encoding_anew(photos: Path, tmp_path: Path, form: str, kind: str) -> None:
-    options = PackOptions(pictures=ImageOptions(format=form, quality=30), validation_share=0)
+    options = PackOptions(images=ImageOptions(format=form, quality=30), validation_share=0)
     for key, sample in packed(photos, tmp_path / "out", options).items():
         image = opened(sample.members[form])
         assert image.format == kind
@@ -260,7 +260,7 @@ def test_what_is_encoded_anew_has_no_metadata(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.png", tagged.getvalue())
     write(tmp_path / "in" / "a.txt", "noise")
     for form in ("jpg", "png", "webp"):
-        options = PackOptions(pictures=ImageOptions(format=form), validation_share=0)
+        options = PackOptions(images=ImageOptions(format=form), validation_share=0)
         image = opened(packed(tmp_path / "in", tmp_path / form, options)["a"].members[form])
         assert not image.info.keys() & {"icc_profile", "dpi", "exif", "comment"}
 

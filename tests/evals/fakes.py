@@ -25,7 +25,7 @@ def image_set(
         labels=None if labels is None else [(each,) if isinstance(each, int) else each for each in labels],
         keys=[f"00000.tar/{row}" for row in range(len(embeddings))],
         groups=groups or [""] * len(embeddings),
-        picture=lambda row: Image.new("RGB", (20, 30), (row, 0, 0)),
+        original=lambda row: Image.new("RGB", (20, 30), (row, 0, 0)),
         counts={"seen": len(embeddings)},
     )
 

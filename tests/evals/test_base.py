@@ -98,7 +98,7 @@ def test_images_are_embedded_in_data_order_without_bad_ones(shards):
     assert images.labels == [(index % 3,) for index in USABLE]
     assert [captions[0].text for captions in images.captions] == [f"text {index}" for index in USABLE]
     assert [key.rsplit("/", 1)[1] for key in images.keys] == [f"{index:04d}" for index in USABLE]
-    assert np.array_equal(np.asarray(images.picture(7)), np.asarray(picture(USABLE[7])))
+    assert np.array_equal(np.asarray(images.original(7)), np.asarray(picture(USABLE[7])))
     assert sum(count for cause, count in images.counts.items() if cause.startswith("bad/")) == 1
 
 

@@ -37,15 +37,19 @@ class Columns(NamedTuple):
 
 
 def find_columns(
-    rows: Sequence[Row], name: str, options: SourceOptions, classes: Iterable[str], pictures: Iterable[str]
+    rows: Sequence[Row],
+    name: str,
+    options: SourceOptions,
+    classes: Iterable[str],
+    image_columns: Iterable[str],
 ) -> Columns:
     """The columns of `rows`, by their names in any case.
 
-    name: of the table, for messages. classes: columns that the file itself calls classes; images: those that hold
-    images. Raises `UserError` where there is none, or where the user's is not there.
+    name: of the table, for messages. classes: columns that the file itself calls classes; image_columns: those
+    that hold images. Raises `UserError` where there is none, or where the user's is not there.
     """
     table = _Table(rows, name)
-    images = table.find(options.image_column, (*_IMAGE_COLUMNS, *pictures))
+    images = table.find(options.image_column, (*_IMAGE_COLUMNS, *image_columns))
     if not images:
         raise table.missing("image", "--image-column", options.image_column, _IMAGE_COLUMNS)
     captions = table.find(options.caption_column, CAPTION_FIELDS)

@@ -40,7 +40,7 @@ def folder_records(folder: Path, options: SourceOptions) -> Found:
         names = [name for name in sorted(files) if _is_wanted(place, name)]
         table = next((name for name in _TABLES if name in names), None)
         tables += [_of_table(folder, Path(place, table), options)] if table else []
-        beside = _by_picture(names)
+        beside = _by_image(names)
         records += [_record(folder, place, name, beside) for name in names if is_image_file(name)]
         known = {*_TABLES, *_NOT_OURS, *beside.values()}
         strangers.update(os.path.splitext(name)[1] or name for name in names
@@ -65,7 +65,7 @@ def is_image_file(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS) and not name.lower().endswith(f".{MASK}")
 
 
-def _by_picture(names: Sequence[str]) -> dict[tuple[str, str], str]:
+def _by_image(names: Sequence[str]) -> dict[tuple[str, str], str]:
     """(name of an image without its ending, kind) -> the file of that kind, whose ending may be in capitals."""
     stems = {os.path.splitext(name)[0] for name in names if is_image_file(name)}
     return {

@@ -130,13 +130,13 @@ def _features(file: Any) -> dict[str, Any]:
 
 def _group_rows(file: Any, path: str, group: int) -> list[dict[str, Any]]:
     size = file.metadata.row_group(group).total_byte_size
-    pictures = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
+    images = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
     # the images themselves are not read: of a struct the name alone
-    columns = [field.name for field in file.schema_arrow if field.name not in pictures]
-    named = [name for name in pictures if _has_names(file.schema_arrow.field(name).type)]
+    columns = [field.name for field in file.schema_arrow if field.name not in images]
+    named = [name for name in images if _has_names(file.schema_arrow.field(name).type)]
     rows = file.read_row_group(group, columns=[*columns, *(f"{name}.path" for name in named)]).to_pylist()
     for number, row in enumerate(rows):
-        for name in pictures:
+        for name in images:
             struct = row.get(name) or {}
             row[name] = Cell(path, group, number, name, size, struct.get("path") or "")
     return rows

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from siglip_train.data.packing.pictures import ImageOptions
+from siglip_train.data.packing.images import ImageOptions
 from siglip_train.data.packing.records import Found, Record, SourceOptions
 from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
 from siglip_train.data.packing.shards import ShardReport, ShardTask, Skipped, write_shard
@@ -38,7 +38,7 @@ class PackOptions:
     """
 
     source: SourceOptions = field(default_factory=SourceOptions)
-    pictures: ImageOptions = field(default_factory=ImageOptions)
+    images: ImageOptions = field(default_factory=ImageOptions)
     shard_samples: int = 1000
     validation_share: float = 0.01
     split: str | None = None
@@ -55,7 +55,7 @@ class PackOptions:
             "validation_share": self.validation_share,
             "split": self.split,
         }
-        return {**asdict(self.source), **self.pictures._asdict(), **own}
+        return {**asdict(self.source), **self.images._asdict(), **own}
 
 
 class Packed(NamedTuple):
@@ -125,7 +125,7 @@ def plan_shards(records: Sequence[Record], out_dir: Path, options: PackOptions) 
             path=out_dir / name / f"{number:05d}.tar",
             report=out_dir / _STATE / f"{name}-{number:05d}.json",
             records=members[start : start + options.shard_samples],
-            pictures=options.pictures,
+            images=options.images,
             caption_column=options.source.caption_column,
         )
         for name, members in splits.items()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from siglip_train.data.packing.coco_masks import Drawing
 from siglip_train.data.packing.columns import value_at
-from siglip_train.data.packing.pictures import ImageOptions, prepare, prepare_mask
+from siglip_train.data.packing.images import ImageOptions, prepare, prepare_mask
 from siglip_train.data.packing.records import CAPTION_FIELDS, IMAGE, MASK, Record, captions_of
 from siglip_train.data.shards.faults import plain_detail
 from siglip_train.data.shards.fields import read_facts, read_text
@@ -56,7 +56,7 @@ class ShardTask(NamedTuple):
     path: Path
     report: Path
     records: Sequence[Record]
-    pictures: ImageOptions
+    images: ImageOptions
     caption_column: str | None = None
 
 
@@ -78,7 +78,7 @@ def _write(task: ShardTask, partial: Path) -> ShardReport:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for record in task.records:
             try:
-                members = sample_members(record, task.pictures, task.caption_column)
+                members = sample_members(record, task.images, task.caption_column)
             except SampleError as error:
                 skipped.append(Skipped(record.key, record.origin, error.cause, plain_detail(error.detail)))
                 continue
@@ -88,17 +88,17 @@ def _write(task: ShardTask, partial: Path) -> ShardReport:
 
 
 def sample_members(
-    record: Record, pictures: ImageOptions, caption_column: str | None = None
+    record: Record, images: ImageOptions, caption_column: str | None = None
 ) -> dict[str, bytes]:
     """Extension -> content of a sample. Raises `SampleError` where it cannot be used."""
     if record.fault is not None:
         raise SampleError(*record.fault)
-    picture = prepare(record.parts[IMAGE].read(), pictures)
+    image = prepare(record.parts[IMAGE].read(), images)
     text, facts = _text_and_facts(record, caption_column)
     if not text and record.caption_needed:
         raise SampleError("empty caption", "")
-    facts.update(width=picture.size[0], height=picture.size[1])
-    members = {picture.extension: picture.data}
+    facts.update(width=image.size[0], height=image.size[1])
+    members = {image.extension: image.data}
     if text:
         members["txt"] = _utf8(text)
     members["json"] = _json_text(facts)
@@ -107,7 +107,7 @@ def sample_members(
     for extension, part in _others(record.parts):
         content = part.read()
         if extension == MASK:
-            content = prepare_mask(content, picture, is_scaled=isinstance(part, Drawing))
+            content = prepare_mask(content, image, is_scaled=isinstance(part, Drawing))
         members[extension] = content
     return members
 

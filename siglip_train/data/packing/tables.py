@@ -63,8 +63,10 @@ def row_records(
     """
     rows, classes = list(rows), classes or {}
     first = list(itertools.islice((row for row in rows if isinstance(row, dict)), _LOOKED_AT))
-    pictures = dict.fromkeys(column for row in first[:1] for column in row if isinstance(row[column], Cell))
-    columns = find_columns(first, name, options, classes, pictures)
+    image_columns = dict.fromkeys(
+        column for row in first[:1] for column in row if isinstance(row[column], Cell)
+    )
+    columns = find_columns(first, name, options, classes, image_columns)
     labels = _labels(rows, columns.label, classes)
     known = f" ({len(labels.names)} classes)" if labels.names else ""
     _LOG.info("%s: %s%s", name, columns.text, known)
@@ -118,10 +120,10 @@ def _record(number: int, row: Row, root: str, columns: Columns) -> Record:
     if isinstance(name, Cell):
         return Record(key, origin, {IMAGE: name}, text, facts)
     # captions of one image are rows of their own, and must not meet across the splits
-    return Record(key, origin, {IMAGE: picture_file(os.path.join(root, name))}, text, facts, group=name)
+    return Record(key, origin, {IMAGE: image_file(os.path.join(root, name))}, text, facts, group=name)
 
 
-def picture_file(path: str) -> Part:
+def image_file(path: str) -> Part:
     """The file of an image, of which a table may say the name without its ending, as that of Crossmodal-3600 does."""
     if not os.path.splitext(path)[1]:
         path = next((path + ending for ending in IMAGE_ENDINGS if os.path.isfile(path + ending)), path)

@@ -8,7 +8,7 @@ from siglip_train.data.remote.locations import cache_folder, expand
 from siglip_train.data.shards.reader import indexed_tar, short_name
 from siglip_train.data.shards.tar import TarIndex
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 def tar_records(shards: str) -> list[Record]:
@@ -34,18 +34,18 @@ def _records(index: TarIndex, path: Path, shard: str, seen: set[str]) -> Iterato
             extension: Part(str(path), int(index.offsets[member]), int(index.sizes[member]))
             for extension, member in index.members(sample).items()
         }
-        picture = next((extension for extension in _PICTURES if extension in parts), None)
-        if picture is not None:
+        image = next((extension for extension in _IMAGES if extension in parts), None)
+        if image is not None:
             # a second image could be taken for the first where that is encoded anew
-            others = {extension: parts[extension] for extension in parts if extension not in _PICTURES}
-            parts = {IMAGE: parts[picture], **others}
+            others = {extension: parts[extension] for extension in parts if extension not in _IMAGES}
+            parts = {IMAGE: parts[image], **others}
         yield Record(
             key=f"{shard.split('.', 1)[0]}/{key}" if key in seen else key,
             origin=f"{shard}/{key}",
             parts=parts,
             group=key,
             caption_needed="cls" not in parts,
-            fault=None if picture else ("no image", f"it has {', '.join(parts)}"),
+            fault=None if image else ("no image", f"it has {', '.join(parts)}"),
         )
     for key, cause in zip(index.torn.tolist(), index.torn_causes.tolist(), strict=True):
         yield Record(f"{shard}/{key}", f"{shard}/{key}", fault=(cause, "the shard is damaged there"))

@@ -27,7 +27,7 @@ class ImageOptions(NamedTuple):
     max_pixels: int = MAX_PIXELS
 
 
-class Picture(NamedTuple):
+class PreparedImage(NamedTuple):
     """An encoded image, its extension, and its size before and after shrinking."""
 
     extension: str
@@ -36,7 +36,7 @@ class Picture(NamedTuple):
     size: Size
 
 
-def prepare(data: bytes, options: ImageOptions) -> Picture:
+def prepare(data: bytes, options: ImageOptions) -> PreparedImage:
     """Decode an image, shrink and encode it where the options ask for it.
 
     With "keep" the bytes stay as they are unless the image is shrunk, or of a format that shards do not have
@@ -49,11 +49,11 @@ def prepare(data: bytes, options: ImageOptions) -> Picture:
     size = shrunk(before, options.resize)
     is_scaled = options.grey_bits is not None and has_16_bits(data)
     if options.format == "keep" and own and size == before and not is_scaled:
-        return Picture(own, data, before, before)
+        return PreparedImage(own, data, before, before)
     if size != before:
         image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased by Pillow
     extension = (own or "png") if options.format == "keep" else options.format
-    return Picture(extension, _encode(image, extension, options.quality), before, size)
+    return PreparedImage(extension, _encode(image, extension, options.quality), before, size)
 
 
 def shrunk(size: Size, shortest_side: int | None) -> Size:
@@ -65,17 +65,17 @@ def shrunk(size: Size, shortest_side: int | None) -> Size:
     return width, height
 
 
-def prepare_mask(data: bytes, picture: Picture, *, is_scaled: bool) -> bytes:
+def prepare_mask(data: bytes, prepared: PreparedImage, *, is_scaled: bool) -> bytes:
     """The class map at the size of its image, by nearest neighbour. Raises `SampleError`.
 
     is_scaled: it may be of another size than the image, which was shrunk since, as boxes may.
     """
     mask = read_mask(data)
-    if mask.size != picture.size_before and not is_scaled:
-        raise SampleError("mask of another size", f"{mask.size}, the image {picture.size_before}")
-    if mask.size == picture.size:
+    if mask.size != prepared.size_before and not is_scaled:
+        raise SampleError("mask of another size", f"{mask.size}, the image {prepared.size_before}")
+    if mask.size == prepared.size:
         return data
-    return _encode(mask.resize(picture.size, Image.Resampling.NEAREST), "png", 0)
+    return _encode(mask.resize(prepared.size, Image.Resampling.NEAREST), "png", 0)
 
 
 def _own_extension(data: bytes) -> str | None:
