@@ -62,6 +62,14 @@ def test_chunks_are_bounded(width, multiprocessors):
     assert 128 <= rows <= max(128, 6 * width)
 
 
+def test_the_interpreter_takes_pairs_in_groups_as_gpus_do():
+    for size in (2, 4):
+        gpus = {
+            choose_tile(capability, size).group for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
+        }
+        assert gpus == {tiles.interpreted_tile(size).group}
+
+
 def test_tiles_by_gpu():
     assert choose_tile((9, 0), 2) == choose_tile((10, 0), 2) == tiles.HOPPER
     assert choose_tile((8, 0), 2) == choose_tile((12, 0), 2) == tiles.AMPERE

@@ -18,7 +18,7 @@ from kernels.sigmoid_loss.triton.factors import image_factors, text_factors
 from kernels.sigmoid_loss.triton.kernel import finish_kernel, sigmoid_tile_kernel
 from kernels.sigmoid_loss.triton.masking import marks, place_kernel
 from kernels.sigmoid_loss.triton.score_kernel import score_tile_kernel
-from kernels.sigmoid_loss.triton.tiles import INTERPRETED, Tile, choose_chunk_rows, for_alike, for_scores
+from kernels.sigmoid_loss.triton.tiles import Tile, choose_chunk_rows, for_alike, for_scores, interpreted_tile
 
 # rows and columns that one program of finish_kernel takes at a time
 _FINISH = (8, 256)
@@ -274,7 +274,7 @@ def _choose(images: Tensor, texts: Tensor, tile: Tile | None) -> Choice:
         return tuning_of(images, texts).choice()
     rows, width = images.shape
     chunk_rows = max(1, choose_chunk_rows(rows, width, _multiprocessors(images.device)))
-    return Choice(tile or INTERPRETED, chunk_rows)
+    return Choice(tile or interpreted_tile(images.element_size()), chunk_rows)
 
 
 def tuning_of(images: Tensor, texts: Tensor) -> Tuning:

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from kernels.sigmoid_loss import chunked
 from kernels.sigmoid_loss.pairs import PairIds, pair_up
-from kernels.sigmoid_loss.triton.tiles import INTERPRETED, choose_tile
+from kernels.sigmoid_loss.triton.tiles import choose_tile, interpreted_tile
 from kernels.testing import Comparison
 
 # n, m, width, positives, scale: tiles that stick out, several chunks, and a width that no depth of a tile divides;
@@ -34,7 +34,7 @@ class BlockSample:
         # here, because importing Triton takes long and machines without a GPU need not have it
         from kernels.sigmoid_loss.triton import block as triton_block
 
-        tile = INTERPRETED
+        tile = interpreted_tile(dtype.itemsize)
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
             tile = choose_tile(capability, dtype.itemsize)

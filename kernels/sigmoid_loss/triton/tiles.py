@@ -26,6 +26,8 @@ AMPERE_FP32 = AMPERE._replace(texts=256, group=4, warps=8, stages=3)
 # the interpreter's time goes by the number of programs and not by their size
 INTERPRETED = Tile(32, 32, 32, parts=2, group=4, warps=4, stages=1, descriptors=False)
 
+INTERPRETED_16_BITS = INTERPRETED._replace(group=8)
+
 # cuBLAS tiles of 128 x these, and their worth beside the widest
 _PRODUCT_TILES = ((256, 1.0), (192, 0.97), (128, 0.9))
 
@@ -36,6 +38,11 @@ def choose_tile(capability: tuple[int, int], element_size: int) -> Tile:
     if element_size == 4:
         return HOPPER_FP32 if has_descriptors else AMPERE_FP32
     return HOPPER if has_descriptors else AMPERE
+
+
+def interpreted_tile(element_size: int) -> Tile:
+    """The interpreter's tile for embeddings of so many bytes a number: in groups as GPUs have them for these."""
+    return INTERPRETED if element_size == 4 else INTERPRETED_16_BITS
 
 
 def for_alike(tile: Tile) -> Tile:
