@@ -20,7 +20,7 @@ from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
 from siglip_train.data.quarantine import CAUSE, Place
 from siglip_train.data.remote.cache import UnavailableShardError
-from siglip_train.data.remote.fetch import Event
+from siglip_train.data.remote.events import Event
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
@@ -220,7 +220,7 @@ class BatchPieces(Dataset):
             report.failure = str(error)
             return Piece(None, report)
         finally:
-            report.events += self.sources[0].shards.cache.drain()
+            report.events += self.sources[0].shards.cache.events.drain()
         memory = _Memory(None if self._space is None else self._space[number % len(self._space)])
         columns = zip(self.sources[0].inputs, zip(*(values for values, _ in rows), strict=True), strict=True)
         parts = {each.part: each.collate(list(column), memory.empty) for each, column in columns}

@@ -18,7 +18,7 @@ from siglip_train.data.config import DataConfig
 from siglip_train.data.epochs import epochs, outlook
 from siglip_train.data.quarantine import Place, Quarantine
 from siglip_train.data.read_ahead import ReadAhead
-from siglip_train.data.remote.fetch import Event
+from siglip_train.data.remote.events import Event
 from siglip_train.data.remote.locations import lasting_name, short_name, unsigned
 from siglip_train.data.shards.faults import BadSampleLog, causes, too_many
 from siglip_train.data.watchdog import Loss, Verdict, watched

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder
 from siglip_train.data.remote.disk_budget import rounded
-from siglip_train.data.remote.fetch import Event
+from siglip_train.data.remote.events import Event
 from siglip_train.data.shards.reader import ShardSet, open_shard
 
 _THREADS = 4
@@ -80,7 +80,7 @@ class ReadAhead:
 
     def events(self) -> list[Event]:
         """What there is to report since the last call."""
-        return self._cache.drain()
+        return self._cache.events.drain()
 
     def _plan(self, position: int) -> list[_Task]:
         """The shards of all current windows, then those that follow, as many as the cache holds."""

@@ -16,7 +16,6 @@ from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exch
 from kernels.sigmoid_loss.exchange.cost_model import Form
 from kernels.sigmoid_loss.exchange.wait_clock import waiting
 from kernels.sigmoid_loss.pairs import dtype_of_products
-from siglip_train.distributed.collectives import is_distributed
 
 __all__ = ["Ring", "exchange_seconds", "parse_exchange", "waiting"]
 
@@ -43,8 +42,8 @@ class Ring:
     def __init__(self, exchange: str, dtype: str) -> None:
         self.exchange = parse_exchange(exchange, dtype)
         self._is_announced = False
-        if is_distributed():
-            check_exchange(self.exchange, _all_ranks())
+        if (group := _several_ranks()) is not None:
+            check_exchange(self.exchange, group)
 
     def group(
         self, images: Tensor, *, has_ids: bool, compute_dtype: torch.dtype | None
@@ -53,14 +52,13 @@ class Ring:
 
         The first call on several ranks says in the log what is sent, and how.
         """
-        if not is_distributed():
-            return None
-        if not self._is_announced:
+        group = _several_ranks()
+        if group is not None and not self._is_announced:
             sent = images.detach().to(dtype_of_products(images, compute_dtype))
-            chosen = choose_exchange(self.exchange, sent, _all_ranks(), has_ids=has_ids)
+            chosen = choose_exchange(self.exchange, sent, group, has_ids=has_ids)
             log.info("exchange of texts between ranks: %s", chosen)
             self._is_announced = True
-        return _all_ranks()
+        return group
 
 
 def parse_exchange(name: str, dtype: str) -> Exchange:
@@ -80,7 +78,7 @@ def parse_exchange(name: str, dtype: str) -> Exchange:
     )
 
 
-def _all_ranks() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
+def _several_ranks() -> dist.ProcessGroup | None:
+    """The group of all ranks, where there is more than one."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return group if group is not None and dist.get_world_size(group) > 1 else None

@@ -94,7 +94,7 @@ def test_attempts_go_on_where_the_last_one_broke_off(
     half = len(data) // 2
     expected = [each.format(half=half, more=half + (len(data) - half) // 2) for each in requests]
     assert server.asked == ["HEAD 00002.tar", *(f"GET 00002.tar {each}".strip() for each in expected)]
-    events = quick.drain()
+    events = quick.events.drain()
     assert [event.name for event in events] == ["fetch_retries"] * (len(requests) - 1)
     # once a shard
     assert [bool(event.message) for event in events] == [True] + [False] * (len(requests) - 2)
@@ -219,10 +219,10 @@ def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
         with pytest.raises(UnavailableShardError, match="404"):
             cache.local_tar(url)
     assert server.gets() == {"00000.tar": 1}
-    (event,) = quick.drain()
+    (event,) = quick.events.drain()
     assert event.name == "failed_shards"
     assert "00000.tar is unavailable: HTTPError: HTTP Error 404" in event.message
-    assert not other.drain()
+    assert not other.events.drain()
     assert [failure.shard for failure in other.failed.all().values()] == [url]
     # a run that starts later knows nothing of it
     assert ShardCache(tmp_path / "cache", patience=STEADY).local_tar(url).exists()
@@ -248,7 +248,7 @@ def test_a_failed_shard_is_tried_again_after_pauses_that_double(
     assert pauses == pytest.approx([0.2, 0.4, 0.8])
     assert quick.local_tar(url).exists()
     quick.accept(url)
-    assert [event.message for event in quick.drain()][-1] == "shard 00000.tar is back"
+    assert [event.message for event in quick.events.drain()][-1] == "shard 00000.tar is back"
     assert quick.failed.find(name) is None
 
 
@@ -453,7 +453,7 @@ def test_an_object_that_was_replaced_is_no_copy_of_the_one_in_a_listing(
     copy = quick.local_tar(url, known)
     assert copy.read_bytes() == new
     assert copy == quick.path(url, quick.identify(url)) != quick.path(url, known)
-    (event,) = quick.drain()
+    (event,) = quick.events.drain()
     assert event.name == "fetch_retries"
 
 
@@ -465,9 +465,9 @@ def test_what_a_shard_has_become_is_fetched_once_for_all(shards: Path, server: F
     copies = {cache.local_tar(url, known) for cache in (quick, *others)}
     assert [copy.read_bytes() for copy in copies] == [(shards / "00000.tar").read_bytes()]
     assert server.gets() == {"00000.tar": 1}
-    (event,) = quick.drain()
+    (event,) = quick.events.drain()
     assert event == ("changed_shards", "shard 00000.tar has changed since it was counted")
-    assert not [event for cache in others for event in cache.drain()]
+    assert not [event for cache in others for event in cache.events.drain()]
 
 
 def test_a_store_is_read_in_blocks_that_a_slow_line_brings_in_time(

@@ -10,15 +10,15 @@ import hashlib
 import io
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from siglip_train.data.remote.disk_budget import DiskBudget, NoRoomError, PartialFile
+from siglip_train.data.remote.events import Event, Events
 from siglip_train.data.remote.failed import FailedShards, Failure, UnavailableShardError
-from siglip_train.data.remote.fetch import DamagedError, Event, Fetch, FetchError, version_of
+from siglip_train.data.remote.fetch import DamagedError, Fetch, FetchError, version_of
 from siglip_train.data.remote.gunzip import gunzip, is_gzip
 from siglip_train.data.remote.limits import MAX_INDEX_BYTES, USUAL_LIMITS, Limits, OversizedError
 from siglip_train.data.remote.locations import COPIES, cache_folder, is_remote, short_name
@@ -92,7 +92,7 @@ class ShardCache:
     patience: RetryPolicy = USUAL
     cancelled: Callable[[], bool] = never
     since: float = field(default_factory=time.time)
-    events: deque[Event] = field(default_factory=deque)
+    events: Events = field(default_factory=Events)
     tries_first: bool = False
     limits: Limits = USUAL_LIMITS
 
@@ -147,10 +147,6 @@ class ShardCache:
         """Has it not failed, or long enough ago?"""
         failure = self.failed.find(self.name(shard))
         return failure is None or self._is_due(failure)
-
-    def drain(self) -> list[Event]:
-        """What is to be reported since the last call."""
-        return [self.events.popleft() for _ in range(len(self.events))]
 
     def read_small(self, url: str) -> bytes:
         """An index of shards, which fits into memory. Raises `FetchError`, `UserError`."""

@@ -7,8 +7,9 @@ import contextlib
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+from siglip_train.data.remote.events import Event
 from siglip_train.data.remote.locations import is_pipe, short_name
 from siglip_train.data.remote.retry import Background, CancelledError, RetryPolicy, SlowError, Watch
 from siglip_train.data.remote.sources import Start, heading, source
@@ -30,13 +31,6 @@ class FetchError(Exception):
 
 class DamagedError(Exception):
     """All bytes came, but not those that were promised."""
-
-
-class Event(NamedTuple):
-    """Something about a shard to be counted under `name` and, unless it is "", to be logged."""
-
-    name: str
-    message: str = ""
 
 
 class Target(Protocol):

@@ -219,7 +219,7 @@ def _scans(tasks: Sequence[_Task], cache: ShardCache) -> Iterator[_Shard]:
     # waiting for disks and networks, not for the interpreter
     with ThreadPoolExecutor(_THREADS) as pool:
         for shard in pool.map(lambda task: _scan(task, cache), tasks):
-            for event in cache.drain():
+            for event in cache.events.drain():
                 # what has failed is said when all are counted
                 if event.message and event.name == "fetch_retries":
                     _LOG.warning(event.message)
