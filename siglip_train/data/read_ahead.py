@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,7 +12,7 @@ from typing import NamedTuple, Protocol
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder
 from siglip_train.data.remote.disk_budget import rounded
-from siglip_train.data.remote.events import Event
+from siglip_train.data.remote.events import Event, Events
 from siglip_train.data.shards.reader import ShardSet, open_shard
 
 _THREADS = 4
@@ -46,7 +45,7 @@ class ReadAhead:
         self._needed = any(source.shards.has_copies for source in self._sources)
         # an own record of events, and the first to try a failed shard again
         self._cache = dataclasses.replace(
-            self._sources[0].shards.cache, cancelled=self._stopped.is_set, events=deque(), tries_first=True
+            self._sources[0].shards.cache, cancelled=self._stopped.is_set, events=Events(), tries_first=True
         )
         self._slots: dict[int, int] = {}
         self._wanted: list[_Task] = []
