@@ -1,4 +1,4 @@
-"""A locked image tower runs once over every training image; what it makes of them is kept, and read ever after.
+"""Computes the output of a locked image tower for every training image once, and keeps it on disk for all epochs.
 
 Locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) may then spend its time on texts alone.
 """

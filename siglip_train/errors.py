@@ -1,4 +1,4 @@
-"""Errors that others tell apart: the mistake of a user (one line, exit status 2), a bad sample, the end of a peer."""
+"""The errors that callers distinguish: a user's mistake (one line, exit status 2), a bad sample, a rank that failed."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Where modules are looked for: never first in the working folder, where a file html.py would replace Python's own."""
+"""Modules are never looked for in the working folder first, where a file html.py would replace Python's own."""
 
 # nothing that is not loaded yet, as it would come from there
 import os

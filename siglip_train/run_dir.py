@@ -1,4 +1,4 @@
-"""The folder of a run: agreed on by all ranks, kept to one run at a time, its config and its logs."""
+"""Opens the folder of a run on all ranks, keeps other runs out of it, and writes its config and tokenizer."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Places that the numbers of a run go to. One that fails, on a full disk or without a network, never ends the run."""
+"""Writes the numbers of a run to files and services; one that fails (full disk, no network) never ends the run."""
 
 import hashlib
 import importlib

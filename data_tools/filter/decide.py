@@ -1,4 +1,4 @@
-"""Which samples stay: rules first, then repeats among what rules leave, then the balance of what is left."""
+"""Decides which samples stay: first by rules, then without duplicates, then by the balance of what is left."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

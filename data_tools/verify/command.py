@@ -6,9 +6,9 @@ from typing import Any
 
 from data_tools.shared.arguments import add_cache_dir, add_max_pixels, add_workers, positive, share
 from data_tools.shared.whole_file import check_targets
+from data_tools.verify.all_shards import verify_shards
 from data_tools.verify.checks import Rules
 from data_tools.verify.outcome import Outcome
-from data_tools.verify.survey import verify_shards
 from siglip_train.data.config import SourceConfig, extensions
 from siglip_train.data.progress import progress
 from siglip_train.data.remote.locations import cache_folder, expand

@@ -1,4 +1,4 @@
-"""What only the samples themselves say before a run is planned: how many there are, and which labels they have."""
+"""Counts samples and labels before a run is planned, as only the samples themselves say how many there are."""
 
 import logging
 from collections import Counter
@@ -27,7 +27,7 @@ def count_samples(config: DataConfig) -> dict[str, int]:
 
     Raises `UserError` for a source that has none.
     """
-    sets = _surveyed(config, list(config.sources.values()))
+    sets = _indexed(config, list(config.sources.values()))
     for (name, source), shards in zip(config.sources.items(), sets, strict=True):
         if not len(shards):
             lacking = f" ({causes(shards.excluded)})" if shards.excluded else ""
@@ -54,7 +54,7 @@ def count_labels(config: DataConfig) -> Counter[int]:
                 f"data.sources.{name}.label: classification needs one, the member (cls) or field (json:class) with the"
                 " class index"
             )
-    sets = _surveyed(config, whole)
+    sets = _indexed(config, whole)
     _refuse_remote(sets)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     counts: Counter[int] = Counter()
@@ -73,7 +73,7 @@ def count_labels(config: DataConfig) -> Counter[int]:
     return sum((found for found, _ in parts), Counter())
 
 
-def _surveyed(config: DataConfig, sources: list[SourceConfig]) -> list[ShardSet]:
+def _indexed(config: DataConfig, sources: list[SourceConfig]) -> list[ShardSet]:
     return index_shards(
         [source.shards for source in sources],
         [wanted_of(source) for source in sources],

@@ -1,4 +1,4 @@
-"""Samples that end their worker each time, by a fault in a decoder or by their size: left out like bad ones."""
+"""Skips samples that end their worker each time, by a fault in a decoder or by their size, like bad ones."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -84,19 +84,19 @@ class _Crew:
             try:
                 item, error = self._given.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                self._check(patience=0)
+                self._check(seconds=0)
                 if time.monotonic() > deadline:
                     raise WorkersLostError(f"nothing came for {stall_seconds:g} seconds") from None
                 continue
             if error is not None:
                 # of a dead worker the connection may be gone a moment earlier than the news
-                self._check(patience=_POLL_SECONDS)
+                self._check(seconds=_POLL_SECONDS)
                 raise error
             self._asked.put("next")
             return item
 
-    def _check(self, *, patience: float) -> None:
-        if not wait([process.sentinel for process in self._processes], timeout=patience):
+    def _check(self, *, seconds: float) -> None:
+        if not wait([process.sentinel for process in self._processes], timeout=seconds):
             return
         dead = [process for process in self._processes if not process.is_alive()]
         raise WorkersLostError(

@@ -1,4 +1,4 @@
-"""What the ranks know of one another besides collectives: where each stands, and that one has failed or does not come.
+"""Tells all ranks, besides collectives, where each rank stands, and that one has failed or is missing.
 
 A thread of each rank tells the store of the process group, every two seconds, where its main thread stands. So a rank
 that fails can give all others its reason, where they would wait for it or meet a broken connection; and when no rank
@@ -51,7 +51,7 @@ class Failure(NamedTuple):
 class Peers:
     """The others of a run, and the thread that watches them for this rank.
 
-    store: of all ranks; it is cloned, so that a rank that waits in it does not stop this thread. patience: seconds that
+    store: of all ranks; it is cloned, so that a rank that waits in it does not stop this thread. timeouts: seconds that
     a phase may last on all ranks without one moving: a step, and anything else. leave: ends this process from another
     thread. Where the store does not answer the run goes on without it, and this rank judges by itself.
     """
@@ -63,11 +63,11 @@ class Peers:
         world_size: int,
         *,
         standing: Standing,
-        patience: tuple[float, float],
+        timeouts: tuple[float, float],
         leave: Callable[[Failure], None],
     ) -> None:
         self._store, self._rank, self._world_size = store.clone(), rank, world_size
-        self._standing, self._patience, self._leave = standing, patience, leave
+        self._standing, self._timeouts, self._leave = standing, timeouts, leave
         self._beats = 0
         self._known: Failure | None = None
         self._own: Failure | None = None
@@ -78,7 +78,7 @@ class Peers:
         self._threads = [
             threading.Thread(target=self._watch, name="peers", daemon=True),
             # apart, because a store in a process that is stopped never answers
-            threading.Thread(target=self._watch_alone, name="patience", daemon=True),
+            threading.Thread(target=self._watch_alone, name="timeouts", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -207,7 +207,7 @@ class Peers:
         return None
 
     def _limit(self, phase: str) -> float:
-        quick, patient = self._patience
+        quick, patient = self._timeouts
         return quick if phase in _QUICK else patient
 
     def _is_overdue(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting: the mean over ranks hides it, and all of them take its time."""
+"""Names the rank that the others wait for: the mean over ranks hides it, and it costs all of them its time."""
 
 import logging
 from collections.abc import Sequence

@@ -45,9 +45,9 @@ class Supervision:
 
     def met(self, store: dist.Store, rank: int, world_size: int) -> None:
         """The ranks have a store and begin to wait for one another: for `init_world`."""
-        patience = self.config.timeout_seconds, self.config.startup_timeout_seconds
+        timeouts = self.config.timeout_seconds, self.config.startup_timeout_seconds
         self.peers = Peers(
-            store, rank, world_size, standing=self.standing, patience=patience, leave=self._leave
+            store, rank, world_size, standing=self.standing, timeouts=timeouts, leave=self._leave
         )
 
     def _leave(self, failure: Failure) -> None:

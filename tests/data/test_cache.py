@@ -57,7 +57,7 @@ def server(shards: Path) -> Iterator[Faults]:
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardCache:
     """A cache that makes short pauses."""
     monkeypatch.setattr("siglip_train.data.remote.retry._FIRST_PAUSE", 0.001)
-    return ShardCache(tmp_path / "cache", patience=STEADY)
+    return ShardCache(tmp_path / "cache", retries=STEADY)
 
 
 def _copies(cache: ShardCache) -> list[Path]:
@@ -89,7 +89,7 @@ def test_attempts_go_on_where_the_last_one_broke_off(
     data = (shards / "00002.tar").read_bytes()
     server["00002.tar"] = faults
     if {"stall", "silent"} & set(faults):
-        quick = ShardCache(quick.folder, patience=RetryPolicy(1.5, 4))
+        quick = ShardCache(quick.folder, retries=RetryPolicy(1.5, 4))
     assert quick.local_tar(f"{server.url}/00002.tar").read_bytes() == data
     half = len(data) // 2
     expected = [each.format(half=half, more=half + (len(data) - half) // 2) for each in requests]
@@ -117,7 +117,7 @@ def test_what_cannot_be_fetched_is_named_and_not_kept(
 ):
     server["00001.tar"] = [fault, "..."]
     if fault in ("silent", "drip"):
-        quick = ShardCache(quick.folder, patience=SHORT)
+        quick = ShardCache(quick.folder, retries=SHORT)
     with pytest.raises(UnavailableShardError, match=reason):
         quick.local_tar(f"{server.url}/00001.tar")
     assert server.gets() == {"00001.tar": attempts}
@@ -144,7 +144,7 @@ def test_tools_get_one_line(
 
 
 def test_a_silent_command_is_killed_with_its_children(tmp_path: Path):
-    pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", patience=RetryPolicy(1.5, 1))
+    pid, quick = tmp_path / "pid", ShardCache(tmp_path / "cache", retries=RetryPolicy(1.5, 1))
     with pytest.raises(UnavailableShardError, match="silent"):
         quick.local_tar(f"pipe:printf begun; (sleep 60 & echo $! > {pid}; wait); echo")
     _wait_for_the_end(int(pid.read_text()))
@@ -214,7 +214,7 @@ def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
     server["00000.tar"] = ["404"]
     with pytest.raises(UnavailableShardError):
         quick.local_tar(url)
-    other = ShardCache(tmp_path / "cache", patience=STEADY, since=quick.since)
+    other = ShardCache(tmp_path / "cache", retries=STEADY, since=quick.since)
     for cache in (quick, other):
         with pytest.raises(UnavailableShardError, match="404"):
             cache.local_tar(url)
@@ -225,7 +225,7 @@ def test_a_failed_shard_is_left_alone_for_a_while_by_all_processes(
     assert not other.events.drain()
     assert [failure.shard for failure in other.failed.all().values()] == [url]
     # a run that starts later knows nothing of it
-    assert ShardCache(tmp_path / "cache", patience=STEADY).local_tar(url).exists()
+    assert ShardCache(tmp_path / "cache", retries=STEADY).local_tar(url).exists()
 
 
 def test_a_failed_shard_is_tried_again_after_pauses_that_double(
@@ -254,7 +254,7 @@ def test_a_failed_shard_is_tried_again_after_pauses_that_double(
 
 def test_a_fetch_that_no_one_waits_for_ends(server: Faults, tmp_path: Path):
     cancelled = threading.Event()
-    cache = ShardCache(tmp_path / "cache", patience=RetryPolicy(60), cancelled=cancelled.is_set)
+    cache = ShardCache(tmp_path / "cache", retries=RetryPolicy(60), cancelled=cancelled.is_set)
     server["00000.tar"] = ["stall"]
     threading.Timer(0.1, cancelled.set).start()
     with pytest.raises(CancelledError):
@@ -273,7 +273,7 @@ def test_the_index_of_a_copy_outlives_it(server: Faults, quick: ShardCache):
 
 def test_the_copy_longest_out_of_use_makes_room(tmp_path: Path):
     limit = 40 << 10
-    cache = ShardCache(tmp_path / "cache", limit=limit, patience=STEADY)
+    cache = ShardCache(tmp_path / "cache", limit=limit, retries=STEADY)
     for name in "abcd":
         (tmp_path / name).write_bytes(write_tar(tmp_path / f"{name}.tar", sample(name)).read_bytes())
     urls = {name: f"pipe:cat {tmp_path}/{name}" for name in "abcd"}
@@ -291,7 +291,7 @@ def test_the_copy_longest_out_of_use_makes_room(tmp_path: Path):
 def test_many_processes_and_left_parts_stay_within_the_limit(shards: Path, tmp_path: Path):
     size = (shards / "00002.tar").stat().st_size
     limit = 3 * 4096 * (-(-size // 4096))
-    cache = ShardCache(tmp_path / "cache", limit=limit, patience=RetryPolicy(5, 8))
+    cache = ShardCache(tmp_path / "cache", limit=limit, retries=RetryPolicy(5, 8))
     left = cache.room.folder / f"{'0' * 24}.fetched.part"
     foreign = cache.room.folder / "mine.tar"
     left.parent.mkdir(parents=True)
@@ -339,7 +339,7 @@ def _disk_usage(folder: Path) -> int:
 def test_a_shard_larger_than_the_cache_is_an_error_that_names_both(
     shards: Path, server: Faults, tmp_path: Path
 ):
-    cache = ShardCache(tmp_path / "cache", limit=4096, patience=STEADY)
+    cache = ShardCache(tmp_path / "cache", limit=4096, retries=STEADY)
     with pytest.raises(UserError, match=r"a shard takes .* GiB, more than data\.cache_limit_gib"):
         cache.local_tar(f"{server.url}/00002.tar")
 
@@ -461,7 +461,7 @@ def test_what_a_shard_has_become_is_fetched_once_for_all(shards: Path, server: F
     url = f"{server.url}/00000.tar"
     known = quick.identify(url)
     (shards / "00002.tar").replace(shards / "00000.tar")
-    others = [ShardCache(quick.folder, patience=STEADY) for _ in range(3)]
+    others = [ShardCache(quick.folder, retries=STEADY) for _ in range(3)]
     copies = {cache.local_tar(url, known) for cache in (quick, *others)}
     assert [copy.read_bytes() for copy in copies] == [(shards / "00000.tar").read_bytes()]
     assert server.gets() == {"00000.tar": 1}

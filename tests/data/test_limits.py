@@ -94,7 +94,7 @@ def test_a_packed_bomb_among_good_shards_counts_as_bad(tmp_path: Path) -> None:
 
 def test_a_remote_packed_bomb_is_unavailable(tmp_path: Path) -> None:
     bomb = bombs.gzip_of_zeros(tmp_path / "bomb.tar.gz", 100)
-    cache = ShardCache(tmp_path / "cache", patience=RetryPolicy(5, 1))
+    cache = ShardCache(tmp_path / "cache", retries=RetryPolicy(5, 1))
     with pytest.raises(UnavailableShardError, match="unpack to more than"):
         cache.local_tar(f"pipe:cat {bomb}")
     assert not list((tmp_path / "cache" / "copies").iterdir())

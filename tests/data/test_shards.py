@@ -20,13 +20,13 @@ from tests.ranks import run_ranks
 WANTED = Wanted(("jpg", "png"), ("txt",))
 
 
-def _survey(shards: str | list[str], cache: str, wanted: Wanted = WANTED) -> ShardSet:
+def _indexed(shards: str | list[str], cache: str, wanted: Wanted = WANTED) -> ShardSet:
     (found,) = index_shards([shards], [wanted], ShardCache.at(cache))
     return found
 
 
 def test_samples_are_read_by_number(tmp_path: Path, cache: str):
-    shards = _survey(write_shards(tmp_path, [2, 3]), cache)
+    shards = _indexed(write_shards(tmp_path, [2, 3]), cache)
     assert shards.counts.tolist() == [2, 3]
     for reader in (ShardReader(shards), pickle.loads(pickle.dumps(ShardReader(shards)))):
         got = reader.read(1, 2)
@@ -41,7 +41,7 @@ def test_only_complete_samples_are_counted_and_the_others_named(tmp_path: Path, 
         *[(name.replace("png", "JPG"), data) for name, data in sample("e", 4)],
     ]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
-    shards = _survey(str(path), cache)
+    shards = _indexed(str(path), cache)
     reader = ShardReader(shards)
     assert [reader.read(0, i).key for i in range(3)] == ["a", "d", "e"]
     assert [bad[:3] for bad in shards.excluded] == [("a.tar", "b", "no image"), ("a.tar", "c", "no text")]
@@ -50,13 +50,13 @@ def test_only_complete_samples_are_counted_and_the_others_named(tmp_path: Path, 
 def test_any_of_several_texts_makes_a_sample_complete_and_no_text_may_be_wanted(tmp_path: Path, cache: str):
     members = [*without(sample("a"), "txt"), *without(sample("b"), "json"), ("c.png", b"")]
     path = str(write_tar(tmp_path / "a.tar", members))
-    assert len(_survey(path, cache, Wanted(("png",), ("txt", "json")))) == 2
-    assert len(_survey(path, cache, Wanted(("png",)))) == 3
+    assert len(_indexed(path, cache, Wanted(("png",), ("txt", "json")))) == 2
+    assert len(_indexed(path, cache, Wanted(("png",)))) == 3
 
 
 def test_extra_members_are_read_where_they_are(tmp_path: Path, cache: str):
     path = write_tar(tmp_path / "a.tar", [*sample("a", cls=b"3"), *sample("b")])
-    reader = ShardReader(_survey(str(path), cache, Wanted(("png",), None, ("cls",))))
+    reader = ShardReader(_indexed(str(path), cache, Wanted(("png",), None, ("cls",))))
     assert reader.read(0, 0).members["cls"] == b"3"
     assert list(reader.read(0, 1).members) == ["image"]
 
@@ -65,7 +65,7 @@ def test_a_copy_that_makes_room_while_it_is_opened_is_made_again(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ):
     path = write_tar(tmp_path / "a.tar", sample("a"))
-    reader = ShardReader(_survey(f"pipe:cat {path}", cache))
+    reader = ShardReader(_indexed(f"pipe:cat {path}", cache))
 
     def removed_before(copy: Path, folder: Path) -> TarIndex:
         monkeypatch.undo()
@@ -80,14 +80,14 @@ def test_a_torn_shard_counts_its_last_sample(tmp_path: Path, cache: str):
     path = write_tar(tmp_path / "a.tar", [m for i in range(3) for m in sample(f"{i}", i)])
     data = path.read_bytes().rstrip(b"\0")
     path.write_bytes(data[:-10])
-    shards = _survey(str(path), cache)
+    shards = _indexed(str(path), cache)
     assert len(shards) == 2
     assert [bad[:3] for bad in shards.excluded] == [("a.tar", "2", "truncated")]
 
 
 def test_of_a_tar_that_has_become_shorter_no_half_caption_is_read(tmp_path: Path, cache: str):
     path = write_tar(tmp_path / "a.tar", without(sample("a", txt=b"a caption of some length"), "json"))
-    reader = ShardReader(_survey(str(path), cache))
+    reader = ShardReader(_indexed(str(path), cache))
     assert reader.read(0, 0).members["txt"] == b"a caption of some length"
     end = path.read_bytes().index(b" of some length")
     with path.open("r+b") as file:
@@ -101,7 +101,7 @@ def test_unreadable_shards_are_all_named(tmp_path: Path, cache: str):
     for name in ("bad1.tar", "bad2.tar"):
         (tmp_path / name).write_bytes(b"no tar" * 200)
     with pytest.raises(UserError, match=r"bad1\.tar.*bad2\.tar"):
-        _survey(str(tmp_path), cache)
+        _indexed(str(tmp_path), cache)
 
 
 def test_progress_is_told(tmp_path: Path, cache: str):
@@ -113,7 +113,7 @@ def test_progress_is_told(tmp_path: Path, cache: str):
 
 def test_more_shards_than_kept_open(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("siglip_train.data.shards.reader._DESCRIPTORS", 2)
-    reader = ShardReader(_survey(write_shards(tmp_path, [1] * 5), cache))
+    reader = ShardReader(_indexed(write_shards(tmp_path, [1] * 5), cache))
     for _ in range(2):
         assert [reader.read(shard, 0).key for shard in range(5)] == [f"{i:05d}" for i in range(5)]
     assert len(reader._descriptors) == 2
@@ -128,13 +128,13 @@ def test_raw_samples_come_in_file_order_with_all_members(tmp_path: Path, cache: 
 
 
 def _survey_on_a_rank(shards: str | list[str], cache: str) -> tuple:
-    found = _survey(shards, cache)
+    found = _indexed(shards, cache)
     return found.counts, [ShardReader(found).read(shard, 0).key for shard in range(len(found.counts))]
 
 
 def _failing_survey(shards: list[str], cache: str) -> str:
     try:
-        _survey(shards, cache)
+        _indexed(shards, cache)
     except UserError as error:
         return str(error)
     return "no error"
@@ -142,7 +142,7 @@ def _failing_survey(shards: list[str], cache: str) -> str:
 
 def _survey_of_what_a_rank_finds(folder: Path, cache: str) -> list[str] | str:
     try:
-        return _survey(str(folder / f"rank{dist.get_rank()}"), cache).urls
+        return _indexed(str(folder / f"rank{dist.get_rank()}"), cache).urls
     except UserError as error:
         return str(error)
 

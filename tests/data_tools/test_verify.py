@@ -19,7 +19,7 @@ from PIL import Image
 
 import data_tools
 from data_tools.cli import main
-from data_tools.verify import survey
+from data_tools.verify import all_shards
 from data_tools.verify.checks import Rules
 from data_tools.verify.shard import verify_shard
 from siglip_train.data.remote.locations import expand
@@ -357,14 +357,16 @@ def test_an_interrupted_run_goes_on(clean: Path, tmp_path: Path, monkeypatch: py
         opened.append(task.url)
         return verify_shard(task)
 
-    monkeypatch.setattr(survey, "verify_shard", watched)
+    monkeypatch.setattr(all_shards, "verify_shard", watched)
     with pytest.raises(KeyboardInterrupt):
-        survey.verify_shards(urls, rules, tmp_path, 1, lambda count: None)
-    monkeypatch.setattr(survey, "verify_shard", lambda task: opened.append(task.url) or verify_shard(task))
-    reports = survey.verify_shards(urls, rules, tmp_path, 1, lambda count: None)
+        all_shards.verify_shards(urls, rules, tmp_path, 1, lambda count: None)
+    monkeypatch.setattr(
+        all_shards, "verify_shard", lambda task: opened.append(task.url) or verify_shard(task)
+    )
+    reports = all_shards.verify_shards(urls, rules, tmp_path, 1, lambda count: None)
     assert opened == urls, "each shard once"
     assert [report.url for report in reports] == urls
-    assert reports == [verify_shard(survey.ShardTask(url, tmp_path, rules)) for url in urls]
+    assert reports == [verify_shard(all_shards.ShardTask(url, tmp_path, rules)) for url in urls]
 
 
 @pytest.mark.parametrize(

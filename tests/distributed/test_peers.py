@@ -18,7 +18,7 @@ def test_a_rank_does_not_follow_what_it_has_told_itself(monkeypatch: pytest.Monk
     monkeypatch.setattr(peers, "_LINGER", 1.0)
     store = dist.TCPStore("127.0.0.1", free_port(), world_size=1, is_master=True)
     left: list[Failure] = []
-    watch = Peers(store, 0, 2, standing=Standing(), patience=(60.0, 60.0), leave=left.append)
+    watch = Peers(store, 0, 2, standing=Standing(), timeouts=(60.0, 60.0), leave=left.append)
     watch.tell(Failure("SIGTERM", 143, hangs=True))
     # its thread has looked at the store by then, and has ended
     deadline = time.monotonic() + 20

@@ -34,7 +34,7 @@ def folder_records(folder: Path, options: SourceOptions) -> Found:
     """
     records: list[Record] = []
     tables: list[Found] = []
-    strangers: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = [name for name in sorted(files) if _is_wanted(place, name)]
@@ -43,10 +43,10 @@ def folder_records(folder: Path, options: SourceOptions) -> Found:
         beside = _by_image(names)
         records += [_record(folder, place, name, beside) for name in names if is_image_file(name)]
         known = {*_TABLES, *_NOT_OURS, *beside.values()}
-        strangers.update(os.path.splitext(name)[1] or name for name in names
+        others.update(os.path.splitext(name)[1] or name for name in names
                          if name.lower() not in known and name not in known and not is_image_file(name))  # fmt: skip
-    if strangers:
-        counted = ", ".join(f"{ending} {count}" for ending, count in strangers.most_common())
+    if others:
+        counted = ", ".join(f"{ending} {count}" for ending, count in others.most_common())
         _LOG.info("%s: files that belong to no image are passed over: %s", folder, counted)
     records = _with_rows(records, tables)
     if not records:

@@ -89,7 +89,7 @@ class ShardCache:
 
     folder: Path
     limit: int | None = None
-    patience: RetryPolicy = USUAL
+    retries: RetryPolicy = USUAL
     cancelled: Callable[[], bool] = never
     since: float = field(default_factory=time.time)
     events: Events = field(default_factory=Events)
@@ -99,19 +99,19 @@ class ShardCache:
     def __post_init__(self) -> None:
         """Name the folders."""
         self.room = DiskBudget(self.folder / COPIES, self.limit)
-        self.failed = FailedShards(self.folder / "failed", self.patience, self.since)
+        self.failed = FailedShards(self.folder / "failed", self.retries, self.since)
 
     @classmethod
     def at(
         cls,
         folder: str | None,
         limit_gib: float | None = None,
-        patience: RetryPolicy = USUAL,
+        retries: RetryPolicy = USUAL,
         limits: Limits = USUAL_LIMITS,
     ) -> "ShardCache":
         """The cache in a folder that a user names, None = the usual one. Raises `UserError`."""
         limit = None if limit_gib is None else int(limit_gib * 2**30)
-        return cls(cache_folder(folder), limit, patience, limits=limits)
+        return cls(cache_folder(folder), limit, retries, limits=limits)
 
     def name(self, shard: str) -> str:
         """What the cache calls a shard, whatever its version."""
@@ -120,7 +120,7 @@ class ShardCache:
     def identify(self, shard: str) -> ExpectedShard:
         """Ask a remote shard for its version, which costs a small request. Raises `FetchError`, `UserError`."""
         return (
-            ExpectedShard(version_of(shard, self.patience, self.cancelled))
+            ExpectedShard(version_of(shard, self.retries, self.cancelled))
             if is_remote(shard)
             else ExpectedShard()
         )
@@ -151,7 +151,7 @@ class ShardCache:
     def read_small(self, url: str) -> bytes:
         """An index of shards, which fits into memory. Raises `FetchError`, `UserError`."""
         content = _Memory()
-        Fetch(url, content, self.patience, lambda: None, self.events.append, self.cancelled).run()
+        Fetch(url, content, self.retries, lambda: None, self.events.append, self.cancelled).run()
         return content.getvalue()
 
     def accept(self, shard: str) -> None:
@@ -188,7 +188,7 @@ class ShardCache:
             # others that unpack hold the room; each gives up its own in turn, so that one gets on
             with contextlib.suppress(NoRoomError):
                 return self._try_to_unpack(shard, path)
-            time.sleep(self.patience.pause(1))
+            time.sleep(self.retries.pause(1))
 
     def _try_to_unpack(self, shard: str, path: Path) -> Path:
         name = self.name(os.path.abspath(shard))
@@ -240,7 +240,7 @@ class ShardCache:
                 if not is_gzip(part.path):
                     known.check(part.path)
 
-            version = Fetch(shard, part, self.patience, check, self.events.append, self.cancelled).run()
+            version = Fetch(shard, part, self.retries, check, self.events.append, self.cancelled).run()
             path = self._place(shard, (known.version or "") if known.is_promise else version)
             if not is_gzip(part.path):
                 return _kept(part, path, intact=True)
@@ -257,8 +257,8 @@ class ShardCache:
         return failure
 
     def _is_due(self, failure: Failure) -> bool:
-        patience = 0 if self.tries_first else self.patience.timeout_seconds / 2
-        return time.time() >= failure.until + patience
+        delay = 0 if self.tries_first else self.retries.timeout_seconds / 2
+        return time.time() >= failure.until + delay
 
     def _failure(self, shard: str, reason: str) -> UnavailableShardError:
         failure = self.failed.add(self.name(shard), shard, reason)

@@ -1,4 +1,4 @@
-"""Shards that could not be had: told to all processes of a machine by small files, tried again after growing pauses."""
+"""Remembers the shards that could not be fetched, for all processes of a machine, and retries after growing pauses."""
 
 import contextlib
 import json
@@ -39,8 +39,8 @@ class Failure:
 class FailedShards:
     """The failed shards of a cache folder. since: what failed before this time is forgotten."""
 
-    def __init__(self, folder: Path, patience: RetryPolicy, since: float) -> None:
-        self._folder, self._patience, self._since = folder, patience, since
+    def __init__(self, folder: Path, retries: RetryPolicy, since: float) -> None:
+        self._folder, self._retries, self._since = folder, retries, since
         self._all: dict[str, Failure] = {}
         self._looked = float("-inf")
 
@@ -53,7 +53,7 @@ class FailedShards:
 
     def all(self) -> dict[str, Failure]:
         """Every failed shard by its name in the cache, as it was at most a second ago, with all that `find` has met."""
-        if time.monotonic() - self._looked > min(1.0, self._patience.timeout_seconds / 10):
+        if time.monotonic() - self._looked > min(1.0, self._retries.timeout_seconds / 10):
             found = {path.stem: self._read(path) for path in sorted(self._folder.glob("*.json"))}
             self._all = {name: failure for name, failure in found.items() if failure is not None}
             self._looked = time.monotonic()
@@ -87,7 +87,7 @@ class FailedShards:
             delay = min(_FIRST_DELAY * 2 ** (times - 1), _LONGEST_DELAY)
         now = time.time()
         failure = Failure(
-            redacted(shard), redacted(reason), times, now, now + delay * self._patience.timeout_seconds
+            redacted(shard), redacted(reason), times, now, now + delay * self._retries.timeout_seconds
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(self._folder / f"{name}.json", json.dumps(asdict(failure)))

@@ -1,4 +1,4 @@
-"""One remote shard into a file: http(s), fsspec and commands, with time-outs, retries and resumption.
+"""Downloads a remote shard into a file, by http(s), fsspec or a command, with timeouts, retries and resumption.
 
 `Fetch.run` makes attempts; each opens a source (`sources.py`), which a thread reads as long as there is `RetryPolicy`.
 """
@@ -43,20 +43,20 @@ class Target(Protocol):
         """Append."""
 
 
-def version_of(shard: str, patience: RetryPolicy, cancelled: Callable[[], bool] = lambda: False) -> str:
+def version_of(shard: str, retries: RetryPolicy, cancelled: Callable[[], bool] = lambda: False) -> str:
     """What changes when the content of a shard does, by one small request; always "" for a command.
 
     Raises `FetchError`, `CancelledError`.
     """
     if is_pipe(shard):
         return ""
-    watch = Watch(patience, cancelled)
+    watch = Watch(retries, cancelled)
 
     def ask() -> str:
-        with contextlib.closing(Background(heading(shard, patience.timeout_seconds), watch)) as items:
+        with contextlib.closing(Background(heading(shard, retries.timeout_seconds), watch)) as items:
             return items.start().version
 
-    return _with_retries(ask, patience, watch, lambda _attempt, _error: None)
+    return _with_retries(ask, retries, watch, lambda _attempt, _error: None)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Fetch:
 
     shard: str
     target: Target
-    patience: RetryPolicy
+    retries: RetryPolicy
     check: Callable[[], None]
     notice: Callable[[Event], None]
     cancelled: Callable[[], bool]
@@ -77,12 +77,12 @@ class Fetch:
     def run(self) -> str:
         """Fetch it; return its version. Raises `FetchError`, `CancelledError`."""
         self._position, self._known = 0, Start("")
-        self._watch = Watch(self.patience, self.cancelled)
-        return _with_retries(self._attempt, self.patience, self._watch, self._on_retry)
+        self._watch = Watch(self.retries, self.cancelled)
+        return _with_retries(self._attempt, self.retries, self._watch, self._on_retry)
 
     def _attempt(self) -> str:
         known = self._known
-        items, abandon = source(self.shard, self._position, known, self.patience.timeout_seconds)
+        items, abandon = source(self.shard, self._position, known, self.retries.timeout_seconds)
         try:
             with contextlib.closing(Background(items, self._watch)) as background:
                 self._receive(background, known)
@@ -120,21 +120,21 @@ class Fetch:
 
 def _with_retries(
     attempt: Callable[[], str],
-    patience: RetryPolicy,
+    retries: RetryPolicy,
     watch: Watch,
     on_retry: Callable[[int, Exception], None],
 ) -> str:
-    for number in range(1, patience.attempts + 1):
+    for number in range(1, retries.attempts + 1):
         try:
             return attempt()
         except (CancelledError, UserError):
             raise
         except Exception as error:  # whatever the filesystem behind the URL raises
-            if number == patience.attempts or _is_final(error) or watch.is_hopeless:
+            if number == retries.attempts or _is_final(error) or watch.is_hopeless:
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(said(error) + tried, is_absent=_is_absent(error)) from error
             on_retry(number, error)
-            watch.pause(patience.pause(number))
+            watch.pause(retries.pause(number))
     raise AssertionError("at least one attempt is made")
 
 

@@ -1,4 +1,4 @@
-"""What samples and shards may take of memory and disk, whoever made them: a small file can claim gigabytes."""
+"""Limits on the memory and disk that samples and shards may take: a small file can claim gigabytes."""
 
 from dataclasses import dataclass
 

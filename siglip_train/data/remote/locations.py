@@ -1,4 +1,4 @@
-"""From what a user writes for `shards` to the name of every shard: paths, folders, brace lists, globs, URLs."""
+"""Expands what a user writes for `shards` into the names of all shards: paths, folders, brace lists, globs, URLs."""
 
 import getpass
 import glob

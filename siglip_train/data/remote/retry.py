@@ -48,8 +48,8 @@ class SlowError(Exception):
 class Watch:
     """Looks at the clock over all attempts of a fetch; only waiting for the source counts, not for our disk."""
 
-    def __init__(self, patience: RetryPolicy, cancelled: Callable[[], bool]) -> None:
-        self._timeout, self._cancelled = patience.timeout_seconds, cancelled
+    def __init__(self, retries: RetryPolicy, cancelled: Callable[[], bool]) -> None:
+        self._timeout, self._cancelled = retries.timeout_seconds, cancelled
         self._waited, self._received = 0.0, 0
 
     @property

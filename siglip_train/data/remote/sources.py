@@ -1,4 +1,4 @@
-"""The bytes of a remote shard as they come: from a web server, a filesystem of fsspec or a command."""
+"""Reads the bytes of a remote shard: from a web server, a filesystem of fsspec or a command."""
 
 import base64
 import contextlib

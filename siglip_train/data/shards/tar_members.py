@@ -1,4 +1,4 @@
-"""The members of a plain tar, header after header: ustar, GNU long names, pax, holes. Damage is told, and passed over.
+"""Reads the headers of a plain tar: ustar, GNU long names, pax, sparse files. Damage is reported and skipped.
 
 The checksum of every header is compared. Where it is wrong, reading goes on at the next header whose checksum is right.
 """
