@@ -73,6 +73,8 @@ def summary(conversion: Conversion) -> list[str]:
     for names, said in ((conversion.left_out, "left out"), (conversion.made_up, "made up")):
         if names:
             lines.append(f"{len(names)} tensors {said} ({shortened(names)})")
+    if any(name.startswith("decoder.") for name in conversion.left_out):
+        lines.append(f"the decoder has no form in {conversion.target}: it is left out; --to native keeps it")
     if conversion.tokenizer is None and conversion.part == "model":
         lines.append("no tokenizer: give one with --tokenizer PATH")
     whose = conversion.peer

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.data.workers import Workers, worker_count
-from siglip_train.distributed.collectives import barrier
+from siglip_train.distributed.collectives import any_rank, barrier
 from siglip_train.distributed.setup import DistributedConfig, init_world, leave_world
 from siglip_train.errors import UserError, exit_on_user_error
 from siglip_train.evals.base import (
@@ -107,6 +107,7 @@ def _evaluate(config: EvaluateConfig, tasks: dict[str, Evaluator], output: Path,
         workers=worker_count(config.workers),
         on_batch=watch.standing.move,
         heads={name: head.to(world.device) for name, head in read_heads(Path(config.checkpoint)).items()},
+        captioner=lambda: loaded.captioner.on_ranks(any_rank),
     )
     evaluations = run_all(tasks, encoder)
     if world.is_main:

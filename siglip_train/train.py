@@ -25,6 +25,7 @@ from siglip_train.data.inputs.base import RunInputs
 from siglip_train.data.inputs.captions import CaptionInput
 from siglip_train.data.inputs.embeddings import stands_in
 from siglip_train.data.pipeline import build_loader
+from siglip_train.data.sentences import SentenceForm
 from siglip_train.data.tokenizer import Tokenizer, load_tokenizer
 from siglip_train.distributed.collectives import any_rank, barrier
 from siglip_train.distributed.setup import World, init_world, leave_world, use_timeout_everywhere
@@ -42,6 +43,8 @@ from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip
 from siglip_train.objective_gradients import measured_step
 from siglip_train.objectives.base import StepSizes
+from siglip_train.objectives.captioner import Captioner
+from siglip_train.objectives.captioning import Captioning
 from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.optim import lr_for_batch
@@ -144,6 +147,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         scalar_of=lambda parameter: engine_state.scalar(wrapped, parameter),
         on_batch=_on_batch(watch),
         heads=dict(model.objectives.items()),
+        captioner=lambda: _captioner(model, config, tokenizer),
         whole=wrapped,
     )
     trainer = loop.Trainer(
@@ -250,6 +254,16 @@ def _text_and_image_input(config: Config) -> tuple[Tokenizer | None, ImageTransf
 
 def _no_tokenizer(texts: list[str]) -> Tensor:
     raise UserError(f"{texts[0]!r} needs a tokenizer to be evaluated: tokenizer=PATH")
+
+
+def _captioner(model: TrainingModel, config: Config, tokenizer: Tokenizer | None) -> Captioner:
+    """The decoder that the run trains, as evaluations use it."""
+    decoders = [each.decoder for each in model.objectives.values() if isinstance(each, Captioning)]
+    if len(decoders) != 1 or tokenizer is None:
+        raise UserError(
+            f"a task needs the decoder of objective captioning, and the run trains {len(decoders)}"
+        )
+    return Captioner(decoders[0], SentenceForm(config.data.sentences, tokenizer), any_rank)
 
 
 def _load_weights(model: TrainingModel, config: Config, run_dir: Path, description: Description) -> Start:

@@ -34,6 +34,7 @@ class TinyOptions:
     samples: int = 30_000
     validation_samples: int = 500
     samples_per_class: int = 10
+    referring_samples: int = 200
     vocab_size: int = 1024
     seed: int = 0
 
@@ -44,6 +45,8 @@ class TinyOptions:
             "validation": self.validation_samples,
             "classes_seen": len(SEEN) * self.samples_per_class,
             "classes_unseen": len(HELD_OUT) * self.samples_per_class,
+            "referring_seen": self.referring_samples,
+            "referring_unseen": self.referring_samples,
         }
 
 
@@ -62,6 +65,8 @@ def add_command(commands: Any) -> None:
                         help="of validation, no two with the same objects (%(default)s)")  # fmt: skip
     parser.add_argument("--samples-per-class", type=positive, default=defaults.samples_per_class,
                         help="of classes_seen and classes_unseen (%(default)s)")  # fmt: skip
+    parser.add_argument("--referring-samples", type=positive, default=defaults.referring_samples,
+                        help="of referring_seen and referring_unseen, of several objects (%(default)s)")  # fmt: skip
     parser.add_argument("--vocab-size", type=positive, default=defaults.vocab_size,
                         help="pieces of the tokenizer (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
@@ -75,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         validation_samples=arguments.validation_samples,
         samples_per_class=arguments.samples_per_class,
+        referring_samples=arguments.referring_samples,
         vocab_size=arguments.vocab_size,
         seed=arguments.seed,
     )

@@ -92,6 +92,16 @@ def plan_single(random: Random, pair: tuple[str, str]) -> Scene:
     return Scene(width, height, background, texture, texture_seed, (thing,), description)
 
 
+def plan_referring(random: Random, pairs: tuple[tuple[str, str], ...]) -> Scene:
+    """A scene of two to four objects, no two alike, the first of the given pairs, others of all that training shows.
+
+    So that the name of any object means one box, and a constant box is seldom right.
+    """
+    first = random.choice(pairs)
+    others = random.sample([pair for pair in SEEN if pair != first], random.randint(1, 3))
+    return _plan_several(random, tuple(Group(1, *pair) for pair in (first, *others)))
+
+
 def _plan_several(random: Random, groups: tuple[Group, ...]) -> Scene:
     width, height = _plan_canvas(random)
     background = random.choice(tuple(BACKGROUNDS))

@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools.make_tiny.captions import Description, word_everywhere
 from data_tools.make_tiny.drawing import draw_scene
 from data_tools.make_tiny.languages import SHARES
-from data_tools.make_tiny.scenes import Scene, plan_scene, plan_single
+from data_tools.make_tiny.scenes import Scene, plan_referring, plan_scene, plan_single
 from data_tools.make_tiny.vocabulary import CLASS_INDEX, HELD_OUT, SEEN
 from siglip_train.files.atomic import appearing
 
@@ -91,7 +91,9 @@ def _plan(task: ShardTask, index: int) -> tuple[Scene, int | None]:
     if task.split == "train":
         return plan_training(task.seed, index), None
     random = sample_random(task.seed, task.split, index)
-    pairs = SEEN if task.split == "classes_seen" else HELD_OUT
+    pairs = SEEN if task.split.endswith("_seen") else HELD_OUT
+    if task.split.startswith("referring"):
+        return plan_referring(random, pairs), None
     color, shape = pair = pairs[index % len(pairs)]
     return plan_single(random, pair), CLASS_INDEX[f"{color} {shape}"]
 

@@ -31,6 +31,8 @@ from siglip_train.evals.loader import (
 from siglip_train.files.atomic import write_text
 from siglip_train.files.records import to_json
 from siglip_train.models.siglip import Siglip
+from siglip_train.models.vision import VisionFeatures
+from siglip_train.objectives.captioner import Captioner
 
 # a slash would lead out of the folder, a dot at the beginning hides the file
 _PLAIN_NAME = re.compile(r"\w[\w.+ -]*")
@@ -82,6 +84,13 @@ class Evaluator(Protocol):
         """Measure the encoder's model."""
 
 
+def _no_captioner() -> Captioner:
+    raise UserError(
+        "there is no decoder here: this task measures that of a run with objective@objectives.NAME=captioning, or of a "
+        "checkpoint inside it"
+    )
+
+
 def _go_on() -> None:
     """Never end an evaluation early."""
 
@@ -109,6 +118,7 @@ class Encoder:
     scalar_of: Callable[[Tensor], float] = Tensor.item
     on_batch: Callable[[], None] = lambda: None
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    captioner: Callable[[], Captioner] = lambda: _no_captioner()
     whole: Callable[..., Any] | None = None
 
     def encode_texts(self, texts: list[str]) -> Tensor:
@@ -178,6 +188,14 @@ class Encoder:
                 self.on_batch()
                 images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
                 yield batch, encode(images).float()
+
+    def featured(self, loader: EvaluationLoader) -> Iterator[tuple[EvaluationBatch, VisionFeatures]]:
+        """Every batch of a loader, fillers included, and what the vision tower makes of it. All ranks."""
+        with self.inference():
+            for batch in loader:
+                self.on_batch()
+                images = Images(*(_moved(part, self.world.device) for part in batch.images))  # type: ignore[arg-type]
+                yield batch, self.model.vision(*images)
 
     def pool_images(self, images: Images) -> Tensor:
         """Give the vision tower's pooled output as it is, not unit-norm: `[B, D]`; probes are trained on it."""

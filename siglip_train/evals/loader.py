@@ -22,6 +22,7 @@ from siglip_train.data.config import extensions
 from siglip_train.data.folders import benchmark_folder, class_folder, class_folder_names
 from siglip_train.data.image_file import decode
 from siglip_train.data.image_transform import ImageTransform
+from siglip_train.data.inputs.regions import Region, read_regions
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import check_local, short_name
@@ -54,6 +55,7 @@ class EvaluationSource:
     image: as in training. text: member or `json:field`; a text, a list of texts, or a mapping of languages
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
     `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
+    regions: `json:field` with a list of boxes and texts, as in training.
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
     side of an image (ObjectNet frames its images). center: below 1, the share of both sides that is kept, in the
     middle, of the squashed image (few-shot probes keep 224 of 256). max_pixels: larger images count as bad.
@@ -64,6 +66,7 @@ class EvaluationSource:
     text: str | None = None
     label: str | None = None
     group: str | None = None
+    regions: str | None = None
     max_samples: int | None = None
     select: Selection = EVERYTHING
     border: int = 0
@@ -85,7 +88,7 @@ class EvaluationBatch(NamedTuple):
 
     index: `[B]` int64 place in data order, -1 = filler. captions: of each row, [] at fillers and where none are
     wanted. labels: of each row those that are right, none at fillers; None where none are wanted. keys: `shard/key`,
-    groups: "" at fillers.
+    groups: "" at fillers. regions: of each row, where they are wanted.
     """
 
     images: Images
@@ -94,6 +97,7 @@ class EvaluationBatch(NamedTuple):
     labels: list[tuple[int, ...]] | None
     keys: tuple[str, ...]
     groups: tuple[str, ...]
+    regions: tuple[tuple[Region, ...], ...] = ()
 
 
 class _Row(NamedTuple):
@@ -103,6 +107,7 @@ class _Row(NamedTuple):
     labels: tuple[int, ...] = ()
     key: str = ""
     group: str = ""
+    regions: tuple[Region, ...] = ()
 
 
 class Samples(Protocol):
@@ -137,9 +142,9 @@ class _Batches(Dataset):
                  share: range, batch_size: int, *, strict: bool = False) -> None:  # fmt: skip
         self.samples, self.transform, self.share, self.batch_size = samples, transform, share, batch_size
         self.strict = strict
-        self.text, self.label, self.group = (
+        self.text, self.label, self.group, self.regions = (
             Field.parse(name) if name is not None else None
-            for name in (source.text, source.label, source.group)
+            for name in (source.text, source.label, source.group, source.regions)
         )
         self.border, self.center, self.max_pixels = source.border, source.center, source.max_pixels
 
@@ -157,6 +162,7 @@ class _Batches(Dataset):
             [row.labels for row in rows] if self.label is not None else None,
             tuple(row.key for row in rows),
             tuple(row.group for row in rows),
+            tuple(row.regions for row in rows),
         )
         return batch, bad
 
@@ -175,6 +181,7 @@ class _Batches(Dataset):
                 labels_of(self.label, sample) if self.label is not None else (),
                 sample.name,
                 _group(self.group, sample) if self.group is not None else "",
+                tuple(read_regions(self.regions, sample)) if self.regions is not None else (),
             )
         except Exception as error:  # as in training, one sample must not end the run
             shard, key = self.samples.name(place)
@@ -325,7 +332,7 @@ def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
                 BadSample(folder.root.name, path, "no image by its ending") for path in folder.others
             ]
     text = Field.parse(source.text) if source.text is not None else None
-    fields = (source.label, source.group, *_LANGUAGE_FIELDS)
+    fields = (source.label, source.group, source.regions, *_LANGUAGE_FIELDS)
     extra = tuple(Field.parse(name).member for name in fields if name is not None)
     wanted = Wanted(
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select

@@ -20,6 +20,7 @@ from siglip_train.errors import UserError
 from siglip_train.files.atomic import put_folder
 from siglip_train.interop import to_huggingface, to_onnx, to_open_clip
 from siglip_train.interop.card import training_facts, write_card
+from siglip_train.interop.decoders import read_decoder, write_decoder
 from siglip_train.interop.fast_tokenizer import write_fast_tokenizer
 from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.load import read_model
@@ -115,6 +116,8 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
     files, report = _fitted(read_model(source), source, request)
     description, state = files
     head = read_head(source, request.objective) if request.part == "classifier" else None
+    decoder = read_decoder(source)
+    keeps_decoder = request.target == "native" and request.part == "model"
     tokenizer = _tokenizer(description, request)
     conversion = Conversion(
         source=source.name,
@@ -124,7 +127,8 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         parameters=sum(tensor.numel() for tensor in state.values()),
         weights=report,
         tokenizer=Path(tokenizer.name).name if tokenizer else None,
-        left_out=[name for name in state if _is_left_out(name, request.part)],
+        left_out=[name for name in state if _is_left_out(name, request.part)]
+        + [f"decoder.{name}" for name in (decoder.state if decoder and not keeps_decoder else ())],
         training=training_facts(source),
         classes=head.classes if head else None,
     )
@@ -133,6 +137,8 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         if tokenizer and request.target != "native":
             write_fast_tokenizer(tokenizer, folder)
         conversion.made_up = form.write(folder, state, description)
+        if decoder and keeps_decoder:
+            write_decoder(folder, decoder)
         _compare(folder, files, head, form, tokenizer, conversion, pictures=request.pictures)
         (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
         write_card(folder, destination.name, description.config, asdict(conversion))

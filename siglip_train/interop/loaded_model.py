@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -21,9 +22,13 @@ from siglip_train.batch import Images
 from siglip_train.data.image_file import decode, to_rgb
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.prompts import fill, read_class_names, read_templates
+from siglip_train.data.sentences import RelativeBox
 from siglip_train.data.tokenizer import Tokenizer
 from siglip_train.errors import SampleError, UserError
+from siglip_train.interop.decoders import captioner_of
 from siglip_train.models.siglip import Siglip, class_embeddings
+from siglip_train.models.vision import VisionFeatures
+from siglip_train.objectives.captioner import Captioner
 
 T = TypeVar("T")
 ImageLike = Image.Image | str | os.PathLike[str]
@@ -126,6 +131,73 @@ class LoadedModel:
         )
         scale, bias = self.model.logit_scale.detach().cpu().exp(), self.model.logit_bias.detach().cpu()
         return torch.sigmoid(scale * cosines + bias)
+
+    def caption(self, images: ImagesLike, *, beams: int = 1, batch_size: int = 64) -> list[str]:
+        """What the decoder says of each image. beams: sentences kept while searching, 1 = greedy.
+
+        Raises `UserError` for a model without a decoder, and as `preprocess` does.
+        """
+        said = list[str]()
+        with self._inference():
+            for batch in _batched(_listed(images), batch_size):
+                said += self.captioner.caption(self._features(batch), beams)
+        return said
+
+    def locate(
+        self, images: ImagesLike, texts: str | Sequence[str], *, beams: int = 1, batch_size: int = 64
+    ) -> list[RelativeBox]:
+        """The box of what each text means, in the image of the same place: (left, top, right, bottom), 0 to 1.
+
+        Raises `UserError` as `caption` does, and where there are not as many texts as images.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self._said_of(
+            images, texts, batch_size, lambda seen, asked: self.captioner.locate(seen, asked, beams)
+        )
+
+    def describe(
+        self, images: ImagesLike, boxes: Sequence[RelativeBox], *, beams: int = 1, batch_size: int = 64
+    ) -> list[str]:
+        """What the box of the same place shows in each image: (left, top, right, bottom), 0 to 1.
+
+        Raises `UserError` as `locate` does, and for boxes that are none.
+        """
+        for box in boxes:
+            if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+                raise UserError(
+                    f"a box is (left, top, right, bottom), shares 0..1 of width and height, not {box}"
+                )
+        return self._said_of(
+            images, boxes, batch_size, lambda seen, asked: self.captioner.describe(seen, asked, beams)
+        )
+
+    @cached_property
+    def captioner(self) -> Captioner:
+        """The decoder, read when it is first asked for. Raises `UserError` where there is none."""
+        return captioner_of(self.source, self.model, self.tokenizer)
+
+    def _said_of(
+        self,
+        images: ImagesLike,
+        given: Sequence[Any],
+        batch_size: int,
+        answer: Callable[[VisionFeatures, list[Any]], list[T]],
+    ) -> list[T]:
+        images = _listed(images)
+        if len(images) != len(given):
+            raise UserError(
+                f"there are {len(images)} images and {len(given)} texts or boxes: one for each image"
+            )
+        said = list[T]()
+        with self._inference():
+            for batch in _batched(list(zip(images, given, strict=True)), batch_size):
+                said += answer(self._features([image for image, _ in batch]), [each for _, each in batch])
+        return said
+
+    def _features(self, images: Sequence[ImageLike]) -> VisionFeatures:
+        device = self.model.logit_scale.device
+        moved = (None if part is None else part.to(device) for part in self.preprocess(list(images)))
+        return self.model.vision(*moved)
 
     def _patches(self, image: ImageLike) -> NDArray:
         """uint8 `[L, P]`."""

@@ -115,11 +115,13 @@ class _State:
         if self.search.may_follow is None:
             return logits
         allowed = torch.full_like(logits, -torch.inf)
+        # what is over, or is none of the sentences that go on, has no form
+        is_open = (~self.is_over & self.scores.flatten().isfinite()).tolist()
         for row, written in enumerate(self.tokens[:, :place].tolist()):
             prompt = self.prompts[row // self.search.beams]
-            following = self.search.may_follow(written[len(prompt) :]) if place >= len(prompt) else []
-            # what is fixed anyway, and what cannot go on, must not become NaN
-            allowed[row, list(following) or [self.search.end]] = 0.0
+            is_asked = is_open[row] and place >= len(prompt)
+            following = self.search.may_follow(written[len(prompt) :]) if is_asked else [self.search.end]
+            allowed[row, list(following)] = 0.0
         return logits + allowed
 
     def best(self) -> list[Found]:

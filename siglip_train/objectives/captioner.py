@@ -18,6 +18,10 @@ class Captioner:
     def __init__(self, decoder: Decoder, form: SentenceForm, goes_on: Callable[[bool], bool] = bool) -> None:
         self.decoder, self.form, self.goes_on = decoder, form, goes_on
 
+    def on_ranks(self, any_rank: Callable[[bool], bool]) -> "Captioner":
+        """The same for ranks that must decode equally many tokens together; any_rank: whether one of them says so."""
+        return Captioner(self.decoder, self.form, any_rank)
+
     def caption(self, images: VisionFeatures, beams: int = 1) -> list[str]:
         """A caption of each of B images, as the vision tower gives them."""
         return self._texts("cap", images, [None] * len(images.tokens), beams)

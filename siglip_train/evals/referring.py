@@ -1,0 +1,116 @@
+"""Referring expressions: does the decoder's box of a text cover what the text means."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from siglip_train.data.sentences import RelativeBox
+from siglip_train.data.shards.select import Selection, as_selection
+from siglip_train.distributed.collectives import gather_objects
+from siglip_train.errors import UserError
+from siglip_train.evals.base import Encoder, Evaluation
+from siglip_train.evals.loader import EvaluationBatch, EvaluationSource, build_evaluation_loader, check_found
+
+_RIGHT = 0.5
+
+
+class _Answer(NamedTuple):
+    """Of one text of one image. prior: the box that the decoder gives without the image."""
+
+    place: int
+    text: str
+    box: RelativeBox
+    found: RelativeBox
+    prior: RelativeBox
+
+
+@dataclass(kw_only=True)
+class Referring:
+    """Accuracy of boxes at an intersection over union of 0.5, and its mean, over all texts or the first of each image.
+
+    `prior_acc` is that of the same decoder with tokens of zeros in place of the image's: what can be had by knowing
+    where boxes usually are. regions: `json:field` with a list of `{box, text}`. first_only: one text for each image.
+    beams: sentences kept while searching. examples: kept for the report.
+    """
+
+    task: ClassVar[str] = "referring_expressions"
+
+    shards: str | list[str]
+    regions: str = "json:regions"
+    first_only: bool = False
+    beams: int = 1
+    examples: int = 24
+    image: str = EvaluationSource.image
+    max_samples: int | None = None
+    select: Selection | dict[str, Any] = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        """Check what makes up the source."""
+        if self.beams < 1 or self.examples < 0:
+            raise ValueError("beams must be at least 1 and examples must not be negative")
+        self._source = EvaluationSource(
+            shards=self.shards,
+            image=self.image,
+            regions=self.regions,
+            max_samples=self.max_samples,
+            select=as_selection(self.select),
+        )
+
+    def check(self) -> None:
+        """Find the shards."""
+        check_found(self._source)
+
+    def run(self, encoder: Encoder) -> Evaluation:
+        """Ask for the box of every text. All ranks."""
+        captioner, world = encoder.captioner(), encoder.world
+        loader = build_evaluation_loader(
+            self._source,
+            encoder.transform,
+            batch_size=encoder.batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            workers=encoder.workers,
+        )
+        mine = list[_Answer]()
+        for batch, features in encoder.featured(loader):
+            blind = features._replace(tokens=torch.zeros_like(features.tokens))
+            for number in range(self._rounds(batch)):
+                texts = [row[number].text if number < len(row) else "" for row in batch.regions]
+                boxes = captioner.locate(features, texts, self.beams)
+                priors = captioner.locate(blind, texts, self.beams)
+                mine += [
+                    _Answer(place, text, row[number].box, box, prior)
+                    for place, text, row, box, prior in zip(
+                        batch.index.tolist(), texts, batch.regions, boxes, priors, strict=True
+                    )
+                    if number < len(row)
+                ]
+        everyone = [answer for part in gather_objects(mine) for answer in part]
+        if not everyone:
+            raise UserError(f"no sample of {self.shards} has regions in {self.regions}")
+        overlaps = torch.tensor([iou(answer.box, answer.found) for answer in everyone])
+        blind_overlaps = torch.tensor([iou(answer.box, answer.prior) for answer in everyone])
+        metrics = {
+            "acc": float((overlaps >= _RIGHT).float().mean()),
+            "mean_iou": float(overlaps.mean()),
+            "prior_acc": float((blind_overlaps >= _RIGHT).float().mean()),
+            "n": float(len(everyone)),
+        }
+        details = {"examples": [answer._asdict() for answer in everyone[: self.examples]]}
+        return Evaluation(metrics, details if world.is_main else {})
+
+    def _rounds(self, batch: EvaluationBatch) -> int:
+        """Texts of an image that are asked for, as many on every rank."""
+        most = max(len(row) for row in batch.regions)
+        return max(min(each, 1) if self.first_only else each for each in gather_objects(most))
+
+
+def iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    inner = max(0.0, wide) * max(0.0, high)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return inner / (sum(areas) - inner)
