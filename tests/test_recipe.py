@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from siglip_train import recipe
+from tests.composing import composed
 from tests.conftest import ROOT
 from tests.test_train import ENVIRONMENT, losses
 
@@ -159,6 +160,22 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert status == 2
     assert message in out
     assert len(out.splitlines()) == 1, out
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf/recipe").glob("*.yaml"))])
+def test_every_recipe_is_of_experiments_that_compose(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    status, out = called(monkeypatch, capsys, name, "run_dir=runs/r", "--dry-run")
+    assert status == 0
+    for line in out.splitlines():
+        arguments = shlex.split(line)[3:]
+        config = composed(*arguments)
+        keys = dict(argument.split("=", 1) for argument in arguments)
+        assert config["total_samples"] == int(keys["total_samples"]) <= config["optim"]["schedule_samples"]
+        if "init_from" in keys:
+            # what a stage goes on from is taken whole, or its schedule would begin anew
+            assert {"model", "optimizer", "position"} <= set(config["carry_over"])
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ the data and in the schedule.
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
 
 from siglip_train.checkpoints.load import read_heads, read_moments, read_progress
@@ -22,6 +24,8 @@ from siglip_train.interop.files import shortened
 from siglip_train.interop.load import load_weights
 from siglip_train.interop.native import Description
 from siglip_train.interop.runs import newest_checkpoint
+from siglip_train.models.patches import resize_patch_kernel
+from siglip_train.models.positions import resize_position_table
 from siglip_train.objectives.training_model import TrainingModel
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,7 @@ PARTS: tuple[str, ...] = get_args(Part)
 
 # init_skip entries with this prefix are meant for what objectives own, all others for the model
 _OBJECTIVES = "objectives."
+_TEACHERS_TOWER = "teacher.copies.vision."
 
 
 class Start(NamedTuple):
@@ -134,7 +139,7 @@ def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: 
         for name in own
         if ("heads" if name in trained else "objectives") in parts and not name.startswith(tuple(skip))
     ]
-    taken = {name: theirs[name] for name in wanted if name in theirs}
+    taken = {name: _fitted(name, theirs[name], own[name].shape) for name in wanted if name in theirs}
     for name, tensor in taken.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -148,6 +153,17 @@ def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: 
     line += [f"{len(dropped)} dropped: {shortened(dropped)}"] if dropped else []
     log.info("carry_over from %s: %s", checkpoint, "; ".join(line))
     return list(taken)
+
+
+def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The teacher's positions and stem at another image or patch size, resampled as those of the student are."""
+    if tensor.shape == shape or not name.startswith(_TEACHERS_TOWER):
+        return tensor
+    if name == f"{_TEACHERS_TOWER}position_table":
+        return resize_position_table(tensor, math.isqrt(shape[0]))
+    if name == f"{_TEACHERS_TOWER}patch_embedding.weight":
+        return resize_patch_kernel(tensor, math.isqrt(shape[1] // 3)).to(tensor.dtype)
+    return tensor
 
 
 def _moved_to(progress: Progress, lengths: Lengths) -> Progress:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from siglip_train.models.positions import resize_position_table
 from tests.faults.injected import at, die
 from tests.forks import run_program_by_rank
 from tests.test_train import MODULE, losses, records, run
@@ -41,6 +42,7 @@ def test_the_teacher_begins_as_the_student_and_is_handed_on(small_run: list[str]
     ]  # fmt: skip
     third = [
         *common, *OBJECTIVES, "total_samples=168", f"run_dir={tmp_path}/c", f"init_from={tmp_path}/b", carried, STILL,
+        "model.vision.image_size=96",
     ]  # fmt: skip
     assert run(first).returncode == 0
     (killed,) = run_program_by_rank(MODULE, second, ranks=1, prepare=partial(at, "data", 5, (0,), die))
@@ -61,6 +63,9 @@ def test_the_teacher_begins_as_the_student_and_is_handed_on(small_run: list[str]
     assert (b[f"model.{stem}"] - a[f"model.{stem}"]).abs().max() > 1e-4
     # from the teacher before, and not from the student once more
     assert (c[f"teacher.copies.{stem}"] - b[f"teacher.copies.{stem}"]).abs().max() < 1e-6
+    # at the other image size it is resampled as the student's
+    resized = resize_position_table(b["teacher.copies.vision.position_table"], 6)
+    assert (c["teacher.copies.vision.position_table"] - resized).abs().max() < 1e-6
     assert b["objectives.self_distillation.centre"].abs().sum() > 0
     assert "objectives.masked_prediction.mask_token.token" in b
     last = records(tmp_path / "c")[-1]
