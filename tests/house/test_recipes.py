@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 
+from siglip_train.composition import instantiate_all
 from siglip_train.config import Config, parse
 from siglip_train.errors import UserError
 from siglip_train.models.flops import flops_per_pair
 from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip
+from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.parameter_groups import parameter_groups
 from siglip_train.typed import REQUIRED, build
@@ -49,6 +51,7 @@ class Recipe(NamedTuple):
     warmup: float = 20_000 * 32768
     length: int = 64
     vocabulary: int = 32000
+    objectives: tuple[str, ...] = ("sigmoid",)
 
 
 def stage(title: str, parameters: float) -> Recipe:
@@ -57,6 +60,11 @@ def stage(title: str, parameters: float) -> Recipe:
 
 def siglip2(title: str, parameters: float) -> Recipe:
     return Recipe(f"SigLIP 2 {title}, 256 px", parameters, vocabulary=256000)
+
+
+def first_stage(title: str, parameters: float) -> Recipe:
+    """With the decoder, to 80 % of the schedule."""
+    return siglip2(title, parameters)._replace(samples=32e9, objectives=("sigmoid", "captioning"))
 
 
 RECIPES = {
@@ -79,6 +87,11 @@ RECIPES = {
     "siglip2_l16_sigmoid": siglip2("L/16", 881.53),
     "siglip2_so400m16_sigmoid": siglip2("So400m/16", 1135.67),
     "siglip2_g16_sigmoid": siglip2("g-opt/16", 1871.39),
+    "siglip2_b32_a_base": first_stage("B/32", 376.86),
+    "siglip2_b16_a_base": first_stage("B/16", 375.23),
+    "siglip2_l16_a_base": first_stage("L/16", 881.53),
+    "siglip2_so400m16_a_base": first_stage("So400m/16", 1135.67),
+    "siglip2_g16_a_base": first_stage("g-opt/16", 1871.39),
 }  # fmt: skip
 
 
@@ -109,7 +122,7 @@ def test_a_recipe_has_the_settings_of_its_paper(name: str) -> None:
         recipe.warmup,
     )
     assert (optim.betas, optim.clip_norm, optim.schedule) == ((0.9, 0.95), 1.0, "cosine")
-    assert list(config.objectives) == ["sigmoid"]
+    assert tuple(config.objectives) == recipe.objectives
     rules = (config.text_rules.lowercase, config.text_rules.strip_punctuation, config.text_rules.pad)
     assert rules == ((True, False, "pad") if name.startswith("siglip2") else (True, True, "eos"))
     # big_vision decays what flax calls a kernel: matrices of linear layers and of the stem
@@ -144,7 +157,10 @@ def test_what_the_head_of_a_recipe_estimates_follows_from_its_flops(name: str) -
     hours, gpus, mfu, pairs, flops = (float(number.replace(",", "")) for number in estimate.groups())
     config = build(Config, written(name))
     locked = name.startswith("siglit")
+    with torch.device("meta"):
+        objectives = instantiate_all(config.objectives, "objectives").values()
     work = flops_per_pair(config.model, vision_passes=1.0 if locked else 3.0)
+    work += sum(each.flops_per_sample(StepSizes(config.model, config.data.views)) for each in objectives)
     assert flops == pytest.approx(work / 1e12, abs=6e-4)
     assert pairs == pytest.approx(config.total_samples / 1e9, rel=2e-3)
     assert hours == pytest.approx(config.total_samples * work / (gpus * 989e12 * mfu / 100) / 3600, abs=0.6)
@@ -179,6 +195,19 @@ def test_what_a_recipe_cannot_know_is_asked_for_at_once_a_line_each(name: str) -
     assert len(lines) == len(ASKED[name])
     for line, pattern in zip(lines, ASKED[name], strict=True):
         assert re.match(pattern, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "parameters"), [("b16", 6, 450.0), ("so400m16", 14, 877.7), ("g16", 14, 879.4)]
+)
+def test_a_decoder_has_half_the_layers_of_the_text_tower_rounded_up(
+    name: str, depth: int, parameters: float
+) -> None:
+    config = build(Config, written(f"siglip2_{name}_a_base"))
+    with torch.device("meta"):
+        objective = instantiate_all(config.objectives, "objectives")["captioning"]
+    assert len(objective.decoder.blocks) == depth
+    assert round(sum(each.numel() for each in objective.parameters()) / 1e6, 1) == parameters
 
 
 def test_a_scaled_use_is_one_override_of_batch_and_samples() -> None:
