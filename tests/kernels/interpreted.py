@@ -3,12 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+
+
+def compiled_on_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that calls `run_cases`: on a machine with a GPU it is one of `make test-gpu`."""
+    return pytest.mark.gpu(test) if torch.cuda.is_available() else test
 
 
 def run_cases(file: Path, selected: str = "", tier: str = "not slow") -> None:

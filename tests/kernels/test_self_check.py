@@ -11,16 +11,18 @@ import torch
 from kernels import dispatch, self_check
 from kernels.dispatch import force, implementation
 from kernels.testing import Comparison
-from tests.kernels.interpreted import run_cases
+from tests.kernels.interpreted import compiled_on_a_gpu, run_cases
 
 OP = "some_op"
 
 
+@compiled_on_a_gpu
 def test_triton_kernels_pass_their_self_check():
     run_cases(Path(__file__).with_name("self_check_cases.py"))
 
 
 @pytest.mark.slow
+@compiled_on_a_gpu
 def test_triton_kernels_pass_their_self_check_with_all_samples():
     run_cases(Path(__file__).with_name("self_check_cases.py"), tier="slow")
 

@@ -206,6 +206,46 @@ def test_block_on_a_gpu(dtype):
     check_block(inputs, [1e-12 if dtype == torch.float64 else 1e-5] * 5, positives=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", [INIT, TRAINED])
+def test_fp32_embeddings_under_the_autocast_of_a_gpu(place):
+    inputs = [tensor.cuda() for tensor in make(1300, 1300, 72, *place, torch.float32)]
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = sigmoid_loss(*leaves)
+    loss.backward()
+    value, *gradients = differentiate(sigmoid_loss_reference, inputs)
+    assert_close(loss.detach(), value, 1e-3)
+    for name, leaf, gradient in zip(NAMES[1:], leaves, gradients, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert_close(leaf.grad, gradient, 1e-2, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_loss_replays_on_other_embeddings():
+    leaves = [tensor.float().cuda().requires_grad_() for tensor in make(512, 512, 64, *INIT, torch.float32)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(sigmoid_loss(*leaves, compute_dtype=torch.float16), leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = sigmoid_loss(*leaves, compute_dtype=torch.float16)
+        found = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    others = [tensor.float().cuda() for tensor in make(512, 512, 64, *INIT, torch.float32, seed=1)]
+    with torch.no_grad():
+        for leaf, other in zip(leaves, others, strict=True):
+            leaf.copy_(other)
+    graph.replay()
+    expected = differentiate(sigmoid_loss_reference, others)
+    for name, actual, truth in zip(NAMES, found, expected, strict=True):
+        assert_close(actual, truth, 1e-2, name)
+
+
 def test_matching_embeddings_at_scale_ten_cost_what_the_formula_says():
     """Orthogonal pairs: an image pays softplus(-(10 - 10)) for its own text and softplus(-10) for each other."""
     embeddings = torch.eye(8, dtype=torch.float64)

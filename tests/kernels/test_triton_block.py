@@ -9,9 +9,10 @@ from kernels.dispatch import force, implementation
 from kernels.sigmoid_loss.triton import tiles
 from kernels.sigmoid_loss.triton.sample import BlockSample
 from kernels.sigmoid_loss.triton.tiles import choose_chunk_rows, choose_tile
-from tests.kernels.interpreted import run_cases
+from tests.kernels.interpreted import compiled_on_a_gpu, run_cases
 
 
+@compiled_on_a_gpu
 def test_triton_kernels_equal_the_reference():
     run_cases(Path(__file__).with_name("triton_block_cases.py"))
 
@@ -19,6 +20,7 @@ def test_triton_kernels_equal_the_reference():
 # two processes of some minutes each, on two cores
 @pytest.mark.slow
 @pytest.mark.parametrize("selected", ["alike or scores or scale", "not (alike or scores or scale)"])
+@compiled_on_a_gpu
 def test_triton_kernels_equal_the_reference_in_all_shapes_and_dtypes(selected):
     run_cases(Path(__file__).with_name("triton_block_cases.py"), selected, "slow")
 
