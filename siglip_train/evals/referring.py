@@ -1,10 +1,12 @@
 """Referring expressions: does the decoder's box of a text cover what the text means."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from PIL import Image, ImageDraw
 
 from siglip_train.data.sentences import RelativeBox
 from siglip_train.data.shards.select import Selection, as_selection
@@ -12,8 +14,11 @@ from siglip_train.distributed.collectives import gather_objects
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
 from siglip_train.evals.loader import EvaluationBatch, EvaluationSource, build_evaluation_loader, check_found
+from siglip_train.report.thumbnail import spread, thumbnail
 
 _RIGHT = 0.5
+# of images in the report: pixels, and the colours of boxes
+_SHOWN, _GREEN, _ORANGE = 192, (20, 150, 60), (240, 120, 0)
 
 
 class _Answer(NamedTuple):
@@ -32,7 +37,7 @@ class Referring:
 
     `prior_acc` is that of the same decoder with tokens of zeros in place of the image's: what can be had by knowing
     where boxes usually are. regions: `json:field` with a list of `{box, text}`. first_only: one text for each image.
-    beams: sentences kept while searching. examples: kept for the report.
+    beams: sentences kept while searching. gallery: images kept for the report, with both boxes.
     """
 
     task: ClassVar[str] = "referring_expressions"
@@ -41,15 +46,15 @@ class Referring:
     regions: str = "json:regions"
     first_only: bool = False
     beams: int = 1
-    examples: int = 24
+    gallery: int = 24
     image: str = EvaluationSource.image
     max_samples: int | None = None
     select: Selection | dict[str, Any] = field(default_factory=Selection)
 
     def __post_init__(self) -> None:
         """Check what makes up the source."""
-        if self.beams < 1 or self.examples < 0:
-            raise ValueError("beams must be at least 1 and examples must not be negative")
+        if self.beams < 1 or self.gallery < 0:
+            raise ValueError("beams must be at least 1 and gallery must not be negative")
         self._source = EvaluationSource(
             shards=self.shards,
             image=self.image,
@@ -88,6 +93,7 @@ class Referring:
                     if number < len(row)
                 ]
         everyone = [answer for part in gather_objects(mine) for answer in part]
+        all_counts = gather_objects(Counter(loader.counts))
         if not everyone:
             raise UserError(f"no sample of {self.shards} has regions in {self.regions}")
         overlaps = torch.tensor([iou(answer.box, answer.found) for answer in everyone])
@@ -98,13 +104,33 @@ class Referring:
             "prior_acc": float((blind_overlaps >= _RIGHT).float().mean()),
             "n": float(len(everyone)),
         }
-        details = {"examples": [answer._asdict() for answer in everyone[: self.examples]]}
-        return Evaluation(metrics, details if world.is_main else {})
+        if not world.is_main:
+            return Evaluation(metrics, {})
+        chosen = [everyone[place] for place in spread(len(everyone), self.gallery)]
+        shown = [_shown(loader.original(answer.place), answer) for answer in chosen]
+        counts = dict(sum(all_counts, Counter()))
+        return Evaluation(metrics, {"boxes": shown, "counts": counts})
 
     def _rounds(self, batch: EvaluationBatch) -> int:
         """Texts of an image that are asked for, as many on every rank."""
         most = max(len(row) for row in batch.regions)
         return max(min(each, 1) if self.first_only else each for each in gather_objects(most))
+
+
+def _shown(image: Image.Image, answer: _Answer) -> dict[str, Any]:
+    """The image with the right box in green and the decoder's in orange, for the report."""
+    image = image.convert("RGB").resize((_SHOWN, round(_SHOWN * image.height / image.width)))
+    draw = ImageDraw.Draw(image)
+    for box, color in ((answer.box, _GREEN), (answer.found, _ORANGE)):
+        edges = [edge * size for edge, size in zip(box, 2 * image.size, strict=True)]
+        draw.rectangle(edges, outline=color, width=3)
+    overlap = iou(answer.box, answer.found)
+    return {
+        "picture": thumbnail(image, _SHOWN),
+        "text": answer.text,
+        "overlap": overlap,
+        "is_right": overlap >= _RIGHT,
+    }
 
 
 def iou(one: Sequence[float], other: Sequence[float]) -> float:

@@ -34,6 +34,7 @@ def task_section(name: str, evaluation: Details) -> dict[str, Any]:
         "confusions": [(each["label"], each["predicted"], each["images"]) for each in entries("confusions")],
         "classes": [(each["name"], shown(each["recall"], "recall"), each["images"]) for each in classes],
         "mistakes": entries("mistakes"),
+        "boxes": entries("boxes"),
         "counts": list(counts.items()) if has_failed else [],
     }
 
