@@ -10,8 +10,8 @@ import pytest
 
 from data_tools.make_tiny.command import TinyOptions, make_tiny
 
-OPTIONS = TinyOptions(samples=400, validation_samples=60, samples_per_class=1)
-SPLITS = ("train", "validation", "classes_seen", "classes_unseen")
+OPTIONS = TinyOptions(samples=400, validation_samples=60, samples_per_class=1, referring_samples=12)
+SPLITS = ("train", "validation", "classes_seen", "classes_unseen", "referring_seen", "referring_unseen")
 
 
 class Sample(NamedTuple):

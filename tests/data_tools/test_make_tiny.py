@@ -25,7 +25,7 @@ from siglip_train.errors import UserError
 
 from .conftest import OPTIONS, SPLITS, read_split
 
-SMALL = TinyOptions(samples=24, validation_samples=8, samples_per_class=1)
+SMALL = TinyOptions(samples=24, validation_samples=8, samples_per_class=1, referring_samples=4)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -45,7 +45,10 @@ def test_bytes_do_not_depend_on_workers_or_folder(tmp_path):
 
 
 def test_seed_changes_the_pictures(tiny_dir, tmp_path):
-    make_tiny(tmp_path / "other", TinyOptions(samples=24, validation_samples=8, samples_per_class=1, seed=7))
+    make_tiny(
+        tmp_path / "other",
+        TinyOptions(samples=24, validation_samples=8, samples_per_class=1, referring_samples=4, seed=7),
+    )
     first = _digests(tmp_path / "other")["train/00000.tar"]
     assert first not in _digests(tiny_dir).values()
 
@@ -273,3 +276,19 @@ def test_a_folder_that_cannot_be_made_is_said_in_a_line(tmp_path, capsys):
         main(["make-tiny", str(tmp_path / "file" / "tiny")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'file' / 'tiny'}: ")
+
+
+def test_scenes_to_refer_to_have_several_objects_no_two_alike_and_the_first_is_of_the_kind_they_are_named_for(
+    splits,
+):
+    unseen = {f"{color} {shape}" for color, shape in HELD_OUT}
+    for split in ("referring_seen", "referring_unseen"):
+        for sample in splits[split]:
+            texts = [region["text"] for region in sample.facts["regions"]]
+            assert 2 <= len(set(texts)) == len(texts) <= 4
+            assert [text in unseen for text in texts] == [split == "referring_unseen"] + [False] * (
+                len(texts) - 1
+            )
+            assert [region["box"] for region in sample.facts["regions"]] == [
+                each["box"] for each in sample.facts["objects"]
+            ]
