@@ -137,7 +137,7 @@ def target_keys(described_class: type, path: str) -> Iterator[Key]:
     yield Key(f"{path}._target_", _target(described_class), "", summary_of(described_class))
     meanings = meanings_of(EvaluationSource) if path.endswith("tasks." + NAME) else {}
     meanings |= meanings_of(described_class)
-    hints = typing.get_type_hints(vars(described_class)["__init__"])
+    hints = typing.get_type_hints(described_class.__init__)  # type: ignore[misc]  # its own or its base's
     for name, parameter in _parameters(described_class).items():
         default = _default_of_class(described_class, name, parameter)
         yield Key(join(path, name), default, values_of(hints.get(name)), meanings.get(name, ""))
