@@ -18,7 +18,7 @@ from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.parameter_groups import parameter_groups
 from siglip_train.typed import REQUIRED, build
-from tests.composing import filled, names, sizes
+from tests.composing import composed, filled, names, sizes
 from tests.conftest import ROOT
 from tests.models.test_sizes import millions
 
@@ -52,6 +52,8 @@ class Recipe(NamedTuple):
     length: int = 64
     vocabulary: int = 32000
     objectives: tuple[str, ...] = ("sigmoid",)
+    # samples that an earlier stage has seen
+    begins: float = 0.0
 
 
 def stage(title: str, parameters: float) -> Recipe:
@@ -65,6 +67,12 @@ def siglip2(title: str, parameters: float) -> Recipe:
 def first_stage(title: str, parameters: float) -> Recipe:
     """With the decoder, to 80 % of the schedule."""
     return siglip2(title, parameters)._replace(samples=32e9, objectives=("sigmoid", "captioning"))
+
+
+def second_stage(title: str, parameters: float) -> Recipe:
+    """With the self-supervised losses too, from there to the end."""
+    objectives = ("sigmoid", "captioning", "self_distillation", "masked_prediction")
+    return siglip2(title, parameters)._replace(begins=32e9, objectives=objectives)
 
 
 RECIPES = {
@@ -92,7 +100,34 @@ RECIPES = {
     "siglip2_l16_a_base": first_stage("L/16", 881.53),
     "siglip2_so400m16_a_base": first_stage("So400m/16", 1135.67),
     "siglip2_g16_a_base": first_stage("g-opt/16", 1871.39),
+    "siglip2_b32_b_selfdistill": second_stage("B/32", 376.86),
+    "siglip2_b16_b_selfdistill": second_stage("B/16", 375.23),
+    "siglip2_l16_b_selfdistill": second_stage("L/16", 881.53),
+    "siglip2_so400m16_b_selfdistill": second_stage("So400m/16", 1135.67),
+    "siglip2_g16_b_selfdistill": second_stage("g-opt/16", 1871.39),
 }  # fmt: skip
+
+
+# by size, the factor of both self-supervised losses (SigLIP 2, section 2.3)
+FACTORS = {"b32": 0.25, "b16": 0.25, "l16": 0.5, "so400m16": 1.0, "g16": 0.5}
+
+
+@pytest.mark.parametrize("size", FACTORS)
+def test_the_second_stage_goes_on_from_the_first_with_the_weights_of_the_paper(size: str) -> None:
+    config = build(Config, written(f"siglip2_{size}_b_selfdistill"))
+    weights = {name: node["weight"] for name, node in config.objectives.items()}
+    assert weights == {
+        "sigmoid": 1.0,
+        "captioning": 1.0,
+        "self_distillation": FACTORS[size],
+        "masked_prediction": FACTORS[size] / 4,
+    }
+    assert composed(f"experiment=siglip2_{size}_b_selfdistill")["init_from"] == f"runs/siglip2_{size}_a_base"
+    assert set(config.carry_over) == {"model", "heads", "objectives", "optimizer", "position"}
+    views, patch = config.data.views, config.model.vision.patch_size
+    assert (views.local, views.local_patches * patch, views.masked) == (8, 96, 0.5)
+    kept = [samples / config.total_samples for samples in config.checkpoint.keep_at_samples]
+    assert kept == pytest.approx([0.9, 0.95], abs=1e-6)
 
 
 def written(name: str) -> dict[str, Any]:
@@ -158,12 +193,13 @@ def test_what_the_head_of_a_recipe_estimates_follows_from_its_flops(name: str) -
     config = build(Config, written(name))
     locked = name.startswith("siglit")
     with torch.device("meta"):
-        objectives = instantiate_all(config.objectives, "objectives").values()
+        model = TrainingModel(Siglip(config.model), instantiate_all(config.objectives, "objectives"))
     work = flops_per_pair(config.model, vision_passes=1.0 if locked else 3.0)
-    work += sum(each.flops_per_sample(StepSizes(config.model, config.data.views)) for each in objectives)
+    work += model.flops_per_sample(StepSizes(config.model, config.data.views))
+    trained = config.total_samples - RECIPES[name].begins
     assert flops == pytest.approx(work / 1e12, abs=6e-4)
-    assert pairs == pytest.approx(config.total_samples / 1e9, rel=2e-3)
-    assert hours == pytest.approx(config.total_samples * work / (gpus * 989e12 * mfu / 100) / 3600, abs=0.6)
+    assert pairs == pytest.approx(trained / 1e9, rel=2e-3)
+    assert hours == pytest.approx(trained * work / (gpus * 989e12 * mfu / 100) / 3600, abs=0.6)
 
 
 @pytest.mark.parametrize("name", RECIPES)
