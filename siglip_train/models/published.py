@@ -35,6 +35,8 @@ _OWN = {
     "tiny_cifar": "tiny_cifar",
     "tiny_clothing": "tiny_clothing",
     "tiny_emoji": "tiny_emoji",
+    "tiny_p8": "tiny_p8",
+    "tiny_p8_96": "tiny_p8_96",
 }
 # one with more other sizes than this is no variant of any of them
 _MOST_DIFFERENCES = 4

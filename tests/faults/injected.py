@@ -116,11 +116,11 @@ def slow_checkpoint(step: int, times: tuple[tuple[float, int], ...], rank: int) 
     hurry()
     write = CheckpointFolder.write
 
-    def slowly(self: Any, weights: Any, moments: Any, progress: Any) -> None:
+    def slowly(self: Any, weights: Any, moments: Any, progress: Any) -> Path:
         if progress.step == step:
             signals(*times)
             time.sleep(6)
-        write(self, weights, moments, progress)
+        return write(self, weights, moments, progress)
 
     if rank == 0:
         CheckpointFolder.write = slowly  # type: ignore[method-assign]
