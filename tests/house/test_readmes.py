@@ -85,6 +85,10 @@ def is_known(line: str) -> bool:
     made = re.match(r"make ([\w-]+)", line)
     if made:
         return bool(re.search(rf"^{made[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    chain = re.match(r"siglip-recipe ([\w-]+) ", line)
+    if chain:
+        # its stages are composed in tests/test_recipe.py
+        return (ROOT / "conf" / "recipe" / f"{chain[1]}.yaml").exists()
     script = re.match(r"python (-m )?([\w./]+)", line)
     if script:
         path = ROOT / (script[2].replace(".", "/") if script[1] else script[2])
