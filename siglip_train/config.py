@@ -129,7 +129,7 @@ def parse(values: dict[str, Any]) -> Config:
     _check_carry_over(config)
     if not config.objectives:
         raise UserError(
-            "objectives: none given, there is nothing to train on; add objective@objectives.sigmoid=sigmoid"
+            "objectives: none given, there is nothing to train on; add +objective@objectives.sigmoid=sigmoid"
         )
     if config.tokenizer is not None and not Path(config.tokenizer).exists():
         raise UserError(f"tokenizer: there is no {config.tokenizer}")

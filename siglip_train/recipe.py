@@ -1,7 +1,6 @@
 """The entry point of recipes: a chain of experiments, each a run that goes on from an earlier one."""
 
 import argparse
-import re
 import shlex
 import signal
 import subprocess
@@ -170,8 +169,7 @@ def _split(name: str, overrides: Sequence[str]) -> tuple[_Keys, dict[str, Any]]:
         if key == "run_dir":
             run_dir = Path(value).expanduser()
         elif key in _WHOLE:
-            # 4e8 is a number to people, and text to YAML
-            whole[key] = float(value) if re.fullmatch(r"[\d.]+e\d+", value) else yaml.safe_load(value)
+            whole[key] = yaml.safe_load(value)
         elif colon:
             own.setdefault(stage, []).append(override.partition(":")[2])
         else:

@@ -16,7 +16,7 @@ from siglip_train.checkpoints.carry_over import Start
 from siglip_train.checkpoints.load import check_moments, read_checkpoint, restore_weights
 from siglip_train.checkpoints.resume import choose_checkpoint
 from siglip_train.checkpoints.save import Checkpoints
-from siglip_train.checkpoints.write import MODEL_PREFIX, Progress
+from siglip_train.checkpoints.write import Progress
 from siglip_train.composition import instantiate_all, plain, run_hydra
 from siglip_train.config import Config, parse
 from siglip_train.data.batch_pieces import RankShare
@@ -35,19 +35,16 @@ from siglip_train.errors import UserError, exit_on_user_error, said
 from siglip_train.evals.base import Encoder, Evaluator, check_all, flat_metrics, run_all, write_evaluations
 from siglip_train.evals.table import result_tables
 from siglip_train.gradient_cache import cached_step
-from siglip_train.interop.native import Description, parameter_shapes, write_export
+from siglip_train.interop.native import Description, write_export
 from siglip_train.metrics import MetricWriter
 from siglip_train.models.adapters import add_adapters, merged
 from siglip_train.models.flops import flops_per_pair, passes
-from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip
 from siglip_train.objective_gradients import measured_step
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.captioner import Captioner
 from siglip_train.objectives.captioning import Captioning
-from siglip_train.objectives.sigmoid import expected_initial_loss
 from siglip_train.objectives.training_model import TrainingModel
-from siglip_train.optim import lr_for_batch
 from siglip_train.parameter_groups import build_optimizer
 from siglip_train.progress_display import ProgressDisplay
 from siglip_train.report import write_report
@@ -62,6 +59,7 @@ from siglip_train.run_dir import (
 )
 from siglip_train.runtime import check_kernels_package, seed_everything
 from siglip_train.settings import starting_point
+from siglip_train.settings.announcement import announce, announce_usual_lr
 from siglip_train.settings.from_data import fill_from_data
 from siglip_train.settings.keys import print_keys
 from siglip_train.settings.starting_point import Filled
@@ -122,7 +120,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
     kinds = model.inputs if embeddings is None else stands_in(model.inputs)
     loader = build_loader(
         config.data,
-        inputs=RunInputs(kinds, transform, tokenizer, embeddings, config.data.views),
+        inputs=RunInputs(kinds, transform, tokenizer, embeddings),
         share=share,
         seed=config.seed,
         state=start.progress.loader,
@@ -149,6 +147,7 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         heads=dict(model.objectives.items()),
         captioner=lambda: _captioner(model, config, tokenizer),
         whole=wrapped,
+        data=config.data,
     )
     trainer = loop.Trainer(
         engine=wrapped,
@@ -165,11 +164,9 @@ def _run(started: Filled, config: Config, written: dict[str, Any] | None, watch:
         slow_rank=SlowRank(config.distributed.slow_rank_excess, config.distributed.slow_rank_logs),
         evaluate=lambda step: _evaluate(tasks, encoder, run_dir, step),
     )
-    _announce(
-        config, world, model, precision, [*loader.outlook(config.samples), *_expected(config, start.progress)]
-    )
+    announce(config, world, model, precision, loader.outlook(config.samples), start.progress)
     if written is not None:
-        _say_usual_lr(config, written)
+        announce_usual_lr(config, written)
     prepare = partial(embed_images, loader, encoder, embeddings) if embeddings is not None else None
     _finish(_train(trainer, start.progress, prepare), config, world, run_dir, watch)
 
@@ -458,63 +455,6 @@ def _flops_per_pair(config: Config, model: TrainingModel) -> float:
         vision_passes=passes(model.model.vision) if config.data.embedding_dir is None else 0.0,
         text_passes=passes(model.model.text) if CaptionInput in model.inputs else 0.0,
     )
-
-
-def _announce(
-    config: Config,
-    world: World,
-    model: TrainingModel,
-    precision: str,
-    more: list[str],
-) -> None:
-    title, note = likeness(config.model)
-    size = sum(shape.numel() for shape in parameter_shapes(config.model).values())
-    log.info("%s: %.1f M parameters, %s", title, size / 1e6, note)
-    count, trained = engine.parameter_counts(model)
-    log.info(
-        "%d steps of %d pairs, %d rank%s on %s, ZeRO %d, %s%s",
-        config.total_steps,
-        config.global_batch_size,
-        world.world_size,
-        "" if world.world_size == 1 else "s",
-        world.device.type,
-        config.engine.stage(world.world_size),
-        precision,
-        "" if trained == count else f"; {trained / 1e6:.3g} M of {count / 1e6:.4g} M parameters are trained",
-    )
-    for name, objective in model.objectives.items():
-        if own := engine.parameter_counts(objective)[0]:
-            log.info("objective %s: %.3g M parameters of its own", name, own / 1e6)
-    for line in more:
-        log.info(line)
-
-
-def _say_usual_lr(config: Config, written: dict[str, Any]) -> None:
-    """Log the usual learning rate if the global batch differs from the experiment's file and the rate does not."""
-    batch, lr = config.global_batch_size, config.optim.lr
-    if batch != written["global_batch_size"] and lr == written["optim"]["lr"]:
-        log.info(
-            "global_batch_size is %d instead of %d: by the square-root rule, usual with Adam, optim.lr=%.3g would go "
-            "with it; %.3g stays",
-            batch,
-            written["global_batch_size"],
-            lr_for_batch(lr, batch, written["global_batch_size"]),
-            lr,
-        )
-
-
-def _expected(config: Config, progress: Progress) -> list[str]:
-    """The loss that a sigmoid objective begins near, unless a checkpoint or `init_from` gave scale and bias."""
-    if config.objectives.get("sigmoid") is None or not _begins_unlearned(progress):
-        return []
-    expected = expected_initial_loss(config.global_batch_size)
-    return [f"a sigmoid loss near {expected:.2f} is to be expected at the start"]
-
-
-def _begins_unlearned(progress: Progress) -> bool:
-    """Whether scale and bias still have their initial values, and not those of a checkpoint or of `init_from`."""
-    given = {name.removeprefix(MODEL_PREFIX) for name in progress.pretrained}
-    return progress.step == 0 and given.isdisjoint(("logit_scale", "logit_bias"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -101,7 +102,9 @@ def _convert_union(value: Any, options: tuple, path: str) -> Any:
 
 
 def _convert_scalar(value: Any, hint: type, path: str) -> Any:
-    # people write 4e8 samples, which is a float to YAML and Hydra
+    # people write 4e8 samples, which is a float to Hydra, and text to YAML without a point in it
+    if hint is int and isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?e\+?\d+", value):
+        value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     # bool is a subclass of int, and YAML reads 1e-3 as text but 1.0e-3 as a number

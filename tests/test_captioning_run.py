@@ -26,6 +26,13 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
         ),
         f"evaluation.tasks.referring_seen.shards={tiny_data}/referring_seen/*.tar",
         "++evaluation.tasks.referring_seen.max_samples=6",
+        # whose sentences are shorter than usual, as the run's are
+        "++evaluation.tasks.held_out._target_=siglip_train.evals.objective_loss.ObjectiveLoss",
+        f"++evaluation.tasks.held_out.shards={tiny_data}/validation/*.tar",
+        "++evaluation.tasks.held_out.objective=captioning",
+        "++evaluation.tasks.held_out.text=json:captions.en",
+        "++evaluation.tasks.held_out.regions=json:regions",
+        "++evaluation.tasks.held_out.max_samples=8",
         "engine.zero_stage=3",
         f"run_dir={tmp_path / 'run'}",
     ]
@@ -42,6 +49,9 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
         key for row in logged for key in row
     }
     assert any(row.get("val/referring_seen/n") == 6 for row in logged)
+    held_out = next(row for row in reversed(logged) if "val/held_out/loss" in row)
+    tasks = [held_out[f"val/held_out/{task}_loss"] for task in ("cap", "arf", "gcap")]
+    assert held_out["val/held_out/loss"] == pytest.approx(sum(tasks) / 3)
     page = (tmp_path / "run" / "report.html").read_text()
     shown = page.split("Boxes of expressions")[1].split("</section>")[0]
     assert shown.count("<figure") == 6, "the report shows both boxes of each text"

@@ -62,9 +62,15 @@ def test_defaults_and_back() -> None:
     assert build(Outer, {**values, "needed": 1}) == Outer(1.0)
 
 
+def test_whole_numbers_may_be_written_with_an_exponent() -> None:
+    # YAML reads them as text where no point is in them
+    assert [build(Inner, {"size": size}).size for size in ("4e8", "1.5e+3", 2e3)] == [4 * 10**8, 1500, 2000]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"needed": 1, "inner": {"size": "1.5e0"}}, "inner.size: expected int"),
         ({}, "needed: a value is required"),
         ({"needed": "???"}, "needed: a value is required"),
         ({"needed": 1, "iner": {}}, "iner: no such key, did you mean inner?"),

@@ -1,6 +1,7 @@
 """Chains of stages: their commands, what is skipped and continued, forks, and the table at the end."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from tests.test_train import ENVIRONMENT, losses
 
 CHAIN = """\
 # a chain for tests
-samples: 240
+samples: 24e1
 global_batch_size: 24
 stages:
   base: {experiment: quickstart, until: 0.4}
@@ -176,6 +177,20 @@ def test_every_recipe_is_of_experiments_that_compose(
         if "init_from" in keys:
             # what a stage goes on from is taken whole, or its schedule would begin anew
             assert {"model", "optimizer", "position"} <= set(config["carry_over"])
+
+
+def test_the_chain_that_the_readme_shows_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blocks = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "conf/README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (shown,) = [block for block in blocks if "stages:" in block]
+    (tmp_path / "chain.yaml").write_text(shown)
+    status, out = called(monkeypatch, capsys, tmp_path / "chain.yaml", "run_dir=runs/chain", "--dry-run")
+    assert status == 0, out
+    for line in out.splitlines():
+        composed(*shlex.split(line)[3:])
 
 
 @pytest.mark.slow

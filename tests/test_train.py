@@ -28,6 +28,7 @@ from siglip_train.interop.conversion import Request, convert
 from siglip_train.interop.load import load_model
 from siglip_train.interop.native import Description, write_export
 from siglip_train.models.published import likeness
+from siglip_train.settings.announcement import begins_unlearned
 from siglip_train.settings.starting_point import fill
 from siglip_train.typed import build
 from tests.conftest import ROOT
@@ -335,10 +336,10 @@ def test_a_loss_that_is_not_finite_stops_with_rank_and_step(small_run: list[str]
 
 def test_the_loss_of_initial_values_is_announced_where_scale_and_bias_have_them() -> None:
     tower = ("model.vision.position_table",)
-    assert train._begins_unlearned(Progress())
-    assert train._begins_unlearned(Progress(pretrained=tower))
-    assert not train._begins_unlearned(Progress(pretrained=(*tower, "model.logit_scale", "model.logit_bias")))
-    assert not train._begins_unlearned(Progress(step=3))
+    assert begins_unlearned(Progress())
+    assert begins_unlearned(Progress(pretrained=tower))
+    assert not begins_unlearned(Progress(pretrained=(*tower, "model.logit_scale", "model.logit_bias")))
+    assert not begins_unlearned(Progress(step=3))
 
 
 @pytest.fixture

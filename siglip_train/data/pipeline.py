@@ -53,9 +53,7 @@ def build_loader(
     ready = []
     for number, (name, source, shards) in enumerate(zip(names, sources, shard_sets, strict=True)):
         reader, language = ShardReader(shards), language_field(source)
-        setup = InputSetup(
-            name, source, reader, inputs, config.max_image_pixels, config.sentences, config.regions
-        )
+        setup = InputSetup(name, source, reader, inputs, config)
         ready.append(
             Source(
                 name=name,

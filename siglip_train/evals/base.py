@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_train.batch import Images
+from siglip_train.data.config import DataConfig
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.distributed.collectives import gather_objects, gather_rows
 from siglip_train.distributed.setup import World
@@ -86,8 +87,8 @@ class Evaluator(Protocol):
 
 def _no_captioner() -> Captioner:
     raise UserError(
-        "there is no decoder here: this task measures that of a run with objective@objectives.NAME=captioning, or of a "
-        "checkpoint inside it"
+        "there is no decoder here: this task measures that of a run with +objective@objectives.NAME=captioning, or of "
+        "a checkpoint inside it"
     )
 
 
@@ -103,7 +104,8 @@ class Encoder:
     scalar_of: reads a one-element parameter; an engine that shards parameters (ZeRO-3) brings its own.
     on_batch: called before each batch on all ranks alike; may raise to end an evaluation early.
     heads: the objectives of the run, by name, for tasks that ask what they learned. whole: model and heads as the
-    engine calls them (`TrainingModel.forward`), where it has sharded them.
+    engine calls them (`TrainingModel.forward`), where it has sharded them. data: of the run, whose options (views,
+    sentences) hold for tasks that make batches as training does.
     Each `encode_*` must be called by all ranks; every rank then makes the same number of forward calls, as
     ZeRO-3 needs, and gets the same result.
     """
@@ -120,6 +122,7 @@ class Encoder:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     captioner: Callable[[], Captioner] = lambda: _no_captioner()
     whole: Callable[..., Any] | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embed texts: `[n, E]` fp32 on the CPU, unit norm, in the order given."""

@@ -75,6 +75,6 @@ class HeadAccuracy:
         if not isinstance(head, Classification):
             raise UserError(
                 f"there is no classification head named {self.objective} here: this task measures one of a run with "
-                "objective@objectives.NAME=classification, or of a checkpoint inside it"
+                "+objective@objectives.NAME=classification, or of a checkpoint inside it"
             )
         return head

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from siglip_train.data.batch_pieces import RankShare
-from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.config import SourceConfig
 from siglip_train.data.counting import count_samples
 from siglip_train.data.inputs.base import RunInputs
 from siglip_train.data.pipeline import build_loader
@@ -32,7 +32,8 @@ class ObjectiveLoss:
     their number. The remainder is left out.
 
     objective: its name below `objectives`. reference_batch: samples in a block; where there are fewer, all of them are
-    one. text, label: as in `data.sources`, where the objective needs them.
+    one. text, label, regions: as in `data.sources`, where the objective needs them. What batches are made by besides
+    (`data.sentences`, `data.views`) is as in the run.
     """
 
     shards: str | list[str]
@@ -40,6 +41,7 @@ class ObjectiveLoss:
     image: str = SourceConfig.image
     text: Any = None
     label: str | None = None
+    regions: str | None = None
     reference_batch: int = 256
     max_samples: int | None = None
     select: Selection | dict[str, Any] = field(default_factory=Selection)
@@ -53,6 +55,7 @@ class ObjectiveLoss:
             image=self.image,
             text=self.text,
             label=self.label,
+            regions=self.regions,
             select=as_selection(self.select),
         )
 
@@ -64,8 +67,10 @@ class ObjectiveLoss:
         """Sum the tasks over blocks and ranks. All ranks."""
         objective = self._objective(encoder)
         whole = encoder.whole or TrainingModel(encoder.model, {self.objective: objective})
-        data = DataConfig(
+        data = replace(
+            encoder.data,
             sources={"held_out": self._source},
+            stages=[],
             order="sequential",
             workers=encoder.workers,
             # hours into a run is no time for an error: another sample takes the place of a bad one

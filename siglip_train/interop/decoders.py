@@ -87,7 +87,7 @@ def captioner_of(path: Path, model: Siglip, tokenizer: Tokenizer | None) -> Capt
     files = read_decoder(path)
     if files is None:
         raise UserError(
-            f"{path} has no decoder: give a run with objective@objectives.captioning=captioning, a checkpoint inside "
+            f"{path} has no decoder: give a run with +objective@objectives.captioning=captioning, a checkpoint inside "
             "it, or an export of one (siglip-convert --to native)"
         )
     if tokenizer is None:

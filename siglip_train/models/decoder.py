@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_cross_entropy
 from siglip_train.errors import UserError
-from siglip_train.models.layers import Attention, Gelu, Mlp, check_sizes, init_xavier, layer_norm
+from siglip_train.models.layers import Attention, Gelu, Mlp, check_sizes, init_xavier, layer_norm, spread
 
 
 @dataclass
@@ -87,20 +87,15 @@ class DecoderAttention(Attention):
     def step(self, queries: Tensor, context: Tensor | None, kept: Kept, mask: Tensor | None) -> Tensor:
         """Read what is kept and `context` `[B, K, D]`, which is kept from now on: `[B, Q, D]` -> `[B, Q, D]`.
 
-        mask: bool, True = may be read: of keys, kept ones included, `[B, K]`, or for each query `[Q, K]`.
+        mask: as in `Attention`, of all keys, kept ones included.
         """
         if context is not None:
-            kept.extend(self._heads(self.key(context)), self._heads(self.value(context)))
+            kept.extend(self._split(self.key(context)), self._split(self.value(context)))
         assert kept.pair is not None, "nothing to read"
-        if mask is not None:
-            mask = mask[:, None, None, :] if len(mask) == len(queries) and mask.ndim == 2 else mask
         mixed = functional.scaled_dot_product_attention(
-            self._heads(self.query(queries)), *kept.pair, attn_mask=mask
+            self._split(self.query(queries)), *kept.pair, attn_mask=None if mask is None else spread(mask)
         )  # [B, H, Q, D / H]
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, D / H]
 
 
 class DecoderBlock(nn.Module):
@@ -129,13 +124,20 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm3(x))
 
     def step(
-        self, x: Tensor, image: Tensor, may_read: Tensor | None, image_mask: Tensor | None, cache: BlockCache
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        may_read: Tensor | None,
+        image_mask: Tensor | None,
+        cache: BlockCache,
     ) -> Tensor:
-        """x `[B, L, D]`, the tokens that follow those in the cache; may_read `[L, all]`."""
+        """x `[B, L, D]`, the tokens that follow those in the cache; may_read `[1, L, all]`.
+
+        image: None where its keys and values are kept.
+        """
         normed = self.norm1(x)
         x = x + self.self_attention.step(normed, normed, cache.sentence, may_read)
-        unread = None if cache.image.pair is not None else image
-        x = x + self.cross_attention.step(self.norm2(x), unread, cache.image, image_mask)
+        x = x + self.cross_attention.step(self.norm2(x), image, cache.image, image_mask)
         return x + self.mlp(self.norm3(x))
 
 
@@ -253,9 +255,10 @@ class Decoder(nn.Module):
         if parallel is not None:
             x = torch.where(parallel[..., None, None], self.mask_embedding.to(x.dtype), x)
         x = x + self.position_table[start : start + tokens.shape[-1]]  # [B, S, L, D]
-        image = self.vision_projection(image)
         if cache is not None:
-            return self._step(x, image, image_mask, cache)
+            unread = None if cache[0].image.pair is not None else self.vision_projection(image)
+            return self._step(x, unread, image_mask, cache)
+        image = self.vision_projection(image)
         may_read = None if parallel is None else self._may_read(parallel, tokens.shape[-1])
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
@@ -274,12 +277,14 @@ class Decoder(nn.Module):
         """For sentences that have not begun."""
         return [BlockCache(Kept(), Kept()) for _ in self.blocks]
 
-    def _step(self, x: Tensor, image: Tensor, image_mask: Tensor | None, cache: list[BlockCache]) -> Tensor:
+    def _step(
+        self, x: Tensor, image: Tensor | None, image_mask: Tensor | None, cache: list[BlockCache]
+    ) -> Tensor:
         assert x.shape[1] == 1, "one sentence of each image grows at a time"
         start, length = cache[0].sentence.length, x.shape[2]
         may_read = None
         if length > 1:
-            may_read = x.new_ones(length, start + length, dtype=torch.bool).tril(start)
+            may_read = x.new_ones(1, length, start + length, dtype=torch.bool).tril(start)
         y = x[:, 0]
         for block, kept in zip(self.blocks, cache, strict=True):
             y = cast(DecoderBlock, block).step(y, image, may_read, image_mask, kept)
@@ -297,7 +302,8 @@ def decoder_flops(config: DecoderConfig, image_tokens: int, sentences: int, coun
     Matrix products and attention only, as in `flops_per_pair`.
     """
     width, length = config.width, sentences * config.context_length
-    block = 2.0 * length * (8 * width**2 - 2 * width**2 + 2 * width * config.mlp_dim)
+    # four products of the sentences' own attention and two of the image's, whose other two are of the image's tokens
+    block = 2.0 * length * (6 * width**2 + 2 * width * config.mlp_dim)
     block += 2.0 * image_tokens * 2 * width**2
     block += 4.0 * length * config.context_length * width + 4.0 * length * image_tokens * width
     projection = 0.0 if config.vision_width == width else 2.0 * image_tokens * config.vision_width * width

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         context = queries if is_self else cast_for_products(context)
         # without a mask None and the flag are passed on as they are, which keeps the fused kernels available
         if mask is not None:
-            mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+            mask = spread(mask)
             if causal:
                 mask = mask & mask.new_ones(queries.shape[1], context.shape[1]).tril()
         mixed = functional.scaled_dot_product_attention(
@@ -123,6 +123,11 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, D / H]
+
+
+def spread(mask: Tensor) -> Tensor:
+    """A mask of `Attention`, `[B, K]` or `[B, Q, K]`, as all heads read it: `[B, 1, 1 or Q, K]`."""
+    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
 
 
 class Mlp(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
+from siglip_train.errors import UserError
 from siglip_train.models.flops import image_flops
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -53,6 +54,8 @@ class MaskedPrediction(PrototypeObjective):
     def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Return the sum over this rank's images."""
         whole, _, masked = forward_pass.batch.part("views")  # masked [B, M]
+        if not masked.shape[1]:
+            raise UserError("data.views.masked leaves no patch of an image to predict; give a larger share")
         unseen = torch.zeros(whole.patches.shape[:2], dtype=torch.bool, device=masked.device)
         unseen.scatter_(1, masked, value=True)  # [B, L]
         with record_function("forward/masked_view"):
@@ -63,7 +66,7 @@ class MaskedPrediction(PrototypeObjective):
         if self.tokens == "masked":
             student, teacher = _at(student, masked), _at(teacher, masked)  # [B, M, D]
         total = self.loss(forward_pass, student.flatten(0, 1)[:, None], teacher.flatten(0, 1))
-        return {"samples": total / max(1, student.shape[1])}
+        return {"samples": total / student.shape[1]}
 
 
 def _at(tokens: Tensor, places: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from siglip_train.errors import UserError
 from siglip_train.models.flops import image_flops
 from siglip_train.objectives.base import StepSizes
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -21,6 +22,8 @@ class SelfDistillation(PrototypeObjective):
 
     def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Return the sum over this rank's images."""
+        if not forward_pass.batch.part("views").local.patches.shape[1]:
+            raise UserError("data.views.local=0: self-distillation learns from local views; give at least 1")
         teacher = forward_pass.teacher.pooled  # [B, D]
         local = forward_pass.local_views.pooled.unflatten(0, (len(teacher), -1))  # [B, V, D]
         return {"samples": self.loss(forward_pass, local, teacher) / local.shape[1]}

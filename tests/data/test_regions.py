@@ -10,7 +10,7 @@ import sentencepiece
 from PIL import Image
 
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import RegionConfig, SourceConfig
+from siglip_train.data.config import DataConfig, SourceConfig
 from siglip_train.data.image_transform import ImageTransform, View
 from siglip_train.data.inputs.base import InputSetup, RunInputs
 from siglip_train.data.inputs.regions import Region, RegionInput, read_regions, seen_through
@@ -169,7 +169,7 @@ class _Shards:
 def region_input(tokenizer: Tokenizer, samples: list[RawSample], **transform: object) -> RegionInput:
     run = RunInputs((RegionInput,), ImageTransform(32, 16, **transform), tokenizer)
     source = SourceConfig(shards="x", regions="json:regions")
-    return RegionInput(InputSetup("mine", source, _Shards(samples), run, 10**6, FORM, RegionConfig()))
+    return RegionInput(InputSetup("mine", source, _Shards(samples), run, DataConfig(sentences=FORM)))
 
 
 def test_two_regions_are_drawn_above_the_score_and_the_image_is_cut_and_mirrored_as_they_are(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import SourceConfig, ViewsConfig
+from siglip_train.data.config import DataConfig, SourceConfig, ViewsConfig
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.inputs.base import InputSetup, RunInputs
 from siglip_train.data.inputs.views import Views, ViewsInput, _turned
@@ -30,9 +30,9 @@ def photo(width: int = 96, height: int = 64) -> bytes:
 
 def made(seeds: range, data: bytes | None = None, **views) -> Views:
     config = ViewsConfig(**{"local": 3, "local_patches": 2, **views})
-    run = RunInputs((ViewsInput,), ImageTransform(32, 8), None, None, config)
+    run = RunInputs((ViewsInput,), ImageTransform(32, 8), None)
     source = SourceConfig(shards="x")
-    views_input = ViewsInput(InputSetup("mine", source, None, run, 10**6))
+    views_input = ViewsInput(InputSetup("mine", source, None, run, DataConfig(views=config)))
     sample = RawSample(shard="0.tar", key="0", members={"image": data or photo()})
     rows = [views_input.make(sample, Choices(np.random.default_rng(seed))) for seed in seeds]
     return views_input.collate(rows, lambda shape, dtype: torch.empty(shape, dtype=dtype))

@@ -59,9 +59,11 @@ def test_what_is_kept_changes_nothing(masked: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_step_with_a_cache_gives_the_hidden_states_of_a_whole_sentence() -> None:
-    decoder, images = random_decoder(), random_images(2)
-    tokens = torch.randint(7, (2, 1, 8), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_step_with_a_cache_gives_the_hidden_states_of_a_whole_sentence(count: int) -> None:
+    """Also for as many images as the step has tokens."""
+    decoder, images = random_decoder(), random_images(count)
+    tokens = torch.randint(7, (count, 1, 8), generator=torch.Generator().manual_seed(1))
     whole, cache = decoder(tokens, images), decoder.new_cache()
     parts = [decoder(tokens[..., begin:end], images, cache=cache) for begin, end in ((0, 3), (3, 4), (4, 8))]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-10, atol=1e-12)

@@ -5,6 +5,7 @@ and after a resume it gives the losses and the average of one process.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,12 +97,15 @@ def taken(engine, take_step, micro_batch_size: int, first: int, end: int) -> lis
     """Global losses, total and terms, and the metric, of each step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     run, told = trainer(engine, micro_batch_size), []
+    scored = engine.module.objectives["scored"]
+    assert scored.average[1] == first
     for step in range(first, end):
         report, _ = take_step(run, whole.batch(step, rank, world_size), step + 1)
         values = torch.stack([report.total, *report.terms.values()])
         dist.all_reduce(values)
-        metric = engine.module.objectives["scored"].metrics()["average"]
+        metric = scored.metrics()["average"]
         told.append([*(values / world_size).tolist(), metric])
+    assert scored.steps_told == end - first
     return told
 
 
@@ -114,9 +118,8 @@ def save(engine, folder: Path, step: int) -> None:
     dist.barrier()
 
 
-def resumed(folder: Path, step: int, stage: int):
+def resumed(model: TrainingModel, folder: Path, step: int, stage: int):
     saved = read_checkpoint(folder / "checkpoints" / f"step-{step:08d}")
-    model = training_model()
     for parameter in model.parameters():
         nn.init.constant_(parameter, torch.nan)
     restore_weights(model, saved, folder)
@@ -125,23 +128,33 @@ def resumed(folder: Path, step: int, stage: int):
     return engine
 
 
-def on_a_rank(cells: list[tuple[int, int]], folder: Path) -> list[list[list[float]]]:
-    """For each (ZeRO stage, micro-batch size; 0 = none): a few steps, saved and resumed at the next stage."""
+def through_a_resume(
+    cells: list[tuple[int, int]],
+    folder: Path,
+    make: Callable[[], TrainingModel],
+    take: Callable[..., list[list[float]]],
+) -> list[list[list[float]]]:
+    """For each (ZeRO stage, micro-batch size; 0 = none): a few steps, saved and resumed at the next stage.
+
+    take: `taken`, or another with its arguments.
+    """
     found = []
     for stage, micro_batch_size in cells:
         take_step = cached_step if micro_batch_size else loop.plain_step
         here = folder / f"{stage}-{micro_batch_size}"
-        engine = deepspeed_engine(training_model(), stage)
-        told = taken(engine, take_step, micro_batch_size, 0, RESUMED_AT)
-        assert engine.module.objectives["scored"].steps_told == RESUMED_AT
+        engine = deepspeed_engine(make(), stage)
+        told = take(engine, take_step, micro_batch_size, 0, RESUMED_AT)
         save(engine, here, RESUMED_AT)
         engine.destroy()
-        engine = resumed(here, RESUMED_AT, (stage + 1) % 4)
-        assert engine.module.objectives["scored"].average[1] == RESUMED_AT
-        told += taken(engine, take_step, micro_batch_size, RESUMED_AT, STEPS)
+        engine = resumed(make(), here, RESUMED_AT, (stage + 1) % 4)
+        told += take(engine, take_step, micro_batch_size, RESUMED_AT, STEPS)
         engine.destroy()
         found.append(told)
     return found
+
+
+def on_a_rank(cells: list[tuple[int, int]], folder: Path) -> list[list[list[float]]]:
+    return through_a_resume(cells, folder, training_model, taken)
 
 
 def in_one_process() -> list[list[float]]:

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from siglip_train import engine_state, loop
+from siglip_train import engine_state
 from siglip_train.batch import Batch, Images
-from siglip_train.checkpoints.load import read_checkpoint, restore_weights
 from siglip_train.data.image_transform import patch_grid
 from siglip_train.data.inputs.views import Views
-from siglip_train.gradient_cache import cached_step
+from siglip_train.errors import UserError
 from siglip_train.models.ema import EmaConfig, usual_momentum
 from siglip_train.models.siglip import Siglip
 from siglip_train.models.vision import VisionTower
@@ -28,14 +27,14 @@ from siglip_train.objectives.sigmoid import SigmoidLoss
 from siglip_train.objectives.training_model import TrainingModel
 from siglip_train.parameter_groups import build_optimizer
 from tests.engine import test_engine as whole
-from tests.objectives.test_lifecycle import deepspeed_engine, save
+from tests.objectives.test_lifecycle import STEPS, through_a_resume
 from tests.ranks import run_ranks
 from tests.test_gradient_cache import trainer
 
 # odd sizes, which no number of ranks divides
 HEAD = {"width": whole.CONFIG.vision.width, "hidden": 13, "bottleneck": 7, "prototypes": 11}
 EMA = EmaConfig(momentum=0.75)
-LOCAL, STEPS, RESUMED_AT = 3, 4, 2
+LOCAL = 3
 
 
 def training_model(ema: EmaConfig = EMA) -> TrainingModel:
@@ -183,6 +182,16 @@ def test_a_pass_that_both_ask_for_runs_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == {"student": 3, "teacher": 1}
 
 
+def test_views_that_leave_nothing_to_learn_are_refused() -> None:
+    model, given = training_model(), batch(0)
+    views = given.part("views")
+    without = views._replace(local=Images(views.local.patches[:, :0], views.local.grid[:, :0]))
+    none_masked = views._replace(masked=views.masked[:, :0])
+    for nothing, message in ((without, "data.views.local=0"), (none_masked, "data.views.masked")):
+        with pytest.raises(UserError, match=message):
+            model(Batch({**given.parts, "views": nothing}))
+
+
 def test_the_teacher_may_have_heads_alone() -> None:
     model = training_model(EmaConfig(momentum=0.75, scope="head"))
     assert set(model.teacher.copies) == {"distillation/head", "masked/head"}
@@ -228,32 +237,8 @@ def taken(engine, take_step, micro_batch_size: int, first: int, end: int) -> lis
     return told
 
 
-def resumed(folder: Path, step: int, stage: int):
-    saved = read_checkpoint(folder / "checkpoints" / f"step-{step:08d}")
-    model = training_model()
-    for parameter in model.parameters():
-        nn.init.constant_(parameter, torch.nan)
-    restore_weights(model, saved, folder)
-    engine = deepspeed_engine(model, stage)
-    engine_state.restore_moments(engine, saved.moments)
-    return engine
-
-
 def on_a_rank(cells: list[tuple[int, int]], folder: Path) -> list[list[list[float]]]:
-    """For each (ZeRO stage, micro-batch size; 0 = none): a few steps, saved and resumed at the next stage."""
-    found = []
-    for stage, micro_batch_size in cells:
-        take_step = cached_step if micro_batch_size else loop.plain_step
-        here = folder / f"{stage}-{micro_batch_size}"
-        engine = deepspeed_engine(training_model(), stage)
-        told = taken(engine, take_step, micro_batch_size, 0, RESUMED_AT)
-        save(engine, here, RESUMED_AT)
-        engine.destroy()
-        engine = resumed(here, RESUMED_AT, (stage + 1) % 4)
-        told += taken(engine, take_step, micro_batch_size, RESUMED_AT, STEPS)
-        engine.destroy()
-        found.append(told)
-    return found
+    return through_a_resume(cells, folder, training_model, taken)
 
 
 def in_one_process() -> list[list[float]]:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import RegionConfig, SourceConfig, ViewsConfig
+from siglip_train.data.config import DataConfig, SourceConfig
 from siglip_train.data.image_transform import ImageTransform
-from siglip_train.data.sentences import SentenceConfig
 from siglip_train.data.shards.reader import RawSample, ShardReader
 from siglip_train.data.tokenizer import Tokenizer
 
@@ -22,29 +21,26 @@ class RunInputs(NamedTuple):
     """What the batches of a run hold, and what it is made with.
 
     kinds: the classes of inputs that its objectives name. transform, tokenizer: of the model. embedding_dir: of a
-    locked tower, None = there is none. views: how augmented views are made.
+    locked tower, None = there is none.
     """
 
     kinds: "tuple[type[Input], ...]"
     transform: ImageTransform
     tokenizer: Tokenizer | None
     embedding_dir: Path | None = None
-    views: ViewsConfig = ViewsConfig()
 
 
 class InputSetup(NamedTuple):
-    """What one input is made from: a source, as the config has it, the reader of its shards, and the run's options.
+    """What one input is made from: a source, as the config has it, the reader of its shards, the run, and its options.
 
-    max_image_pixels: larger images are bad samples. sentences, regions: how they are written and chosen for a decoder.
+    data: where an input has its keys (`data.views`).
     """
 
     name: str
     source: SourceConfig
     reader: ShardReader
     run: RunInputs
-    max_image_pixels: int
-    sentences: SentenceConfig = SentenceConfig()
-    regions: RegionConfig = RegionConfig()
+    data: DataConfig
 
 
 class Input:

@@ -64,7 +64,7 @@ class CaptionSentenceInput(Input):
     def __init__(self, setup: InputSetup) -> None:
         if setup.run.tokenizer is None:
             raise UserError("captions need a tokenizer: tokenizer=PATH to a .model or a tokenizer.json")
-        self._form = SentenceForm(setup.sentences, setup.run.tokenizer)
+        self._form = SentenceForm(setup.data.sentences, setup.run.tokenizer)
         self._choice = CaptionChoice(setup.source.text)
 
     @classmethod

@@ -17,7 +17,7 @@ class ImageInput(Input):
     part = "images"
 
     def __init__(self, setup: InputSetup) -> None:
-        self.transform, self.max_pixels = setup.run.transform, setup.max_image_pixels
+        self.transform, self.max_pixels = setup.run.transform, setup.data.max_image_pixels
         self.row_bytes = len(self.transform.grid) * 3 * self.transform.patch_size**2
 
     @classmethod

@@ -91,9 +91,9 @@ class RegionInput(Input):
     def __init__(self, setup: InputSetup) -> None:
         if setup.run.tokenizer is None:
             raise UserError("regions need a tokenizer: tokenizer=PATH to a .model or a tokenizer.json")
-        self.field, self.options = _field(setup.name, setup.source), setup.regions
-        self.form = SentenceForm(setup.sentences, setup.run.tokenizer)
-        self.transform, self.max_pixels = setup.run.transform, setup.max_image_pixels
+        self.field, self.options = _field(setup.name, setup.source), setup.data.regions
+        self.form = SentenceForm(setup.data.sentences, setup.run.tokenizer)
+        self.transform, self.max_pixels = setup.run.transform, setup.data.max_image_pixels
         _check_key(self.field, setup.name, setup.reader)
 
     @classmethod

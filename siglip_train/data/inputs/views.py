@@ -48,8 +48,8 @@ class ViewsInput(Input):
     part = "views"
 
     def __init__(self, setup: InputSetup) -> None:
-        self.transform, self.max_pixels = setup.run.transform, setup.max_image_pixels
-        self.config = setup.run.views
+        self.transform, self.max_pixels = setup.run.transform, setup.data.max_image_pixels
+        self.config = setup.data.views
         values = 3 * self.transform.patch_size**2
         places = len(self.transform.grid) + self.config.local * self.config.local_patches**2
         self.row_bytes = places * values
