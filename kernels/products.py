@@ -33,3 +33,19 @@ def factors_of(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+def dtype_of_products(factors: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What unit vectors are rounded to before they are multiplied: an op's `compute_dtype`. ValueError for others.
+
+    None: fp16 for fp32 factors under a 16-bit autocast of either kind, as the towers' own rounding is coarser and unit
+    vectors need no range; else their own.
+    """
+    if wanted is not None:
+        if wanted not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"compute_dtype must be float16, bfloat16, float32 or None; got {wanted!r}")
+        return wanted
+    device = factors.device.type
+    if factors.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return factors.dtype
+    return torch.float16 if torch.get_autocast_dtype(device).itemsize == 2 else torch.float32

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.products import multiply
+from kernels.products import dtype_of_products, multiply
 
 # For the logits of a chunk, the student's and the teacher's. On a GPU the gradient of the prototypes, which every chunk
 # adds to, would take a large share of the time with less (as in linear_cross_entropy).
@@ -62,13 +62,13 @@ def prototype_cross_entropy(
     """
     weights = student.new_ones(student.shape[:2]) if weights is None else weights
     _check(student, prototypes, teacher, teacher_prototypes, centre, weights)
-    if compute_dtype is None:
-        is_short = torch.is_autocast_enabled(student.device.type) and (
-            torch.get_autocast_dtype(student.device.type).itemsize == 2
-        )
-        compute_dtype = torch.float16 if is_short else torch.promote_types(student.dtype, prototypes.dtype)
     targets = _Targets(
-        teacher.detach(), teacher_prototypes.detach(), centre.detach(), weights, temperatures, compute_dtype
+        teacher.detach(),
+        teacher_prototypes.detach(),
+        centre.detach(),
+        weights,
+        temperatures,
+        dtype_of_products(student, compute_dtype),
     )
     with torch.autocast(student.device.type, enabled=False):
         return PrototypeSums(*_Sums.apply(student, prototypes, targets))

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.products import dtype_of_products
 from kernels.sigmoid_loss.block import gradients_of, value_of
 from kernels.sigmoid_loss.exchange.agreement import agree
 from kernels.sigmoid_loss.exchange.all_gather import gather_gradients, gather_value
@@ -18,7 +19,6 @@ from kernels.sigmoid_loss.pairs import (
     Embeddings,
     Pairs,
     check_types,
-    dtype_of_products,
     make_pair_ids,
     make_pairs,
 )

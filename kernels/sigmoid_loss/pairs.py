@@ -132,24 +132,6 @@ def check_types(op: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Ten
         raise ValueError(f"{op}: all inputs must be on one device; got {sorted(map(str, devices))}")
 
 
-def dtype_of_products(embeddings: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """What embeddings are rounded to before they are multiplied; `sigmoid_loss`, compute_dtype. ValueError for others.
-
-    Under a 16-bit autocast of either kind it is fp16: the towers' own rounding is coarser, and unit vectors need no
-    range.
-    """
-    if wanted is not None:
-        if wanted not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(
-                f"sigmoid_loss: compute_dtype must be float16, bfloat16, float32 or None; got {wanted!r}"
-            )
-        return wanted
-    device = embeddings.device.type
-    if embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return embeddings.dtype
-    return torch.float16 if torch.get_autocast_dtype(device).itemsize == 2 else torch.float32
-
-
 def make_pairs(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids: PairIds | None
 ) -> tuple[Embeddings, Embeddings, Pairs]:

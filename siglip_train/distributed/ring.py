@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.products import dtype_of_products
 from kernels.sigmoid_loss import Exchange, check_exchange, choose_exchange, exchange_seconds
 from kernels.sigmoid_loss.exchange.cost_model import Form
 from kernels.sigmoid_loss.exchange.wait_clock import waiting
-from kernels.sigmoid_loss.pairs import dtype_of_products
 
 __all__ = ["Ring", "exchange_seconds", "parse_exchange", "waiting"]
 
