@@ -10,8 +10,7 @@ from data_tools.shared.facts import are_corners, boxes
 from siglip_train.data.image_file import decode, has_16_bits
 from siglip_train.data.packing.images import read_mask
 from siglip_train.data.remote.limits import MAX_PIXELS
-from siglip_train.data.shards.caption_choice import no_caption
-from siglip_train.data.shards.fields import Field, read_facts
+from siglip_train.data.shards.fields import Field, no_caption, read_facts
 from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.tokenizer import load_tokenizer

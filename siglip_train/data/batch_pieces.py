@@ -18,13 +18,13 @@ from siglip_train.data.choices import Choices
 from siglip_train.data.inputs.base import Input
 from siglip_train.data.mixture import Mixture
 from siglip_train.data.order import SourceOrder, sample_generator
-from siglip_train.data.quarantine import CAUSE, Place
 from siglip_train.data.remote.cache import UnavailableShardError
 from siglip_train.data.remote.events import Event
 from siglip_train.data.remote.locations import short_name
 from siglip_train.data.shards.faults import BadSample
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, ShardReader, ShardSet
+from siglip_train.data.watchdog import CAUSE, Place
 from siglip_train.errors import SampleError, UserError
 
 # samples a worker hands over at once: a large batch is made by all workers, and memory stays bounded

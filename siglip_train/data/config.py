@@ -9,8 +9,7 @@ from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS, Limits
 from siglip_train.data.remote.retry import USUAL, RetryPolicy
 from siglip_train.data.sentences import SentenceConfig
-from siglip_train.data.shards.caption_choice import CaptionChoice
-from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.fields import CaptionChoice, Field
 from siglip_train.data.shards.reader import Wanted
 from siglip_train.data.shards.select import Selection
 from siglip_train.data.watchdog import STALL_SECONDS

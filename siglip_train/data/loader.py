@@ -16,13 +16,12 @@ from siglip_train.batch import Batch, join
 from siglip_train.data.batch_pieces import BatchPieces, Piece, Report, Source
 from siglip_train.data.config import DataConfig
 from siglip_train.data.epochs import epochs, outlook
-from siglip_train.data.quarantine import Place, Quarantine
 from siglip_train.data.read_ahead import ReadAhead
 from siglip_train.data.remote.events import Event
 from siglip_train.data.remote.locations import lasting_name, short_name, unsigned
 from siglip_train.data.shards.faults import BadSampleLog, causes, too_many
-from siglip_train.data.watchdog import Loss, Verdict, watched
-from siglip_train.data.workers import unchanged, worker_options
+from siglip_train.data.watchdog import Loss, Place, Quarantine, Verdict, unchanged, watched
+from siglip_train.data.workers import worker_options
 from siglip_train.distributed.collectives import gather_objects, sum_over_ranks
 from siglip_train.distributed.cores import cores_of_rank
 from siglip_train.errors import UserError
@@ -174,18 +173,20 @@ class Loader:
             stall_seconds=self.config.stall_seconds,
             gather=partial(_gathered, per_batch=self._pieces.per_batch, device=device),
         )
-        with (
-            contextlib.closing(stream),
-            ReadAhead(
-                self._pieces.sources, self._pieces.mixture, in_flight(self._pieces, self.config)
-            ) as ahead,
-        ):
+        with contextlib.closing(stream), self._read_ahead() as ahead:
             while True:
-                ahead.at(self.samples_seen)
-                self._report(ahead.events())
+                if ahead is not None:
+                    ahead.at(self.samples_seen)
+                    self._report(ahead.events())
                 batch = self._checked(next(stream))
                 self.samples_seen += size
                 yield batch
+
+    def _read_ahead(self) -> contextlib.AbstractContextManager[ReadAhead | None]:
+        """What makes the copies of shards before workers ask for them; None where no source needs copies."""
+        if not any(source.shards.has_copies for source in self.sources):
+            return contextlib.nullcontext()
+        return ReadAhead(self.sources, self._pieces.mixture, in_flight(self._pieces, self.config))
 
     def _from(self, batch: int) -> DataLoader:
         return _data_loader(self._pieces, batch * self._pieces.per_batch, self.config)

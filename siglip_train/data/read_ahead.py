@@ -35,14 +35,13 @@ class ReadAhead:
     """A context in which daemon threads make the copies of shards that will be read soon.
 
     in_flight: samples of the run that workers may be ahead of those handed out. The threads never hold up the end of
-    the context or of the process. Nothing happens where no source needs copies.
+    the context or of the process.
     """
 
     def __init__(self, sources: Sequence[_Source], mixture: Mixture, in_flight: int) -> None:
         self._sources, self._mixture, self._in_flight = sources, mixture, in_flight
         self._stopped = threading.Event()
         self._changed = threading.Condition()
-        self._needed = any(source.shards.has_copies for source in self._sources)
         # an own record of events, and the first to try a failed shard again
         self._cache = dataclasses.replace(
             self._sources[0].shards.cache, cancelled=self._stopped.is_set, events=Events(), tries_first=True
@@ -54,7 +53,7 @@ class ReadAhead:
         self._touched = 0.0
 
     def __enter__(self) -> "ReadAhead":
-        for _ in range(_THREADS if self._needed else 0):
+        for _ in range(_THREADS):
             threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self
 
@@ -65,8 +64,6 @@ class ReadAhead:
 
     def at(self, position: int) -> None:
         """Tell that the run has come to `position`, the first of a global batch."""
-        if not self._needed:
-            return
         wanted = self._plan(position)
         if wanted != self._wanted:
             with self._changed:

@@ -1,6 +1,7 @@
 """Items that a DataLoader's workers make, one ahead; workers that die or hang are replaced and make the one due again.
 
-Possible because an item is a pure function of its number.
+Possible because an item is a pure function of its number. Samples that end their worker each time, by a fault in a
+decoder or by their size, are put in quarantine: they are skipped like bad ones.
 """
 
 import logging
@@ -9,7 +10,8 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -28,6 +30,11 @@ _REPLACEMENTS = 3
 _POLL_SECONDS = 0.5
 # for a worker to finish the item it is at, when all are told to leave
 _LEAVE_SECONDS = 10.0
+# workers that a sample may end before it is left out: one may have been killed for what others took of memory
+_WORKERS_ENDED = 3
+# samples left out in a row without a batch in between: then it is not the samples
+_LEFT_OUT_IN_A_ROW = 3
+CAUSE = "ends its worker"
 
 
 class WorkersLostError(Exception):
@@ -134,6 +141,11 @@ def _end(process: Any) -> str:
     return f"worker {process.pid} {how}"
 
 
+def unchanged(item: Any) -> Any:
+    """A DataLoader's `collate_fn`: collate nothing, as an item is a batch already."""
+    return item
+
+
 def watched(
     make: Callable[[int], DataLoader],
     first: int = 0,
@@ -184,3 +196,40 @@ def _report(losses: int, where: str, why: str) -> None:
             " leave it out, or give workers more memory or, in training, more time by data.stall_seconds"
         )
     _LOG.warning("the loader's workers are replaced, the next begin with %s: %s", where, why)
+
+
+class Place(NamedTuple):
+    """A sample: numbers of its source, of the shard in that, and of the sample in the shard."""
+
+    source: int
+    shard: int
+    number: int
+
+
+class Quarantine:
+    """Which samples are left out; found on this rank, or told by a checkpoint of all."""
+
+    def __init__(self) -> None:
+        self.places: frozenset[Place] = frozenset()
+        self._ended: Counter[Place] = Counter()
+        self._in_a_row = 0
+
+    def add(self, places: Iterable[Place]) -> None:
+        """Leave these out."""
+        self.places |= frozenset(places)
+
+    def ended(self, places: Iterable[Place]) -> list[Place]:
+        """Workers have been lost at these samples; returns those that are left out from now on."""
+        self._ended.update(places)
+        found = [
+            place for place in places if self._ended[place] >= _WORKERS_ENDED and place not in self.places
+        ]
+        if not found or self._in_a_row >= _LEFT_OUT_IN_A_ROW:
+            return []
+        self._in_a_row += 1
+        self.add(found)
+        return found
+
+    def got_through(self) -> None:
+        """A batch was made."""
+        self._in_a_row = 0

@@ -11,23 +11,17 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from siglip_train.distributed.cores import cores_of_rank
 
 Workers = int | Literal["auto"]
 # more decode faster than a GPU trains, and each takes memory
 MOST_WORKERS = 12
-_T = TypeVar("_T")
 JOB_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SAFE_PATH = "PYTHONSAFEPATH"
 # any text switches it on; this one tells that it was not the user who did
 _OURS = "while workers start"
-
-
-def unchanged(item: _T) -> _T:
-    """Collate nothing: an item is a batch already."""
-    return item
 
 
 def worker_count(wanted: Workers) -> int:

@@ -26,15 +26,14 @@ from siglip_train.data.inputs.regions import Region, read_regions
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import check_local, short_name
-from siglip_train.data.shards.caption_choice import no_caption
 from siglip_train.data.shards.faults import BadSample, BadSampleLog, causes
-from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.fields import Field, no_caption
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted
 from siglip_train.data.shards.select import EVERYTHING, Selection
-from siglip_train.data.watchdog import Loss, Verdict, watched
-from siglip_train.data.workers import unchanged, worker_options
+from siglip_train.data.watchdog import Loss, Verdict, unchanged, watched
+from siglip_train.data.workers import worker_options
 from siglip_train.errors import SampleError, UserError
 
 _LANGUAGE_FIELDS = ("json:lang", "json:language")

@@ -23,8 +23,7 @@ from PIL import Image
 
 from siglip_train.data.image_file import decode
 from siglip_train.data.remote.cache import local_tar
-from siglip_train.data.shards.caption_choice import CaptionChoice
-from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.fields import CaptionChoice, Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.data.shards.scan import scan
 from siglip_train.data.shards.tar import TarIndex

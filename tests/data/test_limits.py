@@ -18,9 +18,8 @@ from siglip_train.data.remote.limits import MAX_PIXELS, MAX_TEXT_BYTES, Limits, 
 from siglip_train.data.remote.retry import RetryPolicy
 from siglip_train.data.shards import scan as scanning
 from siglip_train.data.shards import tar
-from siglip_train.data.shards.caption_choice import CaptionChoice
 from siglip_train.data.shards.faults import BadSample
-from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.fields import CaptionChoice, Field
 from siglip_train.data.shards.index_shards import index_shards
 from siglip_train.data.shards.labels import labels_of
 from siglip_train.data.shards.reader import RawSample, ShardReader, Wanted

@@ -6,8 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from siglip_train.data.shards.caption_choice import CaptionChoice
-from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.fields import CaptionChoice, Field
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import SampleError, UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from siglip_train.data import quarantine
+from siglip_train.data import watchdog
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.config import DataConfig, SourceConfig
 from siglip_train.data.image_transform import ImageTransform
@@ -146,7 +146,7 @@ def test_a_sample_that_ends_its_worker_each_time_is_left_out(
 
 
 def test_where_every_sample_ends_its_worker_the_run_ends(build: Build, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quarantine, "_IN_A_ROW", 1)
+    monkeypatch.setattr(watchdog, "_LEFT_OUT_IN_A_ROW", 1)
     transform = Deadly(16, 8)
     transform.always = True
     loader = build(transform, workers=1)

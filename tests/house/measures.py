@@ -114,6 +114,8 @@ def table(step: Step) -> list[tuple[str, str, str]]:
         node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
     ]
     private = sum(name.startswith("_") and not name.startswith("__") for name in functions)
+    # a package that is a docstring alone names a room, and is no module to look into
+    looked_into = [name for name, tree in trees.items() if len(tree.body) > 1]
     both = {**step.files, **step.loader_files}
     calls = Counter(call for tree in trees.values() for call in _calls(tree))
     readme = (ROOT / "README.md").stat().st_size
@@ -125,10 +127,10 @@ def table(step: Step) -> list[tuple[str, str, str]]:
         ("private functions", f"{private / len(functions):.0%} of {len(functions)}", "fewer than 42 %"),
         (
             "modules under 30 lines",
-            str(sum(lines([path]) < _SMALL for path in found.values())),
+            str(sum(lines([found[name]]) < _SMALL for name in looked_into)),
             "fewer than 30",
         ),
-        ("modules with one user", str(sum(users[name] == 1 for name in found)), "fewer than 85"),
+        ("modules with one user", str(sum(users[name] == 1 for name in looked_into)), "fewer than 85"),
         ("lines of the report toolkit", f"{lines((ROOT / 'siglip_train' / 'report').glob('*.py')):,}", "800"),
         ("os.replace / flock", f"{calls['replace']} / {calls['flock']}", "one helper / none"),
         ("README.md", f"{readme / 1000:.1f} KB", "9 KB"),

@@ -10,7 +10,7 @@ from siglip_train.data.choices import Choices
 from siglip_train.data.config import SourceConfig
 from siglip_train.data.inputs.base import Empty, Input, InputSetup
 from siglip_train.data.sentences import Sentence, SentenceForm, Sentences
-from siglip_train.data.shards.caption_choice import CaptionChoice
+from siglip_train.data.shards.fields import CaptionChoice
 from siglip_train.data.shards.reader import RawSample
 from siglip_train.errors import UserError
 
