@@ -24,6 +24,9 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
             f"evaluation.tasks.{name}=null"
             for name in ("seen", "unseen", "retrieval", "loss", "referring_unseen")
         ),
+        f"evaluation.tasks.segmentation.train={tiny_data}/validation/*.tar",
+        f"evaluation.tasks.segmentation.test={tiny_data}/referring_seen/*.tar",
+        "evaluation.tasks.segmentation.iterations=3",
         f"evaluation.tasks.referring_seen.shards={tiny_data}/referring_seen/*.tar",
         "++evaluation.tasks.referring_seen.max_samples=6",
         # whose sentences are shorter than usual, as the run's are
@@ -49,6 +52,8 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
         key for row in logged for key in row
     }
     assert any(row.get("val/referring_seen/n") == 6 for row in logged)
+    assert all(0 < row["val/segmentation/miou"] < 1 for row in logged if "val/segmentation/n" in row)
+    assert any(row.get("val/segmentation/n") == 200 for row in logged)
     held_out = next(row for row in reversed(logged) if "val/held_out/loss" in row)
     tasks = [held_out[f"val/held_out/{task}_loss"] for task in ("cap", "arf", "gcap")]
     assert held_out["val/held_out/loss"] == pytest.approx(sum(tasks) / 3)

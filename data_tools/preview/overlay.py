@@ -1,16 +1,13 @@
 """What is drawn over an image: boxes, and a class map as a translucent PNG, both in the colours of the legend."""
 
-import colorsys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
 
 from data_tools.shared.facts import Box, are_corners
+from siglip_train.report.palette import colour
 from siglip_train.report.thumbnail import data_url
-
-# steps of the golden ratio round the colour circle: neighbours in number are far apart in hue
-_GOLDEN = 0.618034
 
 
 class PlacedBox(NamedTuple):
@@ -22,12 +19,6 @@ class PlacedBox(NamedTuple):
     height: float
     colour: str
     label: str
-
-
-def colour(number: int) -> tuple[int, int, int]:
-    """A strong colour for a class or label; the same number gives the same colour."""
-    red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN % 1.0, 0.75, 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def css(number: int) -> str:

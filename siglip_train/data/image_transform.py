@@ -20,6 +20,8 @@ from siglip_train.errors import UserError
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
+# from a crop to the next, of its side: the sliding window of segmentation protocols (341 of 512 pixels)
+_CROP_STEP = 2 / 3
 # what is left to the antialiased resize after a reduced decode: from here on both ways to the small image differ by
 # less than bilinear and bicubic do (benchmarks/NOTES.md)
 _LEAST_REDUCTION = 1.5
@@ -92,6 +94,21 @@ class ImageTransform:
         image = image.resize((side, side), _FILTERS[self.resize])
         edge = (side - self.image_size) // 2
         return image.crop((edge, edge, edge + self.image_size, edge + self.image_size))
+
+    def crop_corners(self, count: int) -> tuple[int, list[tuple[int, int]]]:
+        """The side of the square that `crops` cuts, and (top, left) of each crop, row-major."""
+        step = round(self.image_size * _CROP_STEP)
+        starts = [step * number for number in range(count)]
+        return starts[-1] + self.image_size, [(top, left) for top in starts for left in starts]
+
+    def crops(self, image: Image.Image, count: int) -> list[NDArray]:
+        """Cut `count` x `count` squares, uint8 `[L, P]`, a third over their neighbours, of a larger squashed image."""
+        side, corners = self.crop_corners(count)
+        pixels = np.asarray(image.resize((side, side), _FILTERS[self.resize]))
+        size = self.image_size
+        return [
+            patchify(pixels[top : top + size, left : left + size], self.patch_size) for top, left in corners
+        ]
 
     def for_training(self, data: bytes, choices: Choices, max_pixels: int = MAX_PIXELS) -> NDArray:
         """Encoded image to uint8 `[L, P]` as fast as can be; `crop` and `mirror` are drawn by `choices`.

@@ -98,6 +98,15 @@ def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(sum(parts)) for name, parts in _by_name(values).items()}
 
 
+def add_over_ranks(values: Tensor) -> Tensor:
+    """Add up the tensors of all ranks, of one shape and dtype: the sum, the same to the last bit on every rank."""
+    if not is_distributed():
+        return values
+    total = values.detach().to(_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Average what the ranks hold under each name, over the ranks that have it."""
     return {name: float(sum(parts) / len(parts)) for name, parts in _by_name(values).items()}

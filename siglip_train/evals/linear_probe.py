@@ -1,5 +1,6 @@
 """A linear classifier on frozen features, its penalty chosen on a part of the training images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +62,20 @@ def logistic_regression(
     features: Tensor, labels: Tensor, classes: int, l2: float, *, iterations: int, start: Tensor | None = None
 ) -> Tensor:
     """Minimise mean cross-entropy + l2 / 2 |weights|^2: features `[n, E]`, labels `[n]` -> `[C, E + 1]`."""
-    weights = features.new_zeros(classes, features.shape[1] + 1) if start is None else start.clone()
-    weights.requires_grad_()
+    weights = features.new_zeros(classes, features.shape[1] + 1) if start is None else start
+
+    def loss(weights: Tensor) -> Tensor:
+        value = torch.nn.functional.cross_entropy(linear_scores(weights, features), labels)
+        value = value + l2 / 2 * weights[:, :-1].square().sum()
+        value.backward()
+        return value
+
+    return minimised(weights, loss, iterations=iterations)
+
+
+def minimised(start: Tensor, backward: Callable[[Tensor], Tensor], *, iterations: int) -> Tensor:
+    """Go from `start` to where a smooth function is least, by L-BFGS; `backward` gives value and gradient."""
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=iterations,
@@ -71,13 +84,10 @@ def logistic_regression(
         line_search_fn="strong_wolfe",
     )
 
-    def loss() -> Tensor:
+    def value() -> Tensor:
         optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(linear_scores(weights, features), labels)
-        value = value + l2 / 2 * weights[:, :-1].square().sum()
-        value.backward()
-        return value
+        return backward(weights)
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(value)  # type: ignore[no-untyped-call]
     return weights.detach()

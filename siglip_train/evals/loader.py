@@ -23,6 +23,7 @@ from siglip_train.data.folders import benchmark_folder, class_folder, class_fold
 from siglip_train.data.image_file import decode
 from siglip_train.data.image_transform import ImageTransform
 from siglip_train.data.inputs.regions import Region, read_regions
+from siglip_train.data.packing.images import read_mask
 from siglip_train.data.remote.cache import ShardCache
 from siglip_train.data.remote.limits import MAX_PIXELS
 from siglip_train.data.remote.locations import check_local, short_name
@@ -58,6 +59,8 @@ class EvaluationSource:
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
     side of an image (ObjectNet frames its images). center: below 1, the share of both sides that is kept, in the
     middle, of the squashed image (few-shot probes keep 224 of 256). max_pixels: larger images count as bad.
+    mask: member with a class map as large as the image. crops: the images of a sample are crops x crops squares, as
+    `ImageTransform.crops` cuts them.
     """
 
     shards: str | list[str]
@@ -71,6 +74,8 @@ class EvaluationSource:
     border: int = 0
     center: float = 1.0
     max_pixels: int = MAX_PIXELS
+    mask: str | None = None
+    crops: int = 1
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -80,6 +85,8 @@ class EvaluationSource:
             raise ValueError("border must not be negative and max_pixels must be at least 1")
         if not 0 < self.center <= 1:
             raise ValueError(f"center must be above 0 and at most 1, got {self.center}")
+        if self.crops < 1:
+            raise ValueError(f"crops must be at least 1, got {self.crops}")
 
 
 class EvaluationBatch(NamedTuple):
@@ -87,7 +94,8 @@ class EvaluationBatch(NamedTuple):
 
     index: `[B]` int64 place in data order, -1 = filler. captions: of each row, [] at fillers and where none are
     wanted. labels: of each row those that are right, none at fillers; None where none are wanted. keys: `shard/key`,
-    groups: "" at fillers. regions: of each row, where they are wanted.
+    groups: "" at fillers. regions: of each row, where they are wanted. masks: uint8 `[H, W]` of each row where class
+    maps are wanted, None at fillers. images: crops x crops for each row, one after the other.
     """
 
     images: Images
@@ -97,16 +105,18 @@ class EvaluationBatch(NamedTuple):
     keys: tuple[str, ...]
     groups: tuple[str, ...]
     regions: tuple[tuple[Region, ...], ...] = ()
+    masks: tuple[np.ndarray | None, ...] = ()
 
 
 class _Row(NamedTuple):
-    patches: np.ndarray  # uint8 [L, P]
+    patches: list[np.ndarray]  # uint8 [L, P], one for each crop
     place: int = -1
     captions: tuple[Caption, ...] = ()
     labels: tuple[int, ...] = ()
     key: str = ""
     group: str = ""
     regions: tuple[Region, ...] = ()
+    mask: np.ndarray | None = None  # uint8 [H, W]
 
 
 class Samples(Protocol):
@@ -141,11 +151,12 @@ class _Batches(Dataset):
                  share: range, batch_size: int, *, strict: bool = False) -> None:  # fmt: skip
         self.samples, self.transform, self.share, self.batch_size = samples, transform, share, batch_size
         self.strict = strict
-        self.text, self.label, self.group, self.regions = (
+        self.text, self.label, self.group, self.regions, self.mask = (
             Field.parse(name) if name is not None else None
-            for name in (source.text, source.label, source.group, source.regions)
+            for name in (source.text, source.label, source.group, source.regions, source.mask)
         )
         self.border, self.center, self.max_pixels = source.border, source.center, source.max_pixels
+        self.crops = source.crops
 
     def places(self, number: int) -> range:
         return self.share[number * self.batch_size : (number + 1) * self.batch_size]
@@ -155,37 +166,45 @@ class _Batches(Dataset):
         rows = [self._row(place, bad) for place in self.places(number)]
         rows += [self._filler] * (self.batch_size - len(rows))
         batch = EvaluationBatch(
-            self.transform.batch([row.patches for row in rows]),
+            self.transform.batch([crop for row in rows for crop in row.patches]),
             torch.tensor([row.place for row in rows]),
             [list(row.captions) for row in rows],
             [row.labels for row in rows] if self.label is not None else None,
             tuple(row.key for row in rows),
             tuple(row.group for row in rows),
             tuple(row.regions for row in rows),
+            tuple(row.mask for row in rows),
         )
         return batch, bad
 
     @functools.cached_property
     def _filler(self) -> _Row:
-        return _Row(self.transform(Image.new("RGB", (1, 1))))
+        return _Row([self.transform(Image.new("RGB", (1, 1)))] * self.crops**2)
 
     def _row(self, place: int, bad: list[BadSample]) -> _Row:
         sample = None
         try:
             sample = self.samples.read(place)
+            original = self.original(sample)
             return _Row(
-                self.transform(self.original(sample), self.center),
+                self._crops(original),
                 place,
                 _captions(self.text, sample) if self.text is not None else (),
                 labels_of(self.label, sample) if self.label is not None else (),
                 sample.name,
                 _group(self.group, sample) if self.group is not None else "",
                 tuple(read_regions(self.regions, sample)) if self.regions is not None else (),
+                _class_map(self.mask, sample, original.size) if self.mask is not None else None,
             )
         except Exception as error:  # as in training, one sample must not end the run
             shard, key = self.samples.name(place)
             bad.append(BadSample.of(shard, sample.key if sample else key, error))
             return self._filler
+
+    def _crops(self, original: Image.Image) -> list[np.ndarray]:
+        if self.crops == 1:
+            return [self.transform(original, self.center)]
+        return self.transform.crops(original, self.crops)
 
     def original(self, sample: RawSample) -> Image.Image:
         original, cut = decode(sample.members["image"], self.max_pixels, strict=self.strict), self.border
@@ -212,6 +231,15 @@ def _group(group: Field, sample: RawSample) -> str:
     if value is None:
         raise SampleError("no group", f"{group.text} is missing")
     return str(value)
+
+
+def _class_map(mask: Field, sample: RawSample, size: tuple[int, int]) -> np.ndarray:
+    if mask.member not in sample.members:
+        raise SampleError("no mask", f"{mask.text} is missing")
+    found = read_mask(sample.members[mask.member])
+    if found.size != size:
+        raise SampleError("mask size", "{} x {}, but the image {} x {}".format(*found.size, *size))
+    return np.array(found)
 
 
 class EvaluationLoader:
@@ -331,7 +359,7 @@ def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
                 BadSample(folder.root.name, path, "no image by its ending") for path in folder.others
             ]
     text = Field.parse(source.text) if source.text is not None else None
-    fields = (source.label, source.group, source.regions, *_LANGUAGE_FIELDS)
+    fields = (source.label, source.group, source.regions, source.mask, *_LANGUAGE_FIELDS)
     extra = tuple(Field.parse(name).member for name in fields if name is not None)
     wanted = Wanted(
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select

@@ -35,6 +35,11 @@ def task_section(name: str, evaluation: Details) -> dict[str, Any]:
         "classes": [(each["name"], shown(each["recall"], "recall"), each["images"]) for each in classes],
         "mistakes": entries("mistakes"),
         "boxes": entries("boxes"),
+        "segments": entries("segments"),
+        "segment_classes": [
+            (each["name"], shown(each["iou"], "iou"), each["pixels"])
+            for each in sorted(entries("segment_classes"), key=lambda entry: entry["iou"])
+        ],
         "counts": list(counts.items()) if has_failed else [],
     }
 
