@@ -26,7 +26,8 @@ class SourceConfig:
     captions or labels (.csv, .tsv, .jsonl, .parquet); rank 0 packs them into `data.cache_dir`, anew when they change.
     weight: share of the mixture, relative to the other sources; 0 = not before a stage gives it some. image: member
     extensions in order of preference. text: member (`txt`), field (`json:names.de`, `json:captions.*` = any of them),
-    or a mapping of such to probabilities, or null where an objective needs no captions. label: member (`cls`) or field
+    or a mapping of such to probabilities, or null: no captions, so that beside sources with captions its samples take
+    part in objectives on images alone. label: member (`cls`) or field
     (`json:class`) with a class index, for such objectives. regions: field with a list of `{box, text, score}`, box =
     [left, top, right, bottom] as shares of width and height (`json:regions`; `json:objects` as `siglip-data pack`
     writes those of COCO), for such objectives. language: counted in the log, a name (`en`) or a field

@@ -3,8 +3,9 @@
 from typing import Any
 
 from siglip_train.data.batch_pieces import BatchPieces, RankShare, Source
-from siglip_train.data.config import DataConfig, cache_of, language_field, wanted_of
-from siglip_train.data.inputs.base import InputSetup, RunInputs
+from siglip_train.data.config import DataConfig, SourceConfig, cache_of, language_field, wanted_of
+from siglip_train.data.inputs.base import Input, InputSetup, RunInputs
+from siglip_train.data.inputs.captions import CaptionInput, TextPresenceInput
 from siglip_train.data.loader import Loader, in_flight
 from siglip_train.data.mixture import Mixture, stages_of
 from siglip_train.data.order import SourceOrder
@@ -36,8 +37,9 @@ def build_loader(
     names, sources = list(config.sources), list(config.sources.values())
     stages = stages_of({name: source.weight for name, source in config.sources.items()}, config.stages)
     mixture = Mixture(stages, share.global_batch_size, seed)
+    inputs = inputs._replace(kinds=_needed(inputs.kinds, sources))
     members = [
-        {member for kind in inputs.kinds for member in kind.members(name, source)}
+        _members(inputs.kinds, name, source, beside_texts=any(each.text is not None for each in sources))
         for name, source in config.sources.items()
     ]
     cache = cache_of(config)
@@ -75,6 +77,23 @@ def build_loader(
     pieces = BatchPieces(ready, mixture, share)
     check_room(shard_sets, cache, config.shuffle_window, in_flight(pieces, config))
     return Loader(pieces, config, state=state, pin_memory=pin_memory)
+
+
+def _needed(kinds: tuple[type[Input], ...], sources: list[SourceConfig]) -> tuple[type[Input], ...]:
+    """Those that batches hold: which samples have texts is told where some source has none."""
+    if any(source.text is None for source in sources):
+        return kinds
+    return tuple(kind for kind in kinds if kind is not TextPresenceInput)
+
+
+def _members(
+    kinds: tuple[type[Input], ...], name: str, source: SourceConfig, *, beside_texts: bool
+) -> set[str]:
+    """What is read of a source: of one without texts beside others that have some, what it has."""
+    # an objective that does not ask which texts are there would take an empty one for a caption
+    may_lack = beside_texts and (TextPresenceInput in kinds or CaptionInput not in kinds)
+    read = [kind for kind in kinds if not (may_lack and kind.is_absent(source))]
+    return {member for kind in read for member in kind.members(name, source)}
 
 
 def _no_sample(name: str, shards: ShardSet) -> str:

@@ -5,10 +5,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 from torch.profiler import record_function
 
 from kernels import sigmoid_loss
 from siglip_train.batch import Batch
+from siglip_train.data.inputs.base import Input
+from siglip_train.data.inputs.captions import CaptionInput, TextPresenceInput
+from siglip_train.data.inputs.images import ImageInput
+from siglip_train.distributed.collectives import add_over_ranks
 from siglip_train.distributed.ring import Ring
 from siglip_train.objectives.base import Objective
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -20,6 +25,9 @@ _HASH_BASE = 0x9E3779B97F4A7C15  # odd, with its bits well mixed
 class SigmoidLoss(Objective):
     """Every image against every text of the global batch, matched or not (SigLIP, section 3.2).
 
+    Samples of sources without texts (`text: null`) take no part: the sum goes over the pairs of the others, and its
+    mean over their images.
+
     exchange, exchange_dtype: how texts meet the images of other ranks (`Ring`). same_text_weight: how often an image
     counts against another sample's text that has the same tokens as its own, and so is none of its negatives; 0 leaves
     such pairs out, 1 (as published) treats them as all others. compute_dtype: what unit embeddings are rounded to
@@ -27,6 +35,7 @@ class SigmoidLoss(Objective):
     Raises ValueError for other values, and for a form that does not fit the number of ranks, where there are several.
     """
 
+    inputs: tuple[type[Input], ...] = (CaptionInput, TextPresenceInput, ImageInput)
     pairs_samples = True
 
     def __init__(
@@ -48,14 +57,21 @@ class SigmoidLoss(Objective):
         self._ring = Ring(exchange, exchange_dtype)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Count this rank's images."""
-        return {"images": batch.size}
+        """Count this rank's images that have a text."""
+        has_text = batch.parts.get(TextPresenceInput.part)
+        return {"images": batch.size if has_text is None else int(has_text.sum())}
 
     def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Return the sum over this rank's images and the texts of all ranks.  # all ranks"""
         model = forward_pass.model
         images, texts = forward_pass.image_embedding, forward_pass.text_embedding
         ids = None if self._same_text_weight == 1 else text_ids(forward_pass.batch.part("texts"))
+        has_text = forward_pass.batch.parts.get(
+            TextPresenceInput.part
+        )  # [B] bool, the same part on all ranks
+        if has_text is not None:
+            images, texts = (torch.where(has_text[:, None], each, 0) for each in (images, texts))
+            ids = None if ids is None else torch.where(has_text, ids, -1)
         with record_function("objective/sigmoid"):
             mean = sigmoid_loss(
                 images,
@@ -69,7 +85,24 @@ class SigmoidLoss(Objective):
                 exchange=self._ring.exchange,
                 compute_dtype=self._compute_dtype,
             )
-        return {"images": mean * len(images)}
+        total = mean * len(images)
+        return {"images": total if has_text is None else _of_texts(total, has_text, model.logit_bias)}
+
+
+def _of_texts(total: Tensor, has_text: Tensor, bias: Tensor) -> Tensor:
+    """The sum without pairs of samples that have no text, whose embeddings are zeros.  # all ranks
+
+    The logit of such a pair is the bias alone, so that nothing but the bias gets a gradient of it, and what all of them
+    have added is known: every rank computes blocks of one size, however many of its samples have a text.
+    """
+    mine, rows = has_text.sum().double(), len(has_text)
+    everywhere = add_over_ranks(torch.stack([mine, torch.full_like(mine, rows)]))
+    pairs = rows * everywhere[1] - mine * everywhere[0]
+    matches = rows - mine
+    logit = bias.double().squeeze()
+    added = (pairs - matches) * softplus(logit) + matches * softplus(-logit)
+    # of no pairs at all nothing shall remain, not even what was rounded off
+    return torch.where(everywhere[0] > 0, total - added, 0 * total).to(total.dtype)
 
 
 def text_ids(tokens: Tensor) -> Tensor:

@@ -3,17 +3,23 @@
 import io
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
 
+from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.choices import Choices
 from siglip_train.data.config import DataConfig, SourceConfig
 from siglip_train.data.image_transform import ImageTransform, View
-from siglip_train.data.inputs.base import InputSetup, RunInputs
+from siglip_train.data.inputs.base import Input, InputSetup, RunInputs
+from siglip_train.data.inputs.captions import CaptionInput, CaptionSentenceInput, TextPresenceInput
+from siglip_train.data.inputs.images import ImageInput
 from siglip_train.data.inputs.regions import Region, RegionInput, read_regions, seen_through
+from siglip_train.data.pipeline import build_loader
 from siglip_train.data.sentences import SentenceConfig, SentenceForm
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample
@@ -217,3 +223,34 @@ def test_a_key_that_no_sample_has_is_told_before_training(tokenizer: Tokenizer) 
     region_input(tokenizer, [sample_of(None), sample_of([])])
     with pytest.raises(UserError, match=r"data.sources.mine.regions is null"):
         RegionInput.members("mine", SourceConfig(shards="x"))
+
+
+def test_samples_of_a_source_without_texts_have_none_beside_others(
+    tokenizer: Tokenizer, tiny_data: Path, tmp_path: Path
+) -> None:
+    shards = f"{tiny_data}/validation/*.tar"
+    sources = {
+        "said": SourceConfig(shards=shards, text="json:captions.en", regions="json:regions"),
+        "unsaid": SourceConfig(shards=shards, text=None, weight=0.5),
+    }
+    config = DataConfig(sources, sentences=FORM, workers=0, cache_dir=str(tmp_path))
+    kinds = (CaptionInput, TextPresenceInput, CaptionSentenceInput, RegionInput, ImageInput)
+
+    def first_batch(config: DataConfig, kinds: tuple[type[Input], ...]) -> dict:
+        inputs = RunInputs(kinds, ImageTransform(32, 16), tokenizer)
+        return next(iter(build_loader(config, inputs=inputs, share=RankShare(12), seed=0))).parts
+
+    parts = first_batch(config, kinds)
+    said = parts["has_text"]
+    assert said.sum() == 8, "as the weights say"
+    assert (parts["caption_sentences"].sentences.counted.any(1) == said).all()
+    assert (parts["regions"]["arf"].counted.any(1) == said).all()
+    assert not (parts["texts"][~said] != parts["texts"][~said][0]).any()
+    assert len(parts["images"].patches) == 12
+    # where all have texts, none is told
+    assert "has_text" not in first_batch(replace(config, sources={"said": sources["said"]}), kinds)
+    # an objective that does not ask whether there is a text gets no empty one
+    with pytest.raises(
+        UserError, match=r"data\.sources\.unsaid\.text is null, and an objective needs captions"
+    ):
+        first_batch(config, (CaptionInput, ImageInput))

@@ -101,6 +101,71 @@ def test_expected_initial_loss():
     assert expected_initial_loss(2, bias=800.0) == pytest.approx(800.0)
 
 
+WITHOUT_TEXT = [1, 4, 5, 6]  # of 8: one of the first rank's, three of the second's
+
+
+def partly_captioned():
+    """Eight samples, half of them with a text, and these alone."""
+    batch = tiny_batch(8)
+    batch.parts["texts"][3] = batch.part("texts")[0]
+    has_text = torch.ones(8, dtype=torch.bool)
+    has_text[WITHOUT_TEXT] = False
+    return batch._replace(parts={**batch.parts, "has_text": has_text}), batch.each(
+        lambda part: part[has_text]
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"same_text_weight": 0.25}])
+def test_samples_without_a_text_take_no_part(options):
+    batch, captioned = partly_captioned()
+    model, plain = TrainingModel(tiny_model(), {"s": SigmoidLoss(**options)}), tiny_model()
+    assert model.counts(batch) == {"s/images": 4}
+    loss = model(batch).total
+    expected = SigmoidLoss(**options)(ForwardPass(plain, captioned))["images"] / 4
+    loss.backward()
+    expected.backward()
+    # measured 2e-15
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for name, gradient in gradients(plain).items():
+        if gradient.abs().max() > 1e-12:
+            assert_close(gradients(model.model)[name], gradient, 1e-11, name)
+
+    # none at all: nothing to learn, and nothing that was rounded off
+    batch.parts["has_text"][:] = False
+    model.zero_grad()
+    losses = model(batch)
+    losses.total.backward()
+    assert losses.total.item() == 0
+    assert not any(gradient.any() for gradient in gradients(model.model).values() if gradient is not None)
+
+
+def one_rank_partly_captioned(exchange):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(exchange=exchange)})
+    # as the loop has it: of the global batch, over the number of ranks
+    losses = model(share(partly_captioned()[0], rank, size), {"sigmoid/images": torch.tensor(4 / size)})
+    losses.total.backward()
+    for parameter in model.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= size
+    total = losses.total.detach()
+    torch.distributed.all_reduce(total)
+    return total / size, gradients(model.model)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
+def test_ranks_with_unlike_numbers_of_texts_equal_the_captioned_batch(exchange):
+    model = tiny_model()
+    loss = formula(model, partly_captioned()[1])
+    loss.backward()
+    for total, found in run_ranks(2, one_rank_partly_captioned, exchange):
+        assert total == pytest.approx(loss.item(), rel=1e-12)
+        for name, expected in gradients(model).items():
+            if expected.abs().max() > 1e-12:
+                assert rms_ratio(torch.from_numpy(found[name]), expected) < 1e-11, name
+
+
 def share(batch, rank, size):
     rows = slice(rank * batch.size // size, (rank + 1) * batch.size // size)
     return batch.rows(rows)

@@ -57,6 +57,11 @@ class Input:
         """Prepare to read one source.  # all ranks"""
 
     @classmethod
+    def is_absent(cls, source: SourceConfig) -> bool:
+        """Whether this source, beside others that have texts, has nothing to read: its rows are empty then."""
+        return False
+
+    @classmethod
     def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
         """The members of a sample that it reads: `image`, or extensions.
 

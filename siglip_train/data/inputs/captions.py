@@ -25,7 +25,12 @@ class CaptionInput(Input):
             raise UserError(
                 "captions need a tokenizer: tokenizer=PATH to a .model, a tokenizer.json or a folder with one"
             )
-        self._tokenizer, self._choice = setup.run.tokenizer, CaptionChoice(setup.source.text)
+        self._tokenizer, self._choice = setup.run.tokenizer, _choice(setup.source)
+
+    @classmethod
+    def is_absent(cls, source: SourceConfig) -> bool:
+        """Where its `text` is null."""
+        return source.text is None
 
     @classmethod
     def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
@@ -38,12 +43,34 @@ class CaptionInput(Input):
         return CaptionChoice(source.text).members
 
     def make(self, sample: RawSample, choices: Choices) -> str:
-        """One caption."""
-        return _caption(self._choice, sample, choices)
+        """One caption, "" where the source has none."""
+        return "" if self._choice is None else _caption(self._choice, sample, choices)
 
     def collate(self, rows: list[Any], empty: Empty) -> Tensor:
         """Tokenise them together."""
         return self._tokenizer(rows)
+
+
+class TextPresenceInput(Input):
+    """`[B]` bool, whether a sample has a caption: in batches of sources with texts and others without."""
+
+    part = "has_text"
+
+    def __init__(self, setup: InputSetup) -> None:
+        self._has_text = setup.source.text is not None
+
+    @classmethod
+    def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def make(self, sample: RawSample, choices: Choices) -> bool:
+        """As its source says."""
+        return self._has_text
+
+    def collate(self, rows: list[Any], empty: Empty) -> Tensor:
+        """Put them together."""
+        return torch.tensor(rows, dtype=torch.bool)
 
 
 class CaptionSentences(NamedTuple):
@@ -65,21 +92,33 @@ class CaptionSentenceInput(Input):
         if setup.run.tokenizer is None:
             raise UserError("captions need a tokenizer: tokenizer=PATH to a .model or a tokenizer.json")
         self._form = SentenceForm(setup.data.sentences, setup.run.tokenizer)
-        self._choice = CaptionChoice(setup.source.text)
+        self._choice = _choice(setup.source)
+
+    @classmethod
+    def is_absent(cls, source: SourceConfig) -> bool:
+        """Where its `text` is null."""
+        return source.text is None
 
     @classmethod
     def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
         """Those that can hold a caption."""
         return CaptionInput.members(name, source)
 
-    def make(self, sample: RawSample, choices: Choices) -> tuple[Sentence, float]:
-        """One caption, and the number drawn."""
-        return self._form.caption(_caption(self._choice, sample, choices)), choices.generator.random()
+    def make(self, sample: RawSample, choices: Choices) -> tuple[Sentence | None, float]:
+        """One caption, None where the source has none, and the number drawn."""
+        caption = (
+            None if self._choice is None else self._form.caption(_caption(self._choice, sample, choices))
+        )
+        return caption, choices.generator.random()
 
     def collate(self, rows: list[Any], empty: Empty) -> CaptionSentences:
         """Put them together."""
         draws = np.array([draw for _, draw in rows], dtype=np.float32)
         return CaptionSentences(self._form.rows([sentence for sentence, _ in rows]), torch.from_numpy(draws))
+
+
+def _choice(source: SourceConfig) -> CaptionChoice | None:
+    return None if source.text is None else CaptionChoice(source.text)
 
 
 def _caption(choice: CaptionChoice, sample: RawSample, choices: Choices) -> str:

@@ -91,10 +91,17 @@ class RegionInput(Input):
     def __init__(self, setup: InputSetup) -> None:
         if setup.run.tokenizer is None:
             raise UserError("regions need a tokenizer: tokenizer=PATH to a .model or a tokenizer.json")
-        self.field, self.options = _field(setup.name, setup.source), setup.data.regions
+        self.field = None if self.is_absent(setup.source) else _field(setup.name, setup.source)
+        self.options = setup.data.regions
         self.form = SentenceForm(setup.data.sentences, setup.run.tokenizer)
         self.transform, self.max_pixels = setup.run.transform, setup.data.max_image_pixels
-        _check_key(self.field, setup.name, setup.reader)
+        if self.field is not None:
+            _check_key(self.field, setup.name, setup.reader)
+
+    @classmethod
+    def is_absent(cls, source: SourceConfig) -> bool:
+        """Where it has neither captions nor regions."""
+        return source.text is None and source.regions is None
 
     @classmethod
     def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
@@ -103,6 +110,8 @@ class RegionInput(Input):
 
     def make(self, sample: RawSample, choices: Choices) -> tuple[Sentence | None, Sentence | None]:
         """An expression with its box, and a box with its text. Raises `SampleError`."""
+        if self.field is None:
+            return None, None
         options, found = self.options, read_regions(self.field, sample)
         if found and not self.transform.is_plain:
             size = Encoded(sample.members["image"], self.max_pixels, strict=True).size
