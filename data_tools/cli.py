@@ -10,6 +10,7 @@ from data_tools.make_tiny import command as make_tiny_command
 from data_tools.pack import command as pack_command
 from data_tools.preview import command as preview_command
 from data_tools.recipes import command as recipes_command
+from data_tools.regions import command as regions_command
 from data_tools.stats import command as stats_command
 from data_tools.tokenizer import command as tokenizer_command
 from data_tools.verify import command as verify_command
@@ -21,6 +22,7 @@ VERBS = (
     verify_command,
     stats_command,
     filter_command,
+    regions_command,
     preview_command,
     tokenizer_command,
     emoji_table_command,

@@ -14,10 +14,10 @@ from data_tools.filter.decide import Joint, Verdict, decide
 from data_tools.filter.look import Criteria, LookTask, Seen, Wanted, look_at_shard
 from data_tools.filter.report import DROPPED, REPORT, results, save_dropped
 from data_tools.filter.write import WriteTask, write_shard
+from data_tools.shared.result_cache import shards_identity
 from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
-from siglip_train.data.remote.locations import is_remote
 from siglip_train.errors import UserError
 from siglip_train.files.atomic import remove_leftovers, write_whole
 
@@ -62,7 +62,7 @@ def filter_shards(
     `out_dir` holds something else or was made with other options, and where no sample stays, which leaves it empty.
     """
     criteria = Criteria(options.wanted)
-    made_with = {"version": FILTER_VERSION, **options.flat(), **_identity(urls)}
+    made_with = {"version": FILTER_VERSION, **options.flat(), **shards_identity(urls)}
     record = {"generator": "filter", "made_with": made_with}
     present = earlier_record(out_dir, REPORT, "filter")
     if present is not None:
@@ -100,16 +100,6 @@ def filter_shards(
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _identity(urls: Sequence[str]) -> dict[str, Any]:
-    """The number of shards, and a hash of all names and of the sizes and times of those on this machine."""
-    known = []
-    for url in urls:
-        stat = None if is_remote(url) else Path(url).stat()
-        known.append([url, stat and stat.st_size, stat and stat.st_mtime_ns])
-    fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
-    return {"shards": len(urls), "shards_fingerprint": fingerprint}
 
 
 def _look(urls: Sequence[str], state: Path, wanted: Wanted, cache: Path, workers: int) -> list[Seen]:

@@ -1,6 +1,5 @@
 """Copy the samples of a shard that stay: the same members and bytes, in the same order."""
 
-import json
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.shared.reading import read_rows
+from data_tools.shared.writing import exact_key, with_fact
 from siglip_train.data.packing.shards import add_member
-from siglip_train.data.shards.fields import read_facts
 from siglip_train.data.shards.reader import indexed_tar, short_name
-from siglip_train.data.shards.tar import TarIndex
 from siglip_train.files.atomic import appearing
 
 WEIGHT_FIELD = "balance_weight"
@@ -39,20 +37,8 @@ def write_shard(task: WriteTask) -> int:
         for place, sample in enumerate(samples):
             members = sample.members
             if task.weights is not None:
-                members = with_weight(members, float(task.weights[place]))
-            key = _exact_key(index, int(task.rows[place]))
+                members = with_fact(members, WEIGHT_FIELD, round(float(task.weights[place]), 6))
+            key = exact_key(index, int(task.rows[place]))
             for extension, content in members.items():
                 add_member(archive, f"{key}.{extension}", content)
     return 1
-
-
-def with_weight(members: dict[str, bytes], weight: float) -> dict[str, bytes]:
-    """The members with a weight in json, which is added where there is none."""
-    facts = {**read_facts(members), WEIGHT_FIELD: round(weight, 6)}
-    return {**members, "json": json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace")}
-
-
-def _exact_key(index: TarIndex, row: int) -> str:
-    """The key with every byte that it has, where it is not UTF-8 too."""
-    start = int(index.key_ends[row - 1]) if row else 0
-    return index.keys[start : int(index.key_ends[row])].tobytes().decode("utf-8", "surrogateescape")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.preview.overlay import PlacedBox, css, mask_url, placed
-from data_tools.shared.facts import boxes, language
+from data_tools.shared.facts import BOX_FIELDS, Box, boxes, language
 from siglip_train.data.image_file import decode
 from siglip_train.data.packing.images import read_mask
 from siglip_train.data.shards.fields import Field, read_facts
@@ -43,8 +43,10 @@ class Card:
         return max(self.width, self.height) < _SMALL
 
 
-def card(sample: RawSample, image: Sequence[str], text: Sequence[Field]) -> Card:
-    """Read a sample. image: extensions in order of preference."""
+def card(
+    sample: RawSample, image: Sequence[str], text: Sequence[Field], box_fields: Sequence[str] = BOX_FIELDS
+) -> Card:
+    """Read a sample. image: extensions in order of preference. box_fields: of json, lists of boxes."""
     made = Card([part for part in (sample.key, sample.shard) if part])
     facts: dict[str, Any] = {}
     try:
@@ -52,7 +54,7 @@ def card(sample: RawSample, image: Sequence[str], text: Sequence[Field]) -> Card
     except SampleError as error:
         made.faults.append(str(error))
     try:
-        _add_image(made, sample.members, facts, image)
+        _add_image(made, sample.members, list(boxes(facts, box_fields)), facts, image)
     except SampleError as error:
         made.faults.append(str(error))
     _add_captions(made, sample, facts, text)
@@ -61,7 +63,11 @@ def card(sample: RawSample, image: Sequence[str], text: Sequence[Field]) -> Card
 
 
 def _add_image(
-    made: Card, members: Mapping[str, bytes], facts: Mapping[str, Any], image: Sequence[str]
+    made: Card,
+    members: Mapping[str, bytes],
+    found: Sequence[Box],
+    facts: Mapping[str, Any],
+    image: Sequence[str],
 ) -> None:
     data = next((members[extension] for extension in image if extension in members), None)
     if data is None:
@@ -71,7 +77,7 @@ def _add_image(
     made.places.append(f"{decoded.width}\u00a0×\u00a0{decoded.height}")
     decoded.thumbnail((_SIDE, _SIDE))
     made.url, (made.width, made.height) = data_url(decoded), decoded.size
-    made.boxes = placed(list(boxes(facts)), *decoded.size)
+    made.boxes = placed(found, *decoded.size)
     if "mask.png" not in members:
         return
     mask = read_mask(members["mask.png"])

@@ -7,6 +7,7 @@ from typing import Any
 from data_tools.preview.card import card
 from data_tools.preview.pick import pick
 from data_tools.shared.arguments import add_cache_dir, positive
+from data_tools.shared.facts import BOX_FIELDS
 from data_tools.shared.whole_file import check_targets
 from siglip_train.data.config import SourceConfig, extensions
 from siglip_train.data.remote.locations import cache_folder
@@ -39,6 +40,8 @@ def add_command(commands: Any) -> None:
         default=["txt"],
         help="fields that hold captions, as in data.sources (txt)",
     )
+    parser.add_argument("--boxes", nargs="+", default=list(BOX_FIELDS), metavar="NAME",
+                        help="fields of json with lists of boxes (objects boxes)")  # fmt: skip
     parser.add_argument("--samples", type=positive, default=48, help="at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (%(default)s)")
     add_cache_dir(parser)
@@ -55,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> None:
     samples, unreadable = pick(arguments.shards, arguments.samples, arguments.seed, cache)
     for reason in unreadable:
         print(f"left out: {reason}")
-    cards = [card(sample, image, text) for sample in samples]
+    cards = [card(sample, image, text, arguments.boxes) for sample in samples]
     title = redacted(arguments.shards)
     write_whole(
         arguments.page, render("preview.html", package="data_tools.preview", title=title, cards=cards)

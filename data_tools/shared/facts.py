@@ -1,10 +1,10 @@
 """What the json member of a sample says: read for tools that look at more than the caption."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # `objects` is the shard format's own name; other sets say `boxes`
-_BOX_FIELDS = ("objects", "boxes")
+BOX_FIELDS = ("objects", "boxes")
 _LANGUAGE_FIELDS = ("language", "lang")
 
 
@@ -16,13 +16,13 @@ class Box(NamedTuple):
     corners: Any
 
 
-def boxes(facts: Mapping[str, Any]) -> Iterator[Box]:
-    """Every entry of `objects` and `boxes` that has a box, right or wrong."""
-    for name in _BOX_FIELDS:
+def boxes(facts: Mapping[str, Any], fields: Sequence[str] = BOX_FIELDS) -> Iterator[Box]:
+    """Every entry of these fields that has a box, right or wrong."""
+    for name in fields:
         entries = facts.get(name)
         for number, entry in enumerate(entries if isinstance(entries, list) else ()):
             if isinstance(entry, dict) and "box" in entry:
-                yield Box(f"{name}[{number}]", str(entry.get("label", "")), entry["box"])
+                yield Box(f"{name}[{number}]", str(entry.get("label", entry.get("text", ""))), entry["box"])
 
 
 def are_corners(corners: Any) -> bool:

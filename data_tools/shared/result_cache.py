@@ -93,3 +93,13 @@ def version(path: str) -> str:
         return ""
     stat = Path(path).stat()
     return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def shards_identity(urls: Sequence[str]) -> dict[str, Any]:
+    """The number of shards, and a hash of all names and of the sizes and times of those on this machine."""
+    known = []
+    for url in urls:
+        stat = None if is_remote(url) else Path(url).stat()
+        known.append([url, stat and stat.st_size, stat and stat.st_mtime_ns])
+    fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    return {"shards": len(urls), "shards_fingerprint": fingerprint}

@@ -14,8 +14,8 @@ from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import RawSample, ShardReader
 from siglip_train.errors import SampleError, UserError
 
-# samples of which one at least must have the key; those without regions have it with an empty list
-_LOOKED_AT = 64
+# samples of which one at least must have the key, which of a share of one in a hundred is as good as certain
+_LOOKED_AT = 1000
 # edges are rounded by whoever wrote them
 _SLACK = 1e-3
 

@@ -1,0 +1,158 @@
+"""A whole run: what is there already, the shards that are left, and the report of it all."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.preview.card import card
+from data_tools.preview.pick import pick
+from data_tools.regions.annotate import Annotated, AnnotateTask, Wanted, annotate_shard
+from data_tools.regions.pace import Work
+from data_tools.shared.result_cache import shards_identity
+from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
+from siglip_train.data.processes import run_all
+from siglip_train.data.progress import progress
+from siglip_train.data.shards.fields import Field
+from siglip_train.data.shards.reader import indexed_tar
+from siglip_train.errors import UserError
+from siglip_train.files.atomic import remove_leftovers, write_whole
+from siglip_train.report.render import render
+
+REPORT, BAD, PREVIEW = "regions.json", "bad.tsv", "preview.html"
+# raise it whenever the same options would write something else
+_VERSION = 1
+# what became of each shard, while others are missing
+_STATE = ".regions"
+# samples on the page, and those that are looked at to find some that have regions
+_SHOWN, _LOOKED_AT = 48, 960
+
+
+def annotate(
+    urls: Sequence[str], out_dir: Path, wanted: Wanted, cache: Path, *, workers: int, batch: int
+) -> tuple[dict[str, Any], bool]:
+    """Annotate shards into `out_dir`, or go on where a run was ended; (report, was there anything to do?).
+
+    Shards have the order and numbers of their sources. Raises `UserError`, also where `out_dir` holds something else.
+    """
+    options = {
+        name: sorted(value) if isinstance(value, frozenset) else value
+        for name, value in wanted._asdict().items()
+    }
+    made_with = json.loads(json.dumps({"version": _VERSION, **options, **shards_identity(urls)}))
+    record = {"generator": "regions", "made_with": made_with}
+    present = earlier_record(out_dir, REPORT, "regions")
+    if present is not None:
+        require_same(out_dir, present.get("made_with", {}), made_with, "annotated")
+        if "samples" in present:
+            shutil.rmtree(out_dir / _STATE, ignore_errors=True)
+            return present, False
+    with alone_in(out_dir):
+        # the record first: a folder without it is not known as ours
+        write_whole(out_dir / REPORT, _json(record))
+        state = out_dir / _STATE
+        state.mkdir(exist_ok=True)
+        remove_leftovers(state)
+        remove_leftovers(out_dir)
+        try:
+            reports = _annotate_shards(urls, out_dir, wanted, cache, workers=workers, batch=batch)
+            report = {**record, **_sums(reports)}
+            if not report["annotated"]:
+                raise UserError(_nothing_done(report, wanted))
+        except UserError:
+            _forget_useless(out_dir)
+            raise
+        _save_bad(out_dir / BAD, reports)
+        write_preview(out_dir, wanted, cache)
+        write_whole(out_dir / REPORT, _json(report))
+        shutil.rmtree(state)
+        return report, True
+
+
+def _annotate_shards(
+    urls: Sequence[str], out_dir: Path, wanted: Wanted, cache: Path, *, workers: int, batch: int
+) -> list[Annotated]:
+    state = out_dir / _STATE
+    names = [f"{number:05d}" for number in range(len(urls))]
+    left = [place for place, name in enumerate(names) if not (state / f"{name}.json").exists()]
+    if left:
+        # to count all of them would fetch all of them
+        samples = len(indexed_tar(urls[left[0]], cache)[1])
+        work = Work(len(left), samples, min(workers, len(left)))
+        tasks = [
+            AnnotateTask(
+                urls[place], cache, out_dir / f"{names[place]}.tar", state / f"{names[place]}.json",
+                wanted, batch, state, work,
+            )
+            for place in left
+        ]  # fmt: skip
+        with progress(len(tasks), "annotating", "annotated", "shards") as advance:
+            for count in run_all(annotate_shard, tasks, workers):
+                advance(count)
+    return [Annotated.load(state / f"{name}.json") for name in names]
+
+
+def _forget_useless(out_dir: Path) -> None:
+    """Empty the folder where no sample of it is annotated, so that other options may be tried with it."""
+    state = out_dir / _STATE
+    if any(Annotated.load(path).annotated for path in state.glob("*.json")):
+        return
+    for path in out_dir.glob("*.tar"):
+        path.unlink()
+    shutil.rmtree(state)
+    (out_dir / REPORT).unlink()
+
+
+def _sums(reports: Sequence[Annotated]) -> dict[str, Any]:
+    counts = {
+        name: sum(getattr(report, name) for report in reports)
+        for name in ("samples", "drawn", "without_noun", "annotated", "with_regions")
+    }
+    regions: Counter[str] = sum((report.regions for report in reports), Counter())
+    bad = Counter(each.cause for report in reports for each in report.bad)
+    return {**counts, "regions": dict(regions), "bad": dict(bad.most_common())}
+
+
+def _save_bad(path: Path, reports: Sequence[Annotated]) -> None:
+    lines = ["\t".join(each).replace("\n", " ") for report in reports for each in report.bad]
+    write_whole(path, "\n".join(["shard\tkey\tcause\tdetail", *lines]) + "\n")
+
+
+def _nothing_done(report: dict[str, Any], wanted: Wanted) -> str:
+    why = [f"{count} {cause}" for cause, count in report["bad"].items()]
+    if report["without_noun"]:
+        why.append(f"{report['without_noun']} whose captions name nothing (--any-caption takes them)")
+    if report["drawn"] < report["samples"]:
+        why.append(f"{report['samples'] - report['drawn']} outside of --share {wanted.share}")
+    return (
+        f"none of {report['samples']} samples could be annotated: {', '.join(why) or 'the shards are empty'}"
+    )
+
+
+def write_preview(out_dir: Path, wanted: Wanted, cache: Path) -> None:
+    """A page of samples with their regions."""
+    samples, _ = pick(str(out_dir), _LOOKED_AT, 0, cache)
+    where = Field("json", (wanted.field,))
+    found = [sample for sample in samples if _has_regions(where, sample)] or samples
+    places = np.linspace(0, len(found) - 1, min(_SHOWN, len(found))).round().astype(int)
+    text = [Field.parse(name) for name in wanted.text]
+    cards = [card(found[place], wanted.image, text, (wanted.field,)) for place in places.tolist()]
+    page = render(
+        "preview.html", package="data_tools.preview", title=f"regions of {out_dir.name}", cards=cards
+    )
+    write_whole(out_dir / PREVIEW, page)
+
+
+def _has_regions(where: Field, sample: Any) -> bool:
+    try:
+        return bool(where.node(sample))
+    except ValueError:
+        return False
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
