@@ -22,13 +22,15 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
         *(each for each in small_run if not each.startswith(("experiment", "evaluation"))),
         *(
             f"evaluation.tasks.{name}=null"
-            for name in ("seen", "unseen", "retrieval", "loss", "referring_unseen")
+            for name in ("seen", "unseen", "retrieval", "loss", "referring_unseen", "captions")
         ),
         f"evaluation.tasks.segmentation.train={tiny_data}/validation/*.tar",
         f"evaluation.tasks.segmentation.test={tiny_data}/referring_seen/*.tar",
         "evaluation.tasks.segmentation.iterations=3",
         f"evaluation.tasks.referring_seen.shards={tiny_data}/referring_seen/*.tar",
         "++evaluation.tasks.referring_seen.max_samples=6",
+        f"evaluation.tasks.captions_of_several.shards={tiny_data}/referring_seen/*.tar",
+        "++evaluation.tasks.captions_of_several.max_samples=5",
         # whose sentences are shorter than usual, as the run's are
         "++evaluation.tasks.held_out._target_=siglip_train.evals.objective_loss.ObjectiveLoss",
         f"++evaluation.tasks.held_out.shards={tiny_data}/validation/*.tar",
@@ -57,9 +59,16 @@ def test_a_decoder_is_trained_measured_resumed_exported_and_used(
     held_out = next(row for row in reversed(logged) if "val/held_out/loss" in row)
     tasks = [held_out[f"val/held_out/{task}_loss"] for task in ("cap", "arf", "gcap")]
     assert held_out["val/held_out/loss"] == pytest.approx(sum(tasks) / 3)
+    captions = next(row for row in reversed(logged) if "val/captions_of_several/n" in row)
+    assert captions["val/captions_of_several/n"] == 5
+    assert (
+        captions["val/captions_of_several/truthful_acc"] >= captions["val/captions_of_several/complete_acc"]
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     shown = page.split("Boxes of expressions")[1].split("</section>")[0]
     assert shown.count("<figure") == 6, "the report shows both boxes of each text"
+
+    assert page.split("bold: the decoder's")[1].split("</section>")[0].count('<img src="data:') == 5
 
     loaded = load_model(tmp_path / "run")
     images = [Image.new("RGB", (40, 30), color) for color in ("red", "white")]

@@ -21,7 +21,7 @@ from siglip_train.errors import UserError
 from siglip_train.files.atomic import put_folder
 
 # raise it whenever the same options would give other bytes
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 RECORD = "dataset.json"
 TOKENIZER_SCENES = 4000
 EXAMPLE = "example: siglip-data make-tiny data/tiny --samples 30000 --seed 0"

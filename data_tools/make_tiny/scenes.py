@@ -109,7 +109,7 @@ def _plan_several(random: Random, groups: tuple[Group, ...]) -> Scene:
     things = _place(random, (width, height), pairs)
     description = Description(groups)
     if len(things) == len(groups) == 2:
-        description = Description(groups, relation=_relation(*things) if random.random() < 0.6 else None)
+        description = Description(groups, relation=relation_of(*things) if random.random() < 0.6 else None)
     elif len(groups) == 1 and random.random() < 0.33:
         description = Description(groups, background=background)
     texture, texture_seed = random.choice(TEXTURES), random.getrandbits(32)
@@ -159,7 +159,7 @@ def _is_apart(left: int, top: int, extent: int, other: Thing) -> bool:
     )
 
 
-def _relation(first: Thing, second: Thing) -> Relation | None:
+def relation_of(first: Thing, second: Thing) -> Relation | None:
     """Where the first is, seen from the second; None where a person would hesitate (on a diagonal)."""
     right = first.center[0] - second.center[0]
     down = first.center[1] - second.center[1]

@@ -14,6 +14,7 @@ from data_tools.make_tiny.captions import Description, word_everywhere
 from data_tools.make_tiny.drawing import draw_scene
 from data_tools.make_tiny.languages import SHARES
 from data_tools.make_tiny.scenes import Scene, plan_referring, plan_scene, plan_single
+from data_tools.make_tiny.truth import true_captions
 from data_tools.make_tiny.vocabulary import CLASS_INDEX, HELD_OUT, SEEN
 from siglip_train.files.atomic import appearing
 
@@ -82,7 +83,9 @@ def write_shard(task: ShardTask) -> int:
             # a second stream, so that the plan of a scene does not depend on how it is stored
             random = sample_random(task.seed, f"{task.split}/storage", index)
             scene, label = (scenes[index], None) if scenes else _plan(task, index)
-            for name, content in _members(scene, label, random):
+            # of what decoders are asked about: all captions that would be true too
+            true = true_captions(scene) if task.split.startswith(("validation", "referring")) else None
+            for name, content in _members(scene, label, true, random):
                 _add(archive, f"{index:07d}.{name}", content)
     return task.stop - task.start
 
@@ -98,7 +101,9 @@ def _plan(task: ShardTask, index: int) -> tuple[Scene, int | None]:
     return plan_single(random, pair), CLASS_INDEX[f"{color} {shape}"]
 
 
-def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
+def _members(
+    scene: Scene, label: int | None, true: dict[str, list[str]] | None, random: Random
+) -> list[Member]:
     image, class_map, boxes = draw_scene(scene)
     captions = word_everywhere(scene.description)
     language = random.choices(tuple(SHARES), tuple(SHARES.values()))[0]
@@ -127,6 +132,8 @@ def _members(scene: Scene, label: int | None, random: Random) -> list[Member]:
         "width": scene.width,
         "height": scene.height,
     }
+    if true is not None:
+        facts["true"] = true
     members = [
         (extension, _encode(image, image_format, options)),
         ("txt", captions[language].encode()),

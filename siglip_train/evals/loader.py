@@ -7,8 +7,8 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -55,7 +55,8 @@ class EvaluationSource:
     image: as in training. text: member or `json:field`; a text, a list of texts, or a mapping of languages
     to them; None = no captions wanted. label: `cls` or `json:field`, an integer or a list of all that are right, or
     `npy`, a vector that is not 0 at them; None = no labels wanted. group: `json:field` that names a part of the set.
-    regions: `json:field` with a list of boxes and texts, as in training.
+    regions: `json:field` with a list of boxes and texts, as in training. accepted: fields by names of one's own, each
+    with texts that would be right.
     max_samples: only the first so many. select: which samples, by key, as in training. border: pixels cut off at each
     side of an image (ObjectNet frames its images). center: below 1, the share of both sides that is kept, in the
     middle, of the squashed image (few-shot probes keep 224 of 256). max_pixels: larger images count as bad.
@@ -69,6 +70,7 @@ class EvaluationSource:
     label: str | None = None
     group: str | None = None
     regions: str | None = None
+    accepted: Mapping[str, str] = field(default_factory=dict)
     max_samples: int | None = None
     select: Selection = EVERYTHING
     border: int = 0
@@ -94,8 +96,9 @@ class EvaluationBatch(NamedTuple):
 
     index: `[B]` int64 place in data order, -1 = filler. captions: of each row, [] at fillers and where none are
     wanted. labels: of each row those that are right, none at fillers; None where none are wanted. keys: `shard/key`,
-    groups: "" at fillers. regions: of each row, where they are wanted. masks: uint8 `[H, W]` of each row where class
-    maps are wanted, None at fillers. images: crops x crops for each row, one after the other.
+    groups: "" at fillers. regions, and accepted texts by name: of each row, where they are wanted. masks: uint8
+    `[H, W]` of each row where class maps are wanted, None at fillers. images: crops x crops for each row, one after the
+    other.
     """
 
     images: Images
@@ -105,6 +108,7 @@ class EvaluationBatch(NamedTuple):
     keys: tuple[str, ...]
     groups: tuple[str, ...]
     regions: tuple[tuple[Region, ...], ...] = ()
+    accepted: tuple[dict[str, tuple[str, ...]], ...] = ()
     masks: tuple[np.ndarray | None, ...] = ()
 
 
@@ -116,6 +120,7 @@ class _Row(NamedTuple):
     key: str = ""
     group: str = ""
     regions: tuple[Region, ...] = ()
+    accepted: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 never written to
     mask: np.ndarray | None = None  # uint8 [H, W]
 
 
@@ -155,6 +160,7 @@ class _Batches(Dataset):
             Field.parse(name) if name is not None else None
             for name in (source.text, source.label, source.group, source.regions, source.mask)
         )
+        self.accepted = {name: Field.parse(where) for name, where in source.accepted.items()}
         self.border, self.center, self.max_pixels = source.border, source.center, source.max_pixels
         self.crops = source.crops
 
@@ -173,6 +179,7 @@ class _Batches(Dataset):
             tuple(row.key for row in rows),
             tuple(row.group for row in rows),
             tuple(row.regions for row in rows),
+            tuple(row.accepted for row in rows),
             tuple(row.mask for row in rows),
         )
         return batch, bad
@@ -194,6 +201,7 @@ class _Batches(Dataset):
                 sample.name,
                 _group(self.group, sample) if self.group is not None else "",
                 tuple(read_regions(self.regions, sample)) if self.regions is not None else (),
+                {name: _accepted(where, sample) for name, where in self.accepted.items()},
                 _class_map(self.mask, sample, original.size) if self.mask is not None else None,
             )
         except Exception as error:  # as in training, one sample must not end the run
@@ -224,6 +232,13 @@ def _captions(text: Field, sample: RawSample) -> tuple[Caption, ...]:
         fields = (Field.parse(name).first(sample) for name in _LANGUAGE_FIELDS)
         language = str(next((value for value in fields if value), ""))
     return tuple(Caption(key or language, value) for key, value in found)
+
+
+def _accepted(where: Field, sample: RawSample) -> tuple[str, ...]:
+    found = where.texts(sample)
+    if not found:
+        raise SampleError("nothing accepted", f"{where.text} holds no text")
+    return tuple(value for _, value in found)
 
 
 def _group(group: Field, sample: RawSample) -> str:
@@ -359,7 +374,8 @@ def _find(source: EvaluationSource) -> tuple[Samples, list[BadSample]]:
                 BadSample(folder.root.name, path, "no image by its ending") for path in folder.others
             ]
     text = Field.parse(source.text) if source.text is not None else None
-    fields = (source.label, source.group, source.regions, source.mask, *_LANGUAGE_FIELDS)
+    fields = (source.label, source.group, source.regions, source.mask, *source.accepted.values())
+    fields += _LANGUAGE_FIELDS
     extra = tuple(Field.parse(name).member for name in fields if name is not None)
     wanted = Wanted(
         extensions(source.image), (text.member,) if text is not None else None, extra, source.select

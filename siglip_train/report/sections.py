@@ -35,6 +35,7 @@ def task_section(name: str, evaluation: Details) -> dict[str, Any]:
         "classes": [(each["name"], shown(each["recall"], "recall"), each["images"]) for each in classes],
         "mistakes": entries("mistakes"),
         "boxes": entries("boxes"),
+        "captions": entries("captions"),
         "segments": entries("segments"),
         "segment_classes": [
             (each["name"], shown(each["iou"], "iou"), each["pixels"])

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -292,3 +293,41 @@ def test_scenes_to_refer_to_have_several_objects_no_two_alike_and_the_first_is_o
             assert [region["box"] for region in sample.facts["regions"]] == [
                 each["box"] for each in sample.facts["objects"]
             ]
+
+
+def test_true_captions_are_true_and_the_scenes_own_are_among_those_that_name_everything(splits):
+    assert all("true" not in sample.facts for split in ("train", "classes_seen") for sample in splits[split])
+    numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
+    group = re.compile(
+        rf"\b({'|'.join(numbers)}) (?:(large|small) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})e?s?\b"
+    )
+    related = 0
+    for sample in [sample for split in ("validation", "referring_seen") for sample in splits[split]]:
+        facts, objects = sample.facts, sample.facts["objects"]
+        assert set(facts["captions"].values()) <= set(facts["true"]["whole"]), sample.key
+        for kind, captions in facts["true"].items():
+            english = [text for text in captions if text.isascii() and group.match(text)]
+            assert english or kind == "part"
+            for text in english:
+                named = group.findall(text)
+                found = [
+                    [each for each in objects if each["shape"] == shape and color in ("", each["color"])]
+                    for _, _, color, shape in named
+                ]
+                assert [len(each) for each in found] == [numbers[number] for number, *_ in named], text
+                assert (kind == "whole") == (sum(map(len, found)) == len(objects)), text
+                assert facts["background"] in text or "background" not in text
+                assert len(objects) == 1 or not any(size for _, size, *_ in named)
+                for side, axis, sign in (("left", 0, -1), ("right", 0, 1), ("above", 1, -1), ("below", 1, 1)):
+                    if f" {side} " in text:
+                        (one,), (other,) = found
+                        middles = [each["box"][axis] + each["box"][axis + 2] for each in (one, other)]
+                        assert sign * (middles[0] - middles[1]) > 0, text
+                        related += 1
+    assert related > 20
+    pictured = [sample.facts for sample in splits["validation"] if len(sample.facts["objects"]) == 1]
+    sizes = [
+        [size for size in ("large", "small") if any(f" {size} " in text for text in facts["true"]["whole"])]
+        for facts in pictured
+    ]
+    assert {tuple(each) for each in sizes} == {("large",), ("small",), ()}
