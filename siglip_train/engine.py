@@ -5,12 +5,14 @@ This file and `engine_state.py` alone import deepspeed. Precision is DeepSpeed's
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from siglip_train.data.remote.locations import cache_folder
@@ -75,7 +77,8 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_norm,
+        # without ZeRO `take_step` clips: DeepSpeed would take the norm, and keep it to itself
+        "gradient_clipping": clip_norm if zero["stage"] > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": autocast,
@@ -99,6 +102,7 @@ def build_engine(
         model=model.to(world.device), optimizer=optimizer, config=config, dist_init_required=False
     )
     create_moments(engine)
+    _let_it_wait_once(engine)
     return engine
 
 
@@ -140,12 +144,73 @@ def one_reduction(engine: Any) -> Iterator[None]:
         engine.allreduce_gradients()
 
 
-def gradient_norm(engine: Any) -> float:
-    """The norm of the gradients before clipping, after `engine.step()`."""
-    return float(engine.get_global_grad_norm() or 0.0)
+class Update(NamedTuple):
+    """What became of a step. norm: of the gradients before clipping, a scalar on the device."""
+
+    norm: Tensor
+    is_applied: bool
 
 
-def unclipped_norm_without_zero(engine: Any) -> Tensor:
-    """The norm before clipping at stage 0, where DeepSpeed does not report it. Call it before `engine.step()`."""
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def take_step(engine: Any, clip_norm: float) -> Update:
+    """Clip the gradients and update the weights, unless the gradients' norm is not finite. All ranks.
+
+    The host waits for the norm, and for nothing else.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return _step_without_zero(engine, clip_norm)
+    engine.step()
+    return Update(torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied())
+
+
+def _step_without_zero(engine: Any, clip_norm: float) -> Update:
+    weights = [weight for weight in engine.module.parameters() if weight.grad is not None]
+    norm = torch.stack(torch._foreach_norm([weight.grad for weight in weights])).square().sum().sqrt()
+    torch.nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
+    is_finite = bool(norm.isfinite())
+    if is_finite:
+        engine.step()
+    else:
+        engine.module.zero_grad(set_to_none=True)
+    return Update(norm, is_finite)
+
+
+def _let_it_wait_once(engine: Any) -> None:
+    """Let the host wait once for the norm of ZeRO's gradients.
+
+    NOTE: DeepSpeed (0.19.8) waits at the norm of every group of parameters, and at stages 1 and 2 once more at the
+    clipping of each. Here it does so where it asks whether the whole norm is finite.
+    """
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        optimizer.scaled_global_norm = partial(
+            _norm_over_ranks, optimizer, len(optimizer.bit16_groups), torch.float32
+        )
+        optimizer.unscale_and_clip_grads = partial(_clip, optimizer.clip_grad)
+    elif stage == 3:
+        groups = len(optimizer.fp16_groups)
+        optimizer._get_norm_groups = lambda: [_norm_over_ranks(optimizer, groups, torch.float64)]
+
+
+def _norm_over_ranks(optimizer: Any, groups: int, dtype: torch.dtype) -> Tensor:
+    """The norm of the gradients, of which each rank holds parts in `averaged_gradients`, by group. All ranks.
+
+    In float64 as in DeepSpeed. dtype: of what ranks add up.
+    """
+    parts = [optimizer.averaged_gradients.get(group) for group in range(groups)]
+    # a rank may have no part in a group
+    squares = torch.stack([_square(each, optimizer.device) for each in parts]).to(dtype)
+    dist.all_reduce(squares)
+    return torch.linalg.vector_norm(squares.sqrt())
+
+
+def _square(gradients: Sequence[Tensor] | None, device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
+    return torch.stack(norms).square().sum()
+
+
+def _clip(clip_norm: float, gradients: Iterable[Tensor], norm: Tensor) -> None:
+    factor = 1 / ((norm + 1e-6) / clip_norm).clamp(min=1)
+    for gradient in gradients:
+        gradient.mul_(factor)

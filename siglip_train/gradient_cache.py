@@ -16,7 +16,7 @@ from siglip_train import engine as engines
 from siglip_train.batch import Batch
 from siglip_train.data.inputs.images import ImageInput
 from siglip_train.errors import UserError
-from siglip_train.loop import StepReport, Trainer, agree, divisors, update_weights
+from siglip_train.loop import Flags, StepReport, Trainer, divisors, spoilt_unless_finite, update_weights
 from siglip_train.models.siglip import Siglip
 from siglip_train.objectives.base import Losses
 from siglip_train.objectives.forward_pass import ForwardPass
@@ -78,11 +78,10 @@ def cached_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool
             total, losses = run.engine(micro_batch.to(run.world.device), shared, part)
             # it does not where every tower is frozen
             if total.requires_grad:
-                run.engine.backward(total)
+                run.engine.backward(spoilt_unless_finite(total))
             parts.append(losses)
     losses = _sum(parts, order=objectives)
-    stop = agree(run, losses.total, step)
-    return StepReport(losses.total, losses.terms, update_weights(run, step)), stop
+    return update_weights(run, losses, Flags(run, losses), step)
 
 
 def _pair(
@@ -103,7 +102,7 @@ def _pair(
         return model.losses(StoredPass(model.model, light, images, texts), divisors, names)
 
     losses = run.engine(light, divisors, part)
-    run.engine.backward(losses.total)
+    run.engine.backward(spoilt_unless_finite(losses.total))
     gradients = zip(*(_split(leaf.grad, micro_batches) for leaf in (images, texts)), strict=True)
     replays = [_Replay(first.random_state, pair) for first, pair in zip(firsts, gradients, strict=True)]
     return [losses._replace(total=losses.total.detach())], replays

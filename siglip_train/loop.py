@@ -24,6 +24,7 @@ from siglip_train.distributed.slow_ranks import SlowRank, Times, largest
 from siglip_train.distributed.standing import Standing
 from siglip_train.errors import UserError
 from siglip_train.metrics import MetricWriter, memory_gib, peak_flops
+from siglip_train.objectives.base import Losses
 from siglip_train.objectives.training_model import Divisors
 from siglip_train.optim import OptimConfig
 from siglip_train.parameter_groups import UnusedParameters
@@ -66,15 +67,15 @@ class Schedule(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """The results of one optimizer step: this rank's losses (on the device) and the norm before clipping.
+    """The results of one optimizer step: this rank's losses and the norm before clipping, all still on the device.
 
-    measured: what else goes into the log, the same on all ranks.
+    measured: what else goes into the log, scalars that are the same on all ranks.
     """
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
-    gradient_norm: float
-    measured: Mapping[str, float] = MappingProxyType({})
+    gradient_norm: torch.Tensor
+    measured: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class StopTraining(Exception):  # noqa: N818  # not an error
@@ -177,9 +178,9 @@ def _save(run: Trainer, progress: Progress) -> None:
 def plain_step(run: Trainer, batch: Batch, step: int) -> tuple[StepReport, bool]:
     """Take one forward, backward and optimizer step; also return whether any rank was asked to stop. All ranks."""
     losses = run.engine(batch.to(run.world.device), divisors(run, batch))
-    stop = agree(run, losses.total, step)
-    run.engine.backward(losses.total)
-    return StepReport(losses.total.detach(), losses.terms, update_weights(run, step)), stop
+    flags = Flags(run, losses)
+    run.engine.backward(spoilt_unless_finite(losses.total))
+    return update_weights(run, losses, flags, step)
 
 
 def divisors(run: Trainer, batch: Batch) -> Divisors:
@@ -196,31 +197,72 @@ def divisors(run: Trainer, batch: Batch) -> Divisors:
     return dict(zip(counts, (values.clamp(min=1) / run.world.world_size).unbind(), strict=True))
 
 
-def update_weights(run: Trainer, step: int) -> float:
-    """Take the optimizer step of the gradients in the engine; return their norm before clipping. All ranks."""
-    if run.engine.zero_optimization_stage() == 0:
-        norm = float(engines.unclipped_norm_without_zero(run.engine))
-        run.engine.step()
-    else:
-        run.engine.step()
-        norm = engines.gradient_norm(run.engine)
-    if not norm < float("inf"):
-        raise UserError(f"the gradient norm at step {step} is {norm}; {_last_good(run)}")
+def spoilt_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss itself, or NaN with a gradient of NaN, which no rank can take a step with: nobody need be asked."""
+    return loss * (1 + 0 * loss.detach())
+
+
+class Flags:
+    """What ranks tell one another in a step: which losses are not finite, and whether any is asked to stop.
+
+    One small all-reduce that runs beside the backward pass. The host does not wait for it: it is `read` once the host
+    has waited for the norm of the gradients, which comes later. All ranks.
+    """
+
+    def __init__(self, run: Trainer, losses: Losses) -> None:
+        self._ranks, self._names = run.world.world_size, list(run.engine.module.objectives)
+        values = torch.stack([losses.total.detach(), *(losses.terms[name] for name in self._names)])
+        bad = ~values.isfinite()
+        self._flags = torch.zeros(self._ranks + len(bad), device=run.world.device)
+        self._flags[run.world.rank] = bad.any()
+        self._flags[self._ranks : -1] = bad[1:]
+        self._flags[-1] = float(run.stop.received is not None)
+        self._sent = dist.all_reduce(self._flags, async_op=True)
+
+    def copy_to_host(self) -> None:
+        """Have what all ranks have told copied; call it before what the host waits for."""
+        self._sent.wait()
+        is_on_gpu = self._flags.device.type == "cuda"
+        self._told = torch.empty(self._flags.shape, pin_memory=is_on_gpu).copy_(
+            self._flags, non_blocking=True
+        )
+        self._copied = torch.cuda.current_stream().record_event() if is_on_gpu else None
+
+    def read(self) -> tuple[str | None, bool]:
+        """What is not finite and where, if anything, and whether any rank was asked to stop."""
+        if self._copied is not None:
+            # it is: this is for the order of memory accesses
+            self._copied.synchronize()
+        *told, stop = self._told.tolist()
+        ranks = ", ".join(str(rank) for rank, flag in enumerate(told[: self._ranks]) if flag)
+        names = " and ".join(
+            name for name, flag in zip(self._names, told[self._ranks :], strict=True) if flag
+        )
+        what = f"the loss of {names}" if names else "the loss"
+        return f"{what} is not finite on rank {ranks}" if ranks else None, stop > 0
+
+
+def update_weights(
+    run: Trainer,
+    losses: Losses,
+    flags: Flags,
+    step: int,
+    measured: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> tuple[StepReport, bool]:
+    """Take the optimizer step of the gradients in the engine, unless they are not finite. All ranks.
+
+    Here the host waits for the device, once a step. Raises `UserError`, with all weights as they were, where a loss or
+    the gradient is not finite on any rank.
+    """
+    flags.copy_to_host()
+    update = engines.take_step(run.engine, run.optim.clip_norm)
+    not_finite, stop = flags.read()
+    if not_finite is not None:
+        raise UserError(f"{not_finite} at step {step}; {_last_good(run)}")
+    if not update.is_applied:
+        raise UserError(f"the gradient norm at step {step} is {float(update.norm)}; {_last_good(run)}")
     run.engine.module.after_step()
-    return norm
-
-
-def agree(run: Trainer, loss: torch.Tensor, step: int) -> bool:
-    """Share two flags in one small all-reduce before the weights change: a loss that is not finite, a stop signal."""
-    flags = torch.zeros(run.world.world_size + 1, device=run.world.device)
-    flags[run.world.rank] = (~torch.isfinite(loss.detach())).float()
-    flags[-1] = float(run.stop.received is not None)
-    dist.all_reduce(flags)
-    *not_finite, stop = flags.tolist()
-    if any(not_finite):
-        ranks = ", ".join(str(rank) for rank, flag in enumerate(not_finite) if flag)
-        raise UserError(f"the loss is not finite on rank {ranks} at step {step}; {_last_good(run)}")
-    return stop > 0
+    return StepReport(losses.total.detach(), losses.terms, update.norm, measured), stop
 
 
 def _last_good(run: Trainer) -> str:
@@ -239,13 +281,14 @@ def _set_learning_rates(run: Trainer, samples_seen: int) -> float:
 
 def _loss_metrics(run: Trainer, report: StepReport) -> dict[str, float]:
     added = run.engine.module.metrics(lambda parameter: engine_state.scalar(run.engine, parameter))
-    losses = {"train/loss": report.total.item()}
-    losses.update({f"train/{name}_loss": value.item() for name, value in report.terms.items()})
+    losses = {"loss": report.total, **{f"{name}_loss": value for name, value in report.terms.items()}}
+    measured = {**report.measured, "grad_norm": report.gradient_norm}
+    values = torch.stack([value.double() for value in (*losses.values(), *measured.values())]).tolist()
+    of_rank, of_all = values[: len(losses)], dict(zip(measured, values[len(losses) :], strict=True))
+    found = {**added, **of_all, "grad_norm_clipped": min(of_all["grad_norm"], run.optim.clip_norm)}
     return {
-        **mean_over_ranks(losses),
-        **{f"train/{name}": value for name, value in (*added.items(), *report.measured.items())},
-        "train/grad_norm": report.gradient_norm,
-        "train/grad_norm_clipped": min(report.gradient_norm, run.optim.clip_norm),
+        **mean_over_ranks({f"train/{name}": value for name, value in zip(losses, of_rank, strict=True)}),
+        **{f"train/{name}": value for name, value in found.items()},
     }
 
 

@@ -8,7 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from siglip_train.batch import Batch
-from siglip_train.loop import StepReport, Trainer, agree, divisors, plain_step, update_weights
+from siglip_train.loop import (
+    Flags,
+    StepReport,
+    Trainer,
+    divisors,
+    plain_step,
+    spoilt_unless_finite,
+    update_weights,
+)
 from siglip_train.objectives.base import Losses
 from siglip_train.objectives.forward_pass import ForwardPass
 from siglip_train.objectives.training_model import Divisors, TrainingModel
@@ -35,12 +43,12 @@ def measured_step(run: Trainer, batch: Batch, step: int, *, every: int) -> tuple
         return plain_step(run, batch, step)
     shared = divisors(run, batch)
     losses, apart = run.engine(batch.to(run.world.device), shared, partial(_keep_apart, divisors=shared))
-    stop = agree(run, losses.total, step)
+    flags = Flags(run, losses)
     model = run.engine.module
     weights = [weight for weight in model.model.parameters() if weight.requires_grad]
     norms = {f"{name}_grad_norm": _norm(each.total, weights) for name, each in apart.losses.items()}
-    run.engine.backward(losses.total)
-    return StepReport(losses.total.detach(), losses.terms, update_weights(run, step), norms), stop
+    run.engine.backward(spoilt_unless_finite(losses.total))
+    return update_weights(run, losses, flags, step, norms)
 
 
 def _keep_apart(
@@ -51,10 +59,10 @@ def _keep_apart(
     return Losses(torch.stack([losses.total for losses in found.values()]).sum(), terms), _Apart(found)
 
 
-def _norm(loss: Tensor, weights: Sequence[nn.Parameter]) -> float:
+def _norm(loss: Tensor, weights: Sequence[nn.Parameter]) -> Tensor:
     """The norm, over all `weights`, of the mean of the ranks' gradients of `loss`. All ranks."""
     if not (weights and loss.requires_grad):
-        return 0.0
+        return loss.new_zeros(())
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     total = torch.zeros((), dtype=torch.float64, device=loss.device)
     for weight, gradient in zip(weights, gradients, strict=True):
@@ -62,4 +70,4 @@ def _norm(loss: Tensor, weights: Sequence[nn.Parameter]) -> float:
         mean = torch.zeros_like(weight) if gradient is None else gradient.contiguous()
         dist.all_reduce(mean)
         total += (mean / dist.get_world_size()).square().sum()
-    return total.sqrt().item()
+    return total.sqrt()

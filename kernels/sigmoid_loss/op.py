@@ -36,6 +36,7 @@ def sigmoid_loss(
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = AUTO,
     compute_dtype: torch.dtype | None = None,
+    is_agreed: bool = False,
 ) -> Tensor:
     """Sigmoid loss of SigLIP (section 3.2): sum over all texts, mean over this rank's images.
 
@@ -49,6 +50,9 @@ def sigmoid_loss(
     compute_dtype: what embeddings are rounded to, once, before they are multiplied and sent: float16, bfloat16 or
     float32; None = float16 for float32 embeddings under a 16-bit autocast, else their own. Give them in float32:
     gradients come back in it. float16 holds unit vectors eight times as well as bfloat16, and ends at 65504.
+    is_agreed: by default the ranks ask one another in each call whether they call alike, and the CPU waits for the
+    answer. True = they do, as in a loop whose first call has asked: nobody waits, and a rank that differs after all
+    hangs the others.
 
     Returns a scalar in float32 (float64 for float64 embeddings), differentiable once in all four inputs. Gradients
     are made here and scaled in backward, so the upstream gradient must be the same on all ranks, as it is in data
@@ -74,7 +78,15 @@ def sigmoid_loss(
     gradients = refusal is None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     peers = None
     if group is not None:
-        exchange = agree(exchange, rounded[0], group, gradients=gradients, ids=ids, refusal=refusal)
+        exchange = agree(
+            exchange,
+            rounded[0],
+            group,
+            gradients=gradients,
+            ids=ids,
+            refusal=refusal,
+            is_agreed=is_agreed,
+        )
         peers = _Peers(group, exchange) if dist.get_world_size(group) > 1 else None
     with torch.autocast(image_embeddings.device.type, enabled=False):
         work = make_pairs(*rounded, *inputs[2:], ids)

@@ -4,6 +4,7 @@ Every function is collective: all ranks call it, in the same order. Without a pr
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -31,12 +32,14 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:  # noqa: FBT001
-    """Return True on every rank if `flag` is true on one. One small all-reduce: cheap enough for every step."""
+    """Return True on every rank if `flag` is true on one. The host waits for one small all-reduce."""
     if not is_distributed():
         return flag
-    raised = torch.tensor([int(flag)], device=_device())
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+    # on a stream of its own, so that the host does not wait for what a GPU computes as well
+    with _stream_of_its_own():
+        raised = torch.tensor([int(flag)], device=_device())
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised.item())
 
 
 def broadcast_object(value: Value, source: int = 0) -> Value:
@@ -145,6 +148,10 @@ def _by_name(values: Mapping[str, float]) -> dict[str, list[float]]:
         for name, value in held.items():
             parts.setdefault(name, []).append(float(value))
     return parts
+
+
+def _stream_of_its_own() -> AbstractContextManager[Any]:
+    return torch.cuda.stream(torch.cuda.Stream()) if dist.get_backend() == "nccl" else nullcontext()
 
 
 def _device() -> torch.device:

@@ -252,7 +252,7 @@ class Peers:
         return f"{self._named(behind)} missing{_others(ahead)}"
 
     def _named(self, ranks: list[int]) -> str:
-        """`rank 3 on b, last heard of at step 7 (loop.py:140 agree), is`."""
+        """`rank 3 on b, last heard of at step 7 (loop.py:204 divisors), is`."""
         first = ranks[0]
         more = "" if len(ranks) == 1 else f" and {_ranks(ranks[1:])}"
         verb = "is" if len(ranks) == 1 else "are"

@@ -42,6 +42,7 @@ class Ring:
     def __init__(self, exchange: str, dtype: str) -> None:
         self.exchange = parse_exchange(exchange, dtype)
         self._is_announced = False
+        self._agreed: set[tuple[object, ...]] = set()
         if (group := _several_ranks()) is not None:
             check_exchange(self.exchange, group)
 
@@ -59,6 +60,21 @@ class Ring:
             log.info("exchange of texts between ranks: %s", chosen)
             self._is_announced = True
         return group
+
+    def is_agreed(self, images: Tensor, *, has_ids: bool) -> bool:
+        """Whether all ranks have found that they exchange alike: in an earlier call with such `[B, E]` images.
+
+        They need not ask again, as the loader gives each rank equally many in every step, and all take the same steps.
+        """
+        call = (
+            images.shape,
+            images.dtype,
+            torch.is_autocast_enabled(images.device.type),
+            images.requires_grad,
+        )
+        is_known = (*call, has_ids) in self._agreed
+        self._agreed.add((*call, has_ids))
+        return is_known
 
 
 def parse_exchange(name: str, dtype: str) -> Exchange:

@@ -69,7 +69,7 @@ def described(phase: str, step: int) -> str:
 
 
 def _line(frame: FrameType | None) -> str:
-    """`loop.py:140 agree > distributed_c10d.py:3100 all_reduce`: the innermost line of this project, and of all."""
+    """`loop.py:204 divisors > distributed_c10d.py:3100 all_reduce`: the innermost line of this project, and of all."""
     innermost, ours = frame, frame
     while ours is not None and not {"siglip_train", "kernels"} & set(PurePath(ours.f_code.co_filename).parts):
         ours = ours.f_back

@@ -136,10 +136,10 @@ class Encoder:
             # all ranks: as many calls as the largest share needs, short ones filled up
             for first in range(0, share, size):
                 self.on_batch()
-                self.on_batch()
                 chunk = mine[first : first + size]
                 tokens = self.tokenizer(chunk + [texts[0]] * (size - len(chunk)))  # [B, context_length]
-                rows.append(self.model.encode_text(tokens.to(self.world.device))[: len(chunk)].float())
+                tokens = tokens.to(self.world.device, non_blocking=True)
+                rows.append(self.model.encode_text(tokens)[: len(chunk)].float())
         return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
 
     def encode_images(
@@ -162,7 +162,9 @@ class Encoder:
         mine: list[_Row] = []
         for batch, encoded in self.encoded(loader, encode):
             is_real = batch.index >= 0  # [B]
-            embeddings.append(encoded[is_real.to(self.world.device)])
+            # by places found on the host, as a mask on the device would have the host wait for it
+            places = is_real.nonzero().flatten().to(self.world.device, non_blocking=True)
+            embeddings.append(encoded.index_select(0, places))
             index.append(batch.index[is_real])
             labels = batch.labels or [()] * len(batch.index)
             rows = zip(batch.keys, batch.captions, labels, batch.groups, strict=True)
@@ -170,14 +172,14 @@ class Encoder:
         everyone = [row for part in gather_objects(mine) for row in part]
         if not everyone:
             raise UserError(f"no usable image in {source.shards}; bad samples, if any, are named in the log")
-        places = gather_rows(torch.cat(index)).tolist()
+        rows_of = gather_rows(torch.cat(index)).tolist()
         return ImageSet(
             embeddings=_finite(gather_rows(torch.cat(embeddings)).cpu(), "images"),
             captions=[row.captions for row in everyone],
             labels=[row.labels for row in everyone] if source.label is not None else None,
             keys=[row.key for row in everyone],
             groups=[row.group for row in everyone],
-            original=lambda image: loader.original(places[image]),
+            original=lambda image: loader.original(rows_of[image]),
             counts=dict(sum(gather_objects(Counter(loader.counts)), Counter())),
         )
 

@@ -91,15 +91,17 @@ class ObjectiveLoss:
             share=RankShare(block, encoder.world.rank, ranks),
             seed=0,
         )
-        sums: Counter[str] = Counter()
+        sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
         with encoder.inference():
             for batch in itertools.islice(loader, samples // block):
                 encoder.on_batch()
-                found = whole(batch.to(encoder.world.device), None, self._sums)
-                sums.update({task: float(total) for task, total in found.items()})
                 counts.update(objective.counts(batch))
-        total, number = sum_over_ranks(sums), sum_over_ranks(counts)
+                found = whole(batch.to(encoder.world.device), None, self._sums)
+                # added up on the device, for which nothing waits before the end
+                sums = {task: total.double() + sums.get(task, 0) for task, total in found.items()}
+        total = sum_over_ranks({task: value.item() for task, value in sums.items()})
+        number = sum_over_ranks(counts)
         means = {task: total[task] / max(1, number[task]) for task in total}
         loss = sum(objective.task_weights.get(task, 1.0) * mean for task, mean in means.items())
         tasks = {f"{task}_loss": mean for task, mean in means.items()} if len(means) > 1 else {}

@@ -60,7 +60,18 @@ class Classification(Objective):
         return self.classifier(features).float()
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Count this rank's images."""
+        """Count this rank's images. Raises `UserError` for a label outside 0..C-1.
+
+        Here and not in `forward`, as labels are still on the host when a step counts: asking a GPU would wait for it.
+        """
+        labels = batch.part("labels")
+        outside = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
+        if len(outside):
+            row = int(outside[0])
+            raise UserError(
+                f"label {int(labels[row])} of sample {batch.keys[row]}: the objective has {self.classes} classes, so "
+                f"labels are 0..{self.classes - 1}"
+            )
         return {"images": batch.size}
 
     def flops_per_sample(self, sizes: StepSizes) -> float:  # noqa: ARG002
@@ -68,23 +79,13 @@ class Classification(Objective):
         return 6.0 * self.classifier.in_features * self.classifier.out_features
 
     def forward(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
-        """Return the sum over this rank's images. Raises `UserError` for a label outside 0..C-1."""
-        labels = self._checked_labels(forward_pass)
+        """Return the sum over this rank's images. Labels are in 0..C-1, as `counts` has seen."""
         logits = self.logits(forward_pass)
         with record_function("objective/classification"):
             loss = functional.cross_entropy(
-                logits, labels, label_smoothing=self.label_smoothing, reduction="sum"
+                logits,
+                forward_pass.batch.part("labels"),
+                label_smoothing=self.label_smoothing,
+                reduction="sum",
             )
         return {"images": loss}
-
-    def _checked_labels(self, forward_pass: ForwardPass) -> Tensor:
-        labels, keys = forward_pass.batch.part("labels"), forward_pass.batch.keys
-        outside = ((labels < 0) | (labels >= self.classes)).nonzero().flatten()
-        # before the tower has work to do, as asking waits for the device
-        if len(outside):
-            row = int(outside[0])
-            raise UserError(
-                f"label {int(labels[row])} of sample {keys[row]}: the objective has {self.classes} classes, so labels "
-                f"are 0..{self.classes - 1}"
-            )
-        return labels

@@ -84,6 +84,7 @@ class SigmoidLoss(Objective):
                 group=self._ring.group(images, has_ids=ids is not None, compute_dtype=self._compute_dtype),
                 exchange=self._ring.exchange,
                 compute_dtype=self._compute_dtype,
+                is_agreed=self._ring.is_agreed(images, has_ids=ids is not None),
             )
         total = mean * len(images)
         return {"images": total if has_text is None else _of_texts(total, has_text, model.logit_bias)}

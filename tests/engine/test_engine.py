@@ -83,12 +83,7 @@ def steps(engine, first: int, count: int) -> list[tuple[float, float]]:
     for step in range(first, first + count):
         losses = engine(batch(step, rank, world_size))
         engine.backward(losses.total)
-        if engine.zero_optimization_stage() == 0:
-            norm = float(engines.unclipped_norm_without_zero(engine))
-            engine.step()
-        else:
-            engine.step()
-            norm = engines.gradient_norm(engine)
+        norm = engines.take_step(engine, OPTIM.clip_norm).norm.item()
         mean = losses.total.detach().clone()
         dist.all_reduce(mean)
         history.append((mean.item() / world_size, norm))

@@ -26,19 +26,23 @@ def agree(
     gradients: bool,
     ids: PairIds | None = None,
     refusal: ValueError | None = None,
+    is_agreed: bool = False,
 ) -> Exchange:
     """`choose_exchange`, and ValueError on all ranks if their embeddings or choices differ.  # all ranks of group
 
     Unequal messages would hang or corrupt the exchange. One small all-reduce in each call: a rank that has seen its
     shape before could not know that another has a new one. refusal: what is wrong with this rank's arguments, if
-    anything; it is raised here, and the other ranks are told.
+    anything; it is raised here, and the other ranks are told. is_agreed: the caller knows, and nobody asks.
     """
     if dist.get_rank(group) < 0:
         raise ValueError("sigmoid_loss: this rank is not a member of the group it was given")
-    if dist.get_world_size(group) == 1:
-        if refusal is not None:
-            raise refusal
+    is_alone = dist.get_world_size(group) == 1
+    if refusal is not None and (is_alone or is_agreed):
+        raise refusal
+    if is_alone:
         return exchange
+    if is_agreed:
+        return choose_exchange(exchange, images, group, has_ids=ids is not None)
     mine, chosen = dict.fromkeys(_COMPARED, -1), None
     if refusal is None:
         try:
