@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +16,16 @@ _PUBLISHED = {
     "l16": "SigLIP 2 L/16",
     "so400m16": "SigLIP 2 So400m/16",
     "g16": "SigLIP 2 g-opt/16",
+    "b16_224": "SigLIP 2 B/16",
+    "b16_384": "SigLIP 2 B/16",
+    "b16_512": "SigLIP 2 B/16",
+    "l16_384": "SigLIP 2 L/16",
+    "l16_512": "SigLIP 2 L/16",
+    "so400m16_384": "SigLIP 2 So400m/16",
+    "so400m16_512": "SigLIP 2 So400m/16",
+    "siglip2_so400m14_224": "SigLIP 2 So400m/14",
+    "siglip2_so400m14_384": "SigLIP 2 So400m/14",
+    "g16_384": "SigLIP 2 g-opt/16",
     "siglip_b16_224": "SigLIP B/16",
     "siglip_b16_256": "SigLIP B/16",
     "siglip_b16_384": "SigLIP B/16",
@@ -64,8 +74,18 @@ def likeness(config: SiglipConfig) -> Likeness:
 
 def of_file(name: str) -> SiglipConfig:
     """The sizes in conf/model/NAME.yaml; what it leaves out has the dataclasses' defaults."""
+    return build(SiglipConfig, _values_of(name), "model")
+
+
+def _values_of(name: str) -> dict[str, Any]:
+    """With those of the files that it names among its `defaults` below them, as Hydra composes it."""
     text = (importlib.resources.files("conf") / "model" / f"{name}.yaml").read_text(encoding="utf-8")
-    return build(SiglipConfig, yaml.safe_load(text), "model")
+    values: dict[str, Any] = yaml.safe_load(text)
+    for base in reversed(values.pop("defaults", [])):
+        if base != "_self_":
+            below = _values_of(base)
+            values = {key: {**below.get(key, {}), **values.get(key, {})} for key in (*below, *values)}
+    return values
 
 
 def differences(config: SiglipConfig, other: SiglipConfig) -> list[str]:

@@ -11,6 +11,7 @@ import yaml
 from siglip_train.composition import instantiate_all
 from siglip_train.config import Config, parse
 from siglip_train.errors import UserError
+from siglip_train.interop.runs import checkpoint_name
 from siglip_train.models.flops import flops_per_pair
 from siglip_train.models.published import likeness
 from siglip_train.models.siglip import Siglip
@@ -75,6 +76,11 @@ def second_stage(title: str, parameters: float) -> Recipe:
     return siglip2(title, parameters)._replace(begins=32e9, objectives=objectives)
 
 
+def third_stage(title: str, parameters: float) -> Recipe:
+    """The second from 95 % on, at another resolution."""
+    return second_stage(title, parameters)._replace(title=f"SigLIP 2 {title}", begins=38_000_001_024)
+
+
 RECIPES = {
     "siglip_b16_224": stage("SigLIP B/16, 224 px", 203.16),
     "siglip_b16_256": Recipe("SigLIP B/16, 256 px", 203.20),
@@ -105,6 +111,16 @@ RECIPES = {
     "siglip2_l16_b_selfdistill": second_stage("L/16", 881.53),
     "siglip2_so400m16_b_selfdistill": second_stage("So400m/16", 1135.67),
     "siglip2_g16_b_selfdistill": second_stage("g-opt/16", 1871.39),
+    "siglip2_b16_c_224": third_stage("B/16, 224 px", 375.19),
+    "siglip2_b16_c_384": third_stage("B/16, 384 px", 375.48),
+    "siglip2_b16_c_512": third_stage("B/16, 512 px", 375.82),
+    "siglip2_l16_c_384": third_stage("L/16, 384 px", 881.85),
+    "siglip2_l16_c_512": third_stage("L/16, 512 px", 882.31),
+    "siglip2_so400m14_c_224": third_stage("So400m/14, 224 px", 1135.46),
+    "siglip2_so400m14_c_384": third_stage("So400m/14, 384 px", 1136.01),
+    "siglip2_so400m16_c_384": third_stage("So400m/16, 384 px", 1136.04),
+    "siglip2_so400m16_c_512": third_stage("So400m/16, 512 px", 1136.56),
+    "siglip2_g16_c_384": third_stage("g-opt/16, 384 px", 1871.89),
 }  # fmt: skip
 
 
@@ -128,6 +144,32 @@ def test_the_second_stage_goes_on_from_the_first_with_the_weights_of_the_paper(s
     assert (views.local, views.local_patches * patch, views.masked) == (8, 96, 0.5)
     kept = [samples / config.total_samples for samples in config.checkpoint.keep_at_samples]
     assert kept == pytest.approx([0.9, 0.95], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_c_" in name])
+def test_the_third_stage_is_the_second_from_95_percent_on_at_another_resolution(name: str) -> None:
+    size, pixels = name.removeprefix("siglip2_").split("_c_")
+    parent = f"siglip2_{size.replace('m14', 'm16')}_b_selfdistill"
+    second, third = composed(f"experiment={parent}"), composed(f"experiment={name}")
+    vision = filled(f"experiment={name}")["model"]["vision"]
+    assert (vision["image_size"], vision["patch_size"]) == (int(pixels), 14 if "m14" in size else 16)
+    # local views stay as large as they were, as nearly as patches allow
+    assert abs(third["data"]["views"]["local_patches"] * vision["patch_size"] - 96) <= 2
+    step = second["checkpoint"]["keep_at_samples"][1] // second["global_batch_size"]
+    assert third["init_from"] == f"runs/{parent}/checkpoints/{checkpoint_name(step)}"
+    for key in ("model", "init_from", "data"):
+        del second[key], third[key]
+    assert third == second, "nothing else"
+
+
+def test_the_chains_have_every_fixed_resolution_that_was_released() -> None:
+    found = {
+        yaml.safe_load((ROOT / "conf/recipe" / f"{name}.yaml").read_text())["stages"][stage]["experiment"]
+        for name in names("recipe")
+        if name != "siglip2_tiny"
+        for stage in yaml.safe_load((ROOT / "conf/recipe" / f"{name}.yaml").read_text())["stages"]
+    }
+    assert found == {name for name in RECIPES if re.search("siglip2_.*_(a|b|c)_", name)}
 
 
 def written(name: str) -> dict[str, Any]:
@@ -172,7 +214,8 @@ def test_a_recipe_has_the_settings_of_its_paper(name: str) -> None:
 
 
 def test_every_recipe_is_in_the_table_and_none_is_left_out() -> None:
-    recipes = {path.stem for path in FILES if re.search(r"^  - base/", path.read_text(), re.MULTILINE)}
+    on_paper = re.compile(r"^  - (base/|siglip2_(?!tiny)\w+_b_selfdistill$)", re.MULTILINE)
+    recipes = {path.stem for path in FILES if on_paper.search(path.read_text())}
     assert recipes == set(RECIPES)
     readme = (ROOT / "conf" / "README.md").read_text()
     for name in EXPERIMENTS:
