@@ -52,6 +52,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--key-column", help="of unique names, which become the keys (the number of the row)")
     parser.add_argument("--caption-template", nargs="+", metavar="TEXT",
                         help="captions made of the names of classes, put where {} is; a sample takes one")  # fmt: skip
+    parser.add_argument("--box-column", help="of boxes in a table, [x, y, width, height] in pixels: what the captions "
+                        "of the row mean, as regions")  # fmt: skip
     parser.add_argument("--coco-instances", metavar="FILE", help="boxes to add to the captions")
     parser.add_argument("--resize", type=positive, metavar="SHORTEST_SIDE",
                         help="shrink larger images to it, pixels")  # fmt: skip
@@ -85,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
             label_column=arguments.label_column,
             key_column=arguments.key_column,
             caption_template=arguments.caption_template,
+            box_column=arguments.box_column,
         ),
         images=ImageOptions(
             arguments.resize, arguments.format, arguments.quality, arguments.grey_bits, arguments.max_pixels

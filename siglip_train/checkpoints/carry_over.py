@@ -125,7 +125,14 @@ def _checkpoint_in(source: str, parts: Collection[str]) -> Path:
 
 def _take_own(model: nn.Module, checkpoint: Path, parts: Collection[str], skip: Sequence[str]) -> list[str]:
     """Load what objectives own where `parts` asks for it and the checkpoint has it; return the names loaded."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MODEL_PREFIX)}
+    # a table that a decoder shares with the text tower is the model's, under whichever name
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(MODEL_PREFIX) and name not in shared
+    }
     # the file also holds layers with adapters, which the model has in merged form
     theirs = {
         name: tensor for name, tensor in read_heads(checkpoint).items() if not name.startswith(MODEL_PREFIX)

@@ -1,5 +1,7 @@
 """Referring expressions: does the decoder's box of a text cover what the text means."""
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from PIL import Image, ImageDraw
 
+from siglip_train.data.config import extensions
+from siglip_train.data.remote.cache import ShardCache
+from siglip_train.data.remote.locations import check_local, is_remote
 from siglip_train.data.sentences import RelativeBox
+from siglip_train.data.shards.index_shards import index_shards
+from siglip_train.data.shards.reader import ShardReader, Wanted
 from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.distributed.collectives import gather_objects
 from siglip_train.errors import UserError
@@ -16,15 +23,19 @@ from siglip_train.evals.base import Encoder, Evaluation
 from siglip_train.evals.loader import EvaluationBatch, EvaluationSource, build_evaluation_loader, check_found
 from siglip_train.report.thumbnail import spread, thumbnail
 
+_LOG = logging.getLogger(__name__)
 _RIGHT = 0.5
+# COCO_train2014_000000123456 and 000000123456, perhaps with the number of an object behind, are one photograph
+_COCO = re.compile(r"(?:^|[_/])(\d{12})(?:_\d+)?(?:_jpe?g)?$")
 # of images in the report: pixels, and the colours of boxes
 _SHOWN, _GREEN, _ORANGE = 192, (20, 150, 60), (240, 120, 0)
 
 
 class _Answer(NamedTuple):
-    """Of one text of one image. prior: the box that the decoder gives without the image."""
+    """Of one text of one image, by its key. prior: the box that the decoder gives without the image."""
 
     place: int
+    key: str
     text: str
     box: RelativeBox
     found: RelativeBox
@@ -37,7 +48,9 @@ class Referring:
 
     `prior_acc` is that of the same decoder with tokens of zeros in place of the image's: what can be had by knowing
     where boxes usually are. regions: `json:field` with a list of `{box, text}`. first_only: one text for each image.
-    beams: sentences kept while searching. gallery: images kept for the report, with both boxes.
+    beams: sentences kept while searching. gallery: images kept for the report, with both boxes. trained_on: shards that
+    the model was trained on; `trained_on_images` is then how many images of this set are among theirs, by key, or by
+    COCO's number where keys have one, and the log warns of them. refuse_trained_on: an error in place of the warning.
     """
 
     task: ClassVar[str] = "referring_expressions"
@@ -47,6 +60,8 @@ class Referring:
     first_only: bool = False
     beams: int = 1
     gallery: int = 24
+    trained_on: str | list[str] | None = None
+    refuse_trained_on: bool = False
     image: str = EvaluationSource.image
     max_samples: int | None = None
     select: Selection | dict[str, Any] = field(default_factory=Selection)
@@ -66,10 +81,13 @@ class Referring:
     def check(self) -> None:
         """Find the shards."""
         check_found(self._source)
+        if self.trained_on is not None:
+            check_local(self.trained_on)
 
     def run(self, encoder: Encoder) -> Evaluation:
         """Ask for the box of every text. All ranks."""
         captioner, world = encoder.captioner(), encoder.world
+        known = _photographs(self.trained_on, self.image) if self.trained_on is not None else None
         loader = build_evaluation_loader(
             self._source,
             encoder.transform,
@@ -86,9 +104,9 @@ class Referring:
                 boxes = captioner.locate(features, texts, self.beams)
                 priors = captioner.locate(blind, texts, self.beams)
                 mine += [
-                    _Answer(place, text, row[number].box, box, prior)
-                    for place, text, row, box, prior in zip(
-                        batch.index.tolist(), texts, batch.regions, boxes, priors, strict=True
+                    _Answer(place, key, text, row[number].box, box, prior)
+                    for place, key, text, row, box, prior in zip(
+                        batch.index.tolist(), batch.keys, texts, batch.regions, boxes, priors, strict=True
                     )
                     if number < len(row)
                 ]
@@ -104,6 +122,8 @@ class Referring:
             "prior_acc": float((blind_overlaps >= _RIGHT).float().mean()),
             "n": float(len(everyone)),
         }
+        if known is not None:
+            metrics["trained_on_images"] = float(self._count_known(everyone, known, is_main=world.is_main))
         if not world.is_main:
             return Evaluation(metrics, {})
         chosen = [everyone[place] for place in spread(len(everyone), self.gallery)]
@@ -111,10 +131,39 @@ class Referring:
         counts = dict(sum(all_counts, Counter()))
         return Evaluation(metrics, {"boxes": shown, "counts": counts})
 
+    def _count_known(self, answers: Sequence[_Answer], known: set[str], *, is_main: bool) -> int:
+        """How many images of this set are among the `known` ones. Raises `UserError`."""
+        names = {_photograph(answer.key.partition("/")[2]) for answer in answers}
+        both = names & known
+        if not both:
+            return 0
+        line = f"{len(both)} of the {len(names)} images of {self.shards}, such as {min(both)}, are in {self.trained_on}"
+        if self.refuse_trained_on:
+            raise UserError(
+                f"{line}, which the model was trained on; measure others, or set refuse_trained_on=false"
+            )
+        if is_main:
+            _LOG.warning("%s, which the model was trained on: the accuracy is not that on new images", line)
+        return len(both)
+
     def _rounds(self, batch: EvaluationBatch) -> int:
         """Texts of an image that are asked for, as many on every rank."""
         most = max(len(row) for row in batch.regions)
         return max(min(each, 1) if self.first_only else each for each in gather_objects(most))
+
+
+def _photographs(shards: str | list[str], image: str) -> set[str]:
+    """The photographs of a training set, by key or COCO's number. All ranks. Raises `UserError` for remote ones."""
+    (found,) = index_shards([shards], [Wanted(extensions(image))], ShardCache.at(None))
+    if found.has_copies or any(map(is_remote, found.urls)):
+        raise UserError(f"trained_on={shards}: keys are read of shards on this machine, and these are remote")
+    reader = ShardReader(found)
+    return {_photograph(reader.key(*found.locate(place))) for place in range(len(found))}
+
+
+def _photograph(key: str) -> str:
+    number = _COCO.search(key)
+    return number[1] if number else key
 
 
 def _shown(image: Image.Image, answer: _Answer) -> dict[str, Any]:

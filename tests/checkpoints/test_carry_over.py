@@ -106,6 +106,45 @@ def test_what_is_taken_new_and_dropped_is_said_by_name(
     )
 
 
+class Shares(Scored):
+    """A head that may be one of the text tower's layers."""
+
+    def __init__(self, *, is_shared: bool) -> None:
+        super().__init__()
+        self.is_shared = is_shared
+        self.table = nn.Parameter(torch.zeros(2))
+
+    def share_with(self, model: Siglip) -> None:
+        if self.is_shared:
+            self.table = model.text.head.weight
+
+
+def test_what_an_objective_shares_with_the_towers_is_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for was_shared in (True, False):
+        before = TrainingModel(Siglip(CONFIG), {"decoder": Shares(is_shared=was_shared)})
+        weights = {name: parameter.detach().normal_() for name, parameter in before.named_parameters()}
+        weights["objectives.decoder.centre"] = torch.ones(4)
+        monkeypatch.setattr(engine_state, "gather_weights", lambda _, weights=weights: weights)
+        monkeypatch.setattr(engine_state, "gather_moments", lambda _, model=before: moments_of(model, 10))
+        run_dir = tmp_path / f"{was_shared}"
+        saver = Checkpoints(
+            run_dir, CheckpointConfig(), lambda path, state: write_export(path, state, Description(CONFIG))
+        )
+        saver.save(type("Engine", (), {"global_rank": 0}), Progress(10, 240, {"samples_seen": 240}))
+        model = TrainingModel(Siglip(CONFIG), {"decoder": Shares(is_shared=True)})
+        caplog.clear()
+        start(model, run_dir)
+        line = next(record.message for record in caplog.records if "heads and objectives" in record.message)
+        assert "3 tensors of heads and objectives loaded" in line
+        assert "initial values" not in line, "the shared table was called fresh"
+        # one of its own, of the source, is not put over the tower's
+        assert ("1 dropped: objectives.decoder.table" in line) == (not was_shared)
+        assert torch.equal(model.model.text.head.weight, weights["model.text.head.weight"])
+
+
 def test_only_what_is_asked_for_is_taken(before: tuple[Path, TrainingModel]) -> None:
     source, theirs = before
     there = theirs.state_dict()

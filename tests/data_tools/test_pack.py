@@ -58,10 +58,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def packed(source: Path, out: Path, options: PackOptions = NO_SPLIT) -> dict[str, Sample]:
-    """The samples of train by key."""
+def packed(
+    source: Path, out: Path, options: PackOptions = NO_SPLIT, split: str = "train"
+) -> dict[str, Sample]:
+    """The samples of a split by key."""
     pack(str(source), out, options)
-    return {sample.key: sample for sample in read_split(out / "train")}
+    return {sample.key: sample for sample in read_split(out / split)}
 
 
 def causes(out: Path) -> dict[str, str]:
@@ -480,6 +482,62 @@ def test_coco(tmp_path: Path) -> None:
     assert boxed["0009"].facts["objects"] == nine.facts["objects"]
 
 
+# as MDETR publishes RefCOCO: an entry of `images` for each expression
+REFERRING = {
+    "images": [
+        {"id": place, "file_name": f"COCO_train2014_00000000000{number}.png", "width": 40, "height": 30,
+         "original_id": number, "caption": text, "dataset_name": "refcoco"}
+        for place, (number, text) in enumerate([(7, "the cat"), (9, "a dog"), (7, "cat left"), (9, "sky")])
+    ],
+    "annotations": [
+        {"id": place, "image_id": place, "bbox": box, "iscrowd": 0, "category_id": 1, "tokens_positive": [[0, 3]]}
+        for place, box in enumerate([[10, 15, 20, 7.5], [30, 0, 20, 30], [0, 0, 4, 3]])
+    ],
+    "categories": [],
+}  # fmt: skip
+
+
+def test_expressions_of_refcoco_as_json(tmp_path: Path) -> None:
+    source = write(tmp_path / "finetune_refcoco_val.json", REFERRING)
+    for number in (7, 9):
+        write(tmp_path / "train2014" / f"COCO_train2014_00000000000{number}.png", encoded(picture()))
+    options = PackOptions(SourceOptions(image_root=str(tmp_path / "train2014")), split="test")
+    samples = packed(source, tmp_path / "out", options, split="test")
+    assert [samples[f"COCO_train2014_00000000000{number}"].facts["regions"] for number in (7, 9)] == [
+        [
+            {"box": [0.25, 0.5, 0.75, 0.75], "text": "the cat"},
+            {"box": [0.0, 0.0, 0.1, 0.1], "text": "cat left"},
+        ],
+        [{"box": [0.75, 0.0, 1.0, 1.0], "text": "a dog"}],
+    ]
+    assert causes(tmp_path / "out") == {"images[3]": "no box of its own"}
+
+
+def test_expressions_of_refcoco_as_parquet_with_images_shrunk(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"question_id": str(place), "image": {"bytes": encoded(picture(40, 30)), "path": None},
+         "question": "Please describe", "answer": texts, "bbox": box, "file_name": name}
+        for place, (texts, box, name) in enumerate([
+            (["the cat", "cat left"], [10.0, 15.0, 20.0, 7.5], "COCO_train2014_000000000007_1.jpg"),
+            (["a dog"], [1.0, 2.0], "COCO_train2014_000000000009_2.jpg"),
+        ])
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "val-0.parquet")
+    source = SourceOptions(caption_column="answer", key_column="file_name", box_column="bbox")
+    options = PackOptions(source, ImageOptions(15), split="test")
+    samples = packed(tmp_path / "val-0.parquet", tmp_path / "out", options, split="test")
+    (seven,) = samples.values()
+    assert seven.key == "COCO_train2014_000000000007_1_jpg"
+    assert (seven.facts["width"], seven.facts["height"]) == (20, 15)
+    assert seven.facts["regions"] == [
+        {"box": [0.25, 0.5, 0.75, 0.75], "text": text} for text in ("the cat", "cat left")
+    ]
+    assert list(causes(tmp_path / "out").values()) == ["no box"]
+
+
 def instances(
     folder: Path, annotations: list[dict], size: tuple[int, int] = (8, 6), ids: tuple = (3, 7)
 ) -> Path:
@@ -714,6 +772,8 @@ def test_webdataset_reads_what_is_packed(photos: Path, tmp_path: Path) -> None:
         (["{tmp}/quote.csv"], "unexpected end of data, in the row that begins in line 1"),
         (["{tmp}/words.csv"], "no column of images, one called image, image_path"),
         (["{tmp}/t.json"], "neither a list of objects nor COCO's"),
+        (["{tmp}/refs(unc).p"], "is a pickle, which can run any code"),
+        (["{tmp}/t.csv", "--box-column", "bbox"], "no column bbox; its columns are image, text"),
         (["{tmp}/coco.json"], "KeyError 'file_name'"),
         (["{tmp}/deep.json"], "deep.json: maximum recursion depth"),
         (["{tmp}/photos/1.txt"], "no tar file"),
@@ -731,6 +791,7 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     write(tmp_path / "urls.csv", "image,text\nhttps://example.org/a.png,a\n")
     write(tmp_path / "quote.csv", '"image,text\na.png,a\n')
     write(tmp_path / "words.csv", "picture,text\na.png,a\n")
+    write(tmp_path / "refs(unc).p", b"")
     write(tmp_path / "t.json", {"images": 3})
     write(tmp_path / "coco.json", {"images": [{"id": 1}], "annotations": []})
     write(tmp_path / "deep.json", "[" * 200_000)

@@ -1,9 +1,12 @@
-"""Records of COCO annotations: the captions of an image together, and boxes and masks of instances."""
+"""Records of COCO annotations: the captions of an image together, boxes and masks of instances, or expressions.
+
+Expressions (RefCOCO, RefCOCO+, RefCOCOg) as MDETR published them: an entry of `images` for each, with its `caption`.
+"""
 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,8 @@ def coco_records(data: Annotations, instances: Annotations | None, image_root: P
     """
     said: dict[int, _Said] = defaultdict(_Said)
     try:
+        if _is_referring(data):
+            return _referring_records(data, image_root)
         faults = _collect(data, said, captions=True, objects=instances is None)
         if instances is not None:
             faults += _collect(instances, said, captions=False, objects=True)
@@ -59,6 +64,42 @@ def coco_records(data: Annotations, instances: Annotations | None, image_root: P
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"the annotations are not what COCO's look like ({reason})") from error
+
+
+def _is_referring(data: Annotations) -> bool:
+    return bool(data["images"]) and {"caption", "original_id"} <= data["images"][0].keys()
+
+
+def _referring_records(data: Annotations, image_root: Path) -> list[Record]:
+    """A record for each image, whose regions are the boxes of all its expressions."""
+    boxes: dict[int, list[Any]] = defaultdict(list)
+    for annotation in data["annotations"]:
+        boxes[annotation["image_id"]].append(annotation["bbox"])
+    regions: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    images, faults = {}, []
+    for place, entry in enumerate(data["images"]):
+        name = entry["file_name"]
+        images[name] = entry
+        found = boxes[entry["id"]]
+        if len(found) != 1:
+            # RefCOCO means one box by each; of other sets, phrases of one caption have several
+            detail = f"{entry['caption']!r:.60} has {len(found)} boxes, and an expression has one"
+            faults.append(Record(f"images[{place}]", name, fault=("no box of its own", detail)))
+            continue
+        box = relative_box(found[0], entry["width"], entry["height"])
+        regions[name].append({"box": box, "text": entry["caption"]})
+    records = [
+        Record(
+            key=key_of(name),
+            origin=name,
+            parts={IMAGE: Part.of_file(str(image_root / name))},
+            facts={"image_id": entry["original_id"], "regions": regions[name]},
+            caption_needed=False,
+        )
+        for name, entry in images.items()
+        if regions[name]
+    ]
+    return [*records, *faults]
 
 
 def _record(image: Annotations, said: _Said, image_root: Path, *, caption_needed: bool) -> Record:
@@ -137,7 +178,7 @@ def _add_object(
     category, is_crowd = annotation["category_id"], bool(annotation.get("iscrowd"))
     label = labels.get(category, str(category))
     if "bbox" in annotation:
-        box = _relative(annotation["bbox"], *said.size)
+        box = relative_box(annotation["bbox"], *said.size)
         # a box without an area, or beside the image, shows nothing
         if box[0] < box[2] and box[1] < box[3]:
             said.objects.append({"label": label, "box": box, **({"crowd": True} if is_crowd else {})})
@@ -148,7 +189,7 @@ def _add_object(
         said.classes[str(numbers[category])] = label
 
 
-def _relative(bbox: list[float], width: int, height: int) -> list[float]:
+def relative_box(bbox: Sequence[float], width: int, height: int) -> list[float]:
     """Pixels (x, y, w, h) to (x0, y0, x1, y1) in 0..1, cut at the image's edges."""
     left, top, wide, high = bbox
     edges = (left / width, top / height, (left + wide) / width, (top + high) / height)

@@ -26,6 +26,7 @@ class Columns(NamedTuple):
     captions: list[str]
     label: str | None
     key: str | None
+    box: str | None = None
 
     @property
     def text(self) -> str:
@@ -60,7 +61,10 @@ def find_columns(
     key = table.find(options.key_column, ()) if options.key_column else []
     if options.key_column and not key:
         raise table.missing("key", "--key-column", options.key_column, ())
-    return Columns(images, captions, label, key[0] if key else None)
+    box = table.find(options.box_column, ()) if options.box_column else []
+    if options.box_column and not box:
+        raise table.missing("box", "--box-column", options.box_column, ())
+    return Columns(images, captions, label, key[0] if key else None, box[0] if box else None)
 
 
 def _label_column(

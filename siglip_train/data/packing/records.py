@@ -66,7 +66,8 @@ class Record:
     origin: the image as the source names it, for messages. parts: `image` and other members, by extension.
     text, facts: the caption and the json fields, as far as the source itself holds them. group: records of one group
     come into the same split (the key where it is empty). caption_needed: without a caption it is skipped.
-    label: index of its class. fault: (cause, detail) of a record that is known to be unusable.
+    label: index of its class. box: x, y, width, height in pixels of what its captions mean. fault: (cause, detail) of a
+    record that is known to be unusable.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Record:
     group: str = ""
     caption_needed: bool = True
     label: int | None = None
+    box: tuple[float, float, float, float] | None = None
     fault: tuple[str, str] | None = None
 
 
@@ -98,6 +100,7 @@ class SourceOptions:
     label_column: str | None = None
     key_column: str | None = None
     caption_template: list[str] | None = None
+    box_column: str | None = None
 
 
 def key_of(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from siglip_train.data.packing.coco import relative_box
 from siglip_train.data.packing.coco_masks import Drawing
 from siglip_train.data.packing.columns import value_at
 from siglip_train.data.packing.images import ImageOptions, prepare, prepare_mask
@@ -97,6 +98,10 @@ def sample_members(
     text, facts = _text_and_facts(record, caption_column)
     if not text and record.caption_needed:
         raise SampleError("empty caption", "")
+    if record.box is not None:
+        # in pixels of the image as it was
+        box = relative_box(record.box, *image.size_before)
+        facts["regions"] = [{"box": box, "text": each} for each in facts.get("captions") or [text]]
     facts.update(width=image.size[0], height=image.size[1])
     members = {image.extension: image.data}
     if text:

@@ -16,13 +16,22 @@ from siglip_train.data.remote.locations import expand, is_remote, short_name, un
 from siglip_train.errors import UserError
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+_PICKLES = (".p", ".pkl", ".pickle")
 TARS = (".tar", ".tar.gz", ".tgz")
 # kind of source -> options that mean something for it
 _MEANINGFUL = {
     "a folder of images": ("caption_column", "caption_template"),
     "shards": ("caption_column",),
     "a table": (
-        *("image_root", "image_column", "caption_column", "label_column", "key_column", "caption_template"),
+        *(
+            "image_root",
+            "image_column",
+            "caption_column",
+            "label_column",
+            "key_column",
+            "caption_template",
+            "box_column",
+        ),
     ),
     "COCO annotations": ("image_root", "coco_instances"),
 }
@@ -39,6 +48,11 @@ def find_records(source: str, options: SourceOptions) -> Found:
 def _found(source: str, options: SourceOptions) -> Found:
     path = Path(source).expanduser()
     ending = path.suffix.lower()
+    if path.is_file() and ending in _PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run any code when it is read, and nothing is unpickled here: RefCOCO is "
+            "published as JSON and as Parquet too (data_tools/README.md)"
+        )
     if parquet := _parquet_files(source):
         _refuse("a table", options)
         name = short_name(unsigned(source)) + ("/*.parquet" if path.is_dir() else "")

@@ -115,12 +115,25 @@ def _record(number: int, row: Row, root: str, columns: Columns) -> Record:
     origin = (name.name or f"row {number}") if isinstance(name, Cell) else name
     try:
         text, facts = _text_and_facts(row, columns)
+        box = _box(row, columns.box) if columns.box is not None else None
     except SampleError as error:
         return Record(key, origin, fault=(error.cause, error.detail))
     if isinstance(name, Cell):
-        return Record(key, origin, {IMAGE: name}, text, facts)
+        return Record(key, origin, {IMAGE: name}, text, facts, box=box)
     # captions of one image are rows of their own, and must not meet across the splits
-    return Record(key, origin, {IMAGE: image_file(os.path.join(root, name))}, text, facts, group=name)
+    file = image_file(os.path.join(root, name))
+    return Record(key, origin, {IMAGE: file}, text, facts, group=name, box=box)
+
+
+def _box(row: dict[str, Any], column: str) -> tuple[float, float, float, float]:
+    found = row.get(column)
+    if (
+        not isinstance(found, list)
+        or len(found) != 4
+        or not all(isinstance(each, int | float) for each in found)
+    ):
+        raise SampleError("no box", f"{column} is {found!r:.60}, and not x, y, width, height in pixels")
+    return tuple(map(float, found))  # type: ignore[return-value]
 
 
 def image_file(path: str) -> Part:
