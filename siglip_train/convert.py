@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from siglip_train.data.prompts import read_class_names
 from siglip_train.errors import UserError, exit_on_user_error
-from siglip_train.interop.conversion import PARTS, TARGETS, Conversion, Request, convert
+from siglip_train.interop.conversion import PARTS, TARGETS, WEIGHTS, Conversion, Request, convert
 from siglip_train.interop.files import shortened
 
 _EPILOG = """The source is recognised by what is in it: a run, a checkpoint of any ZeRO stage and number of ranks, an
@@ -33,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="model",
         help="vision: that tower alone; classifier: with a classification head of the run on it (both hf)",
     )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="trained",
+        help="of the vision tower: ema = the moving average that taught it, where a run has one",
+    )  # fmt: skip
     parser.add_argument("--objective", metavar="NAME", help="which head, where a run has several")
     parser.add_argument("--classnames", metavar="FILE", help="of the classifier, one a line in label order")
     parser.add_argument("--tokenizer", metavar="PATH", help="instead of the model's own; none leaves it out")
@@ -58,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         patch_size=parsed.patch_size,
         pictures=parsed.pictures,
         objective=parsed.objective,
+        weights=parsed.weights,
         class_names=read_class_names(parsed.classnames) if parsed.classnames else None,
     )
     conversion = convert(parsed.source.expanduser(), parsed.destination.expanduser(), request)
@@ -70,6 +75,8 @@ def summary(conversion: Conversion) -> list[str]:
     lines = [
         f"{conversion.source_format} model, {conversion.parameters / 1e6:.1f} M parameters: {conversion.weights}"
     ]
+    if conversion.tower == "ema":
+        lines.append("the vision tower is the teacher's moving average, all else as it was trained")
     for names, said in ((conversion.left_out, "left out"), (conversion.made_up, "made up")):
         if names:
             lines.append(f"{len(names)} tensors {said} ({shortened(names)})")

@@ -26,7 +26,7 @@ from siglip_train.interop.fit import LoadReport, fit_weights
 from siglip_train.interop.load import read_model
 from siglip_train.interop.native import Description, ModelFiles, write_export
 from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
-from siglip_train.interop.runs import read_head
+from siglip_train.interop.runs import read_head, read_teachers_tower
 from siglip_train.models.siglip import Siglip, SiglipConfig
 from siglip_train.objectives.classification import Classification
 
@@ -34,6 +34,8 @@ Target = Literal["native", "hf", "open_clip", "onnx"]
 TARGETS: tuple[str, ...] = get_args(Target)
 Part = Literal["model", "vision", "classifier"]
 PARTS: tuple[str, ...] = get_args(Part)
+Weights = Literal["trained", "ema"]
+WEIGHTS: tuple[str, ...] = get_args(Weights)
 RECORD = "conversion.json"
 
 
@@ -44,7 +46,8 @@ class Request:
     part: `vision` = that tower alone, `classifier` = with a classification head of the run on it (both hf).
     tokenizer: a file or folder, instead of the model's own; "none" leaves it out. image_size, patch_size: resample to
     these. images: a folder to compare both sides on, instead of drawn images. objective: the head's name, where
-    there are several. class_names: in label order.
+    there are several. class_names: in label order. weights: of the vision tower, those that were trained or `ema`, the
+    teacher's moving average of them.
     """
 
     target: Target
@@ -55,6 +58,7 @@ class Request:
     pictures: Path | None = None
     objective: str | None = None
     class_names: Sequence[str] | None = None
+    weights: Weights = "trained"
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -63,6 +67,8 @@ class Request:
             raise UserError(f"part {self.part} has a form in hf only, not in {self.target}")
         if self.part != "classifier" and (self.objective, self.class_names) != (None, None):
             raise UserError("--objective and --classnames are for --part classifier")
+        if self.weights == "ema" and self.part == "classifier":
+            raise UserError("--weights ema: a classifier was trained on the trained tower, so take that one")
         for option, size in (("--image-size", self.image_size), ("--patch-size", self.patch_size)):
             if size is not None and size < 1:
                 raise UserError(f"{option} must be at least 1, got {size}")
@@ -93,6 +99,7 @@ class Conversion:
     largest_difference: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     classes: int | None = None
+    tower: Weights = "trained"
 
 
 class _Form(NamedTuple):
@@ -113,7 +120,7 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
     """
     if destination.exists():
         raise UserError(f"{destination} exists; choose another folder or remove it")
-    files, report = _fitted(read_model(source), source, request)
+    files, report = _fitted(_read(source, request), source, request)
     description, state = files
     head = read_head(source, request.objective) if request.part == "classifier" else None
     decoder = read_decoder(source)
@@ -131,6 +138,7 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         + [f"decoder.{name}" for name in (decoder.state if decoder and not keeps_decoder else ())],
         training=training_facts(source),
         classes=head.classes if head else None,
+        tower=request.weights,
     )
     with _aside(destination) as folder:
         form = _form(request, head)
@@ -145,6 +153,13 @@ def convert(source: Path, destination: Path, request: Request) -> Conversion:
         if request.target == "open_clip":
             to_open_clip.relocate(folder, destination)
     return conversion
+
+
+def _read(source: Path, request: Request) -> ModelFiles:
+    files = read_model(source)
+    if request.weights == "trained":
+        return files
+    return files._replace(state={**files.state, **read_teachers_tower(source)})
 
 
 def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFiles, LoadReport]:

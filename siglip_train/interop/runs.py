@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from siglip_train.errors import UserError
 from siglip_train.files.manifest import check
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 HEADS = "heads.safetensors"
 # beside the checkpoints of a run, the name of the newest complete one
 LAST = "LAST"
+# what the names of the teacher's tower in HEADS begin with, before and with the tower's own
+_TEACHER = "teacher.copies."
+_TEACHERS_TOWER = f"{_TEACHER}vision."
 _TARGET = f"{Classification.__module__}.{Classification.__qualname__}"
 
 
@@ -120,6 +124,29 @@ def read_heads(path: Path) -> dict[str, Classification]:
             ) from None
         heads[name] = head.eval()
     return heads
+
+
+def read_teachers_tower(path: Path) -> dict[str, Tensor]:
+    """The vision tower of the teacher, a moving average (EMA), of a run (its newest checkpoint) or of a checkpoint.
+
+    By names of the model, `vision.…`. Raises `UserError` where there is none.
+    """
+    file = (path.parent if path.name == "weights" else newest_checkpoint(path)) / HEADS
+    tensors: dict[str, Tensor] = {}
+    if file.is_file():
+        check(file.parent, within=HEADS)
+        tensors = read_tensors(file)
+    found = {
+        name.removeprefix(_TEACHER): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_TEACHERS_TOWER)
+    }
+    if not found:
+        raise UserError(
+            f"{path} has no averaged vision tower: give a run, or a checkpoint, with self-distillation or masked "
+            "prediction and ema.scope=tower_and_head"
+        )
+    return found
 
 
 def read_head(path: Path, name: str | None) -> Classification:

@@ -3,8 +3,13 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
+from siglip_train.convert import summary
+from siglip_train.errors import UserError
+from siglip_train.interop.conversion import Request, convert
+from siglip_train.interop.load import load_model
 from siglip_train.models.positions import resize_position_table
 from tests.faults.injected import at, die
 from tests.forks import run_program_by_rank
@@ -71,6 +76,18 @@ def test_the_teacher_begins_as_the_student_and_is_handed_on(small_run: list[str]
     last = records(tmp_path / "c")[-1]
     assert 0 < last["train/self_distillation/prototype_entropy"] <= 1
     assert {"train/self_distillation_loss", "train/masked_prediction_loss"} <= last.keys()
+
+    conversion = convert(tmp_path / "b", tmp_path / "ema", Request("native", weights="ema"))
+    assert "the vision tower is the teacher's moving average, all else as it was trained" in summary(
+        conversion
+    )
+    for name, tensor in load_model(tmp_path / "ema").model.state_dict().items():
+        source = f"teacher.copies.{name}" if name.startswith("vision.") else f"model.{name}"
+        assert tensor.equal(b[source]), name
+    with pytest.raises(UserError, match="has no averaged vision tower: give a run"):
+        convert(tmp_path / "a", tmp_path / "none", Request("native", weights="ema"))
+    with pytest.raises(UserError, match="a classifier was trained on the trained tower"):
+        Request("hf", part="classifier", weights="ema")
 
 
 def test_adapters_and_a_teacher_of_the_whole_tower_are_refused(small_run: list[str], tmp_path: Path) -> None:
