@@ -29,7 +29,8 @@ class EngineConfig:
     zero_stage: 0 = plain data parallelism, 1 = optimizer state, 2 = + gradients, 3 = + parameters sharded over ranks;
     auto = 0 for a rank that is alone, which would keep a second copy of its weights for nothing, else 1.
     activation_checkpointing: compute each block once more in the backward pass, to keep its input alone: less memory, a
-    third more work. compile_blocks: torch.compile on each transformer block.
+    third more work. compile_blocks: torch.compile on each transformer block; off, as the first step then waits for a
+    compiler, and what it gains has not been measured on a GPU yet (`benchmarks/validate_gpu.py` measures it).
     reduce_dtype: what gradients (and ZeRO-3 parameters) travel in under bf16; fp32 is exact, bf16 halves the traffic.
     """
 

@@ -1,11 +1,13 @@
-"""Run a function on several gloo ranks, each a process of its own, and give back what each returned."""
+"""Run a function on several ranks, each a process of its own, and give back what each returned."""
 
+import multiprocessing
 import os
 import queue
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,14 +15,20 @@ import torch.distributed as dist
 from tests.forks import free_port, server
 
 
-def _entry(rank: int, world_size: int, port: int, function: Callable, args: tuple, results: Any) -> None:
+def _entry(
+    rank: int, world_size: int, port: int, backend: str, function: Callable, args: tuple, results: Any
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        # without it NCCL refuses ranks that share a GPU; not every version has it
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
     )  # fmt: skip
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
         value = function(*args)
         dist.barrier()
         dist.destroy_process_group()
@@ -53,20 +61,24 @@ def _next(results: Any, processes: list, deadline: float) -> tuple[int, Any, str
     raise AssertionError("the ranks took too long")
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
-    """Call `function(*args)` on `world_size` gloo ranks; return the values in rank order.
+def run_ranks(
+    world_size: int, function: Callable, *args: Any, timeout: float = 240, backend: str = "gloo"
+) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks; return the values in rank order.
 
     `function` must be importable (top level of a test module); tensors come back as numpy arrays.
     """
-    context = server()
+    # the server's processes have a DeepSpeed that has chosen the CPU
+    context = server() if backend == "gloo" else multiprocessing.get_context("spawn")
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_entry, args=(rank, world_size, port, function, args, results))
+        context.Process(target=_entry, args=(rank, world_size, port, backend, function, args, results))
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, {} if backend == "gloo" else {"DS_ACCELERATOR": "cuda"}):
+        for process in processes:
+            process.start()
     deadline = time.monotonic() + timeout
     try:
         values: dict[int, Any] = {}

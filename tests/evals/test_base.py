@@ -25,6 +25,7 @@ from siglip_train.models.text import TextConfig
 from siglip_train.models.vision import VisionConfig
 from tests.ranks import run_ranks
 from tests.tiers import one_in
+from tests.waits import waits
 
 BROKEN = 4
 USABLE = [index for index in range(11) if index != BROKEN]
@@ -44,9 +45,9 @@ def tiny_model() -> Siglip:
     return Siglip(SiglipConfig(vision, TextConfig(context_length=12, vocab_size=256, **size)))
 
 
-def encoder_on(rank: int = 0, world_size: int = 1, **options) -> Encoder:
-    world = World(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
-    options = {"batch_size": 3, "model": tiny_model()} | options
+def encoder_on(rank: int = 0, world_size: int = 1, device: str = "cpu", **options) -> Encoder:
+    world = World(rank=rank, world_size=world_size, local_rank=rank, device=torch.device(device))
+    options = {"batch_size": 3, "model": tiny_model().to(world.device)} | options
     return Encoder(tokenizer=tokenize, transform=TRANSFORM, world=world, **options)
 
 
@@ -114,6 +115,38 @@ def test_labels_and_captions_are_there_only_where_asked_for(shards):
     images = encoder_on().encode_images(EvaluationSource(shards=shards, max_samples=2))
     assert images.labels is None
     assert images.captions == [[], []]
+
+
+def waits_by_number_of_batches(encoder: Encoder, shards: str) -> list[list[str]]:
+    """Where encoding waits, of two, three and four batches of images and of texts; loaders read on the host."""
+    found = []
+    for size in (6, 9, 12):
+        with waits(encoder.world.device) as places:
+            encoder.encode_images(EvaluationSource(shards=shards, max_samples=size))
+            encoder.encode_texts(["text"] * size)
+        found.append([place for place in places if place.startswith("base.py")])
+    return found
+
+
+def test_a_batch_that_is_encoded_is_not_waited_for(shards):
+    two, three, four = waits_by_number_of_batches(encoder_on(), shards)
+    # which rows are real is read three times in a batch, from the host's own memory
+    assert len(three) - len(two) == len(four) - len(three) == 3
+    assert set(two) == {"base.py encode_images", "base.py encode_texts", "base.py _finite"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_embeddings_and_is_not_waited_for_in_a_batch(shards):
+    encoder = encoder_on(device="cuda")
+    for found, expected in zip(everything(encoder, shards), everything(encoder_on(), shards), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    two, three, four = waits_by_number_of_batches(encoder, shards)
+    assert two == three == four
+
+
+def everything(encoder: Encoder, shards: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return encoder.encode_images(source(shards)).embeddings, encoder.encode_texts(TEXTS)
 
 
 def results_on_rank(rank: int, world_size: int, shards: str) -> list:
