@@ -13,7 +13,7 @@ from data_tools.make_tiny.captions import word_everywhere
 from data_tools.make_tiny.preview import write_preview
 from data_tools.make_tiny.shards import SAMPLES_PER_SHARD, ShardTask, plan_training, write_shard
 from data_tools.make_tiny.vocabulary import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES
-from data_tools.shared.arguments import add_workers, positive
+from data_tools.shared.arguments import add_workers, positive, share
 from data_tools.tokenizer.train import TrainingOptions, train_tokenizer
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
@@ -37,6 +37,7 @@ class TinyOptions:
     referring_samples: int = 200
     vocab_size: int = 1024
     seed: int = 0
+    several_share: float = 0.0
 
     def split_sizes(self) -> dict[str, int]:
         """The number of samples of each split."""
@@ -70,6 +71,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--vocab-size", type=positive, default=defaults.vocab_size,
                         help="pieces of the tokenizer (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="(%(default)s)")
+    parser.add_argument("--several-share", type=share, default=defaults.several_share,
+                        help="of scenes of train that have two to four objects, no two alike, beside the three in ten"
+                        " of the others (%(default)s)")  # fmt: skip
     add_workers(parser)
     parser.add_argument("--force", action="store_true", help="replace a data set made with other options")
     parser.set_defaults(run=_run)
@@ -83,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
         referring_samples=arguments.referring_samples,
         vocab_size=arguments.vocab_size,
         seed=arguments.seed,
+        several_share=arguments.several_share,
     )
     start = time.monotonic()
     try:
@@ -150,7 +155,9 @@ def _write_shards(folder: Path, options: TinyOptions, workers: int) -> None:
         step = min(SAMPLES_PER_SHARD, -(-size // 4))
         for number, start in enumerate(range(0, size, step)):
             path = folder / split / f"{number:05d}.tar"
-            tasks.append(ShardTask(path, split, options.seed, start, min(start + step, size)))
+            tasks.append(
+                ShardTask(path, split, options.seed, start, min(start + step, size), options.several_share)
+            )
     with progress(sum(options.split_sizes().values()), "drawing", "drew") as advance:
         for count in run_all(write_shard, tasks, workers):
             advance(count)

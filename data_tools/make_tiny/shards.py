@@ -30,13 +30,14 @@ Member = tuple[str, bytes]  # file name, content
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Samples `start` to `stop` of a split, to be written to `path`."""
+    """Samples `start` to `stop` of a split, to be written to `path`; several_share: as in `plan_training`."""
 
     path: Path
     split: str
     seed: int
     start: int
     stop: int
+    several_share: float = 0.0
 
 
 def sample_random(seed: int, split: str, index: int) -> Random:
@@ -44,13 +45,17 @@ def sample_random(seed: int, split: str, index: int) -> Random:
     return Random(f"{seed}/{split}/{index}")
 
 
-def plan_training(seed: int, index: int) -> Scene:
+def plan_training(seed: int, index: int, several_share: float = 0.0) -> Scene:
     """A training scene. Of two single objects in five the caption says the shape alone.
 
     Where every caption names the colour, a model tells most pairs of a batch apart by it, and takes several times as
     many samples to see shapes.
+
+    several_share: so many of the scenes have two to four objects, no two alike; of the others three in ten do.
     """
     random = sample_random(seed, "train", index)
+    if several_share and random.random() < several_share:
+        return plan_referring(random, SEEN)
     scene = plan_scene(random)
     if len(scene.things) == 1 and random.random() < 0.4:
         return replace(scene, description=Description(scene.description.groups, shape_alone=True))
@@ -92,7 +97,7 @@ def write_shard(task: ShardTask) -> int:
 
 def _plan(task: ShardTask, index: int) -> tuple[Scene, int | None]:
     if task.split == "train":
-        return plan_training(task.seed, index), None
+        return plan_training(task.seed, index, task.several_share), None
     random = sample_random(task.seed, task.split, index)
     pairs = SEEN if task.split.endswith("_seen") else HELD_OUT
     if task.split.startswith("referring"):

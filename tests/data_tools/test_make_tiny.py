@@ -20,7 +20,7 @@ from data_tools.make_tiny.captions import word
 from data_tools.make_tiny.command import TinyOptions, make_tiny
 from data_tools.make_tiny.languages import LANGUAGES, SHARES
 from data_tools.make_tiny.scenes import plan_scene
-from data_tools.make_tiny.shards import sample_random
+from data_tools.make_tiny.shards import plan_training, sample_random
 from data_tools.make_tiny.vocabulary import CLASS_INDEX, CLASS_NAMES, COLORS, HELD_OUT, SEEN, SHAPES
 from siglip_train.errors import UserError
 
@@ -293,6 +293,21 @@ def test_scenes_to_refer_to_have_several_objects_no_two_alike_and_the_first_is_o
             assert [region["box"] for region in sample.facts["regions"]] == [
                 each["box"] for each in sample.facts["objects"]
             ]
+
+
+def test_a_share_of_training_scenes_can_have_several_objects_no_two_alike_and_the_others_stay_as_they_are():
+    usual = [plan_training(3, index) for index in range(300)]
+    more = [plan_training(3, index, 0.5) for index in range(300)]
+    all_of_it = [plan_training(3, index, 1.0) for index in range(300)]
+    for scene in all_of_it:
+        names = [(thing.color, thing.shape) for thing in scene.things]
+        assert 2 <= len(set(names)) == len(names) <= 4
+        assert set(names) <= set(SEEN)
+    several = sum(len(scene.things) > 1 for scene in more)
+    # half of them, and three in ten of the others
+    assert 165 <= several <= 225
+    assert sum(len(scene.things) > 1 for scene in usual) < 120
+    assert [plan_training(3, index, 0.0) for index in range(300)] == usual
 
 
 def test_true_captions_are_true_and_the_scenes_own_are_among_those_that_name_everything(splits):
