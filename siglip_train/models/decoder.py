@@ -157,24 +157,31 @@ class LogitHead(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, token_weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        *,
+        reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
         """Logits `[..., V]` in fp32; with targets `[...]`, the sum of their cross-entropies by `token_weights`.
 
-        Tokens of weight 0 are not multiplied.
+        Tokens of weight 0 are not multiplied. reduction: none = of each token, `[...]`, whose logits are computed
+        again in the backward pass; gradients are then made there, and none is held before.
         """
         if targets is None:
             with torch.autocast(hidden.device.type, enabled=False):
                 wide = torch.promote_types(hidden.dtype, torch.float32)
                 return hidden.to(wide) @ self.weight.to(wide).T
         assert token_weights is not None, "targets without weights"
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden.flatten(0, -2),
             self.weight,
             targets.flatten(),
             token_weights=token_weights.flatten(),
-            reduction="sum",
+            reduction=reduction,
         )
+        return loss if reduction == "sum" else loss.view_as(targets)
 
 
 class Decoder(nn.Module):

@@ -35,7 +35,9 @@ class Captioning(Objective):
     tasks: `cap` a caption, `arf` an expression and its box, `gcap` a box and its text. parallel_share: of the captions
     that are predicted in parallel. token_mean: `sentence` = the mean over the tokens of a sentence, then over the
     sentences of a task; `task` = over all tokens of a task. task_mean: whether the term is the mean of its tasks, or
-    their sum. task_weights: factors of tasks beside that, 1 where none is given. decoder: keys of `DecoderConfig`.
+    their sum. task_weights: factors of tasks beside that, 1 where none is given. logits_twice: compute logits again in
+    the backward pass, a third more of their work: one gradient of the vocabulary's matrix is then alive in place of one
+    for each task. decoder: keys of `DecoderConfig`.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Captioning(Objective):
         token_mean: Literal["sentence", "task"] = "sentence",
         task_mean: bool = True,
         task_weights: dict[str, float] | None = None,
+        logits_twice: bool = False,
     ) -> None:
         super().__init__(weight=weight)
         if not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(TASKS):
@@ -64,6 +67,7 @@ class Captioning(Objective):
         self.task_weights = {task: share * factors.get(task, 1.0) for task in tasks}
         self.parallel_share = parallel_share if "cap" in tasks else 0.0
         self.token_mean = token_mean
+        self.logits_twice = logits_twice
         config = build(DecoderConfig, {**decoder, "parallel": self.parallel_share > 0}, "decoder")
         self.decoder = Decoder(config)
         needs: list[type[Input]] = [CaptionSentenceInput] if "cap" in tasks else []
@@ -106,11 +110,17 @@ class Captioning(Objective):
                 tokens[..., :-1], image.tokens, image.mask, self._parallel(forward_pass.batch)
             )  # [B, S, L - 1, D]
             dtype = torch.promote_types(hidden.dtype, torch.float32)
+            weights = [
+                self._token_weights(each.counted[:, 1:].to(dtype)) for each in sentences.values()
+            ]  # [B, L - 1] each
+            if self.logits_twice:
+                losses = self.decoder.logits(
+                    hidden, tokens[..., 1:], torch.stack(weights, dim=1), reduction="none"
+                )  # [B, S, L - 1]
+                return dict(zip(sentences, losses.sum((0, 2)).unbind(), strict=True))
             return {
-                task: self.decoder.logits(
-                    hidden[:, place], each.tokens[:, 1:], self._token_weights(each.counted[:, 1:].to(dtype))
-                )
-                for place, (task, each) in enumerate(sentences.items())
+                task: self.decoder.logits(hidden[:, place], tokens[:, place, 1:], weights[place])
+                for place, task in enumerate(sentences)
             }
 
     def _sentences(self, batch: Batch) -> dict[str, Sentences]:

@@ -127,13 +127,21 @@ def plain_term(model: Siglip, objective: Captioning, batch: Batch, token_mean: s
 
 @pytest.mark.parametrize("token_mean", ["sentence", "task"])
 @pytest.mark.parametrize(
-    "decoder", [{}, {"embedding": "text_tower"}, {"embedding": "text_tower", "logits": "tied"}]
+    ("decoder", "logits_twice"),
+    [
+        ({}, False),
+        ({"embedding": "text_tower"}, False),
+        ({"embedding": "text_tower", "logits": "tied"}, True),
+    ],
 )
-def test_the_loss_and_its_gradients_are_those_of_the_formula(token_mean, decoder):
+def test_the_loss_and_its_gradients_are_those_of_the_formula(token_mean, decoder, logits_twice):
     batch = sentence_batch()
     gradients = []
     for plain in (False, True):
-        model, objective = tiny_model(), drawn(token_mean=token_mean, decoder=decoder)
+        model, objective = (
+            tiny_model(),
+            drawn(token_mean=token_mean, decoder=decoder, logits_twice=logits_twice),
+        )
         whole = TrainingModel(model, {"captioning": objective})
         loss = plain_term(model, objective, batch, token_mean) if plain else whole(batch).total
         loss.backward()
@@ -201,6 +209,12 @@ def test_only_tokens_that_count_meet_the_vocabulary_and_never_all_at_once(monkey
     monkeypatch.setattr(op, "token_gradients", counted)
     TrainingModel(model, {"captioning": objective})(batch).total.backward()
     assert shapes == [3 + 1 + 5 + 2, 6 + 3 + 4, 4]
+    # one call for all tasks, and so one gradient of the matrix
+    shapes.clear()
+    loss = TrainingModel(model, {"captioning": drawn(logits_twice=True)})(batch).total
+    assert not shapes, "nothing is made before the backward pass"
+    loss.backward()
+    assert shapes == [11 + 13 + 4]
 
 
 def test_tasks_that_are_left_out_need_no_input():
