@@ -62,7 +62,6 @@ def our_step(name: str, config: SiglipConfig, pairs: int, world: World) -> tuple
     micro_batch_size = pairs // variant.micro_batches
     schedule = dict.fromkeys(loop.Schedule._fields) | {"micro_batch_size": micro_batch_size}
     parts = {"engine": engine, "world": world, "stop": StopSignal(), "schedule": loop.Schedule(**schedule)}
-    parts["optim"] = optim
     run = loop.Trainer(**(dict.fromkeys(loop.Trainer._fields) | parts))
     batch, _ = draw_inputs(_case(world.device), torch.device("cpu"))
     take_step = loop.plain_step if micro_batch_size == pairs else cached_step

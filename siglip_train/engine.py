@@ -78,8 +78,7 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        # without ZeRO `take_step` clips: DeepSpeed would take the norm, and keep it to itself
-        "gradient_clipping": clip_norm if zero["stage"] > 0 else 0.0,
+        "gradient_clipping": clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": autocast,
@@ -152,21 +151,21 @@ class Update(NamedTuple):
     is_applied: bool
 
 
-def take_step(engine: Any, clip_norm: float) -> Update:
+def take_step(engine: Any) -> Update:
     """Clip the gradients and update the weights, unless the gradients' norm is not finite. All ranks.
 
     The host waits for the norm, and for nothing else.
     """
     if engine.zero_optimization_stage() == 0:
-        return _step_without_zero(engine, clip_norm)
+        return _step_without_zero(engine)
     engine.step()
     return Update(torch.as_tensor(engine.get_global_grad_norm()), engine.was_step_applied())
 
 
-def _step_without_zero(engine: Any, clip_norm: float) -> Update:
+def _step_without_zero(engine: Any) -> Update:
     weights = [weight for weight in engine.module.parameters() if weight.grad is not None]
     norm = torch.stack(torch._foreach_norm([weight.grad for weight in weights])).square().sum().sqrt()
-    torch.nn.utils.clip_grads_with_norm_(weights, clip_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(weights, engine.gradient_clipping(), norm)
     is_finite = bool(norm.isfinite())
     if is_finite:
         engine.step()
@@ -176,18 +175,20 @@ def _step_without_zero(engine: Any, clip_norm: float) -> Update:
 
 
 def _let_it_wait_once(engine: Any) -> None:
-    """Let the host wait once for the norm of ZeRO's gradients.
+    """Let the host wait once for the norm of the gradients, which without ZeRO `take_step` clips.
 
     NOTE: DeepSpeed (0.19.8) waits at the norm of every group of parameters, and at stages 1 and 2 once more at the
     clipping of each. Here it does so where it asks whether the whole norm is finite.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage in (1, 2):
+    if stage == 0:
+        engine.clip_fp32_gradients = lambda: None
+    elif stage in (1, 2):
         optimizer.scaled_global_norm = partial(
             _norm_over_ranks, optimizer, len(optimizer.bit16_groups), torch.float32
         )
         optimizer.unscale_and_clip_grads = partial(_clip, optimizer.clip_grad)
-    elif stage == 3:
+    else:
         groups = len(optimizer.fp16_groups)
         optimizer._get_norm_groups = lambda: [_norm_over_ranks(optimizer, groups, torch.float64)]
 

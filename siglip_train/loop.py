@@ -255,7 +255,7 @@ def update_weights(
     the gradient is not finite on any rank.
     """
     flags.copy_to_host()
-    update = engines.take_step(run.engine, run.optim.clip_norm)
+    update = engines.take_step(run.engine)
     not_finite, stop = flags.read()
     if not_finite is not None:
         raise UserError(f"{not_finite} at step {step}; {_last_good(run)}")
