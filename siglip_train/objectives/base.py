@@ -1,6 +1,7 @@
 """What an objective is: a small module that turns the forward pass of a batch into a sum for each task."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class Objective(nn.Module):
 
     def share_with(self, model: Siglip) -> None:
         """Take what the objective shares with the model, once, when both are put together. Raises `UserError`."""
+
+    def share_among(self, objectives: Mapping[str, nn.Module]) -> None:
+        """Take what the objective shares with others of the run, after `share_with`. Raises `UserError`."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many of this rank's samples take part in each task, from the batch alone: all of them in one task."""

@@ -1,5 +1,6 @@
 """Masked prediction of patch features (iBOT; TIPS, arXiv 2410.16512; SigLIP 2, section 2.3)."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -35,15 +36,42 @@ class MaskedPrediction(PrototypeObjective):
     """Both see the same global view, of which the student's patches are masked in part, before positions are added.
 
     The term is the mean over images of the mean over the patches that count. tokens: masked = those that the student
-    does not see (iBOT, SigLIP 2), all = every patch (TIPSv2). Other parameters as in `PrototypeObjective`.
+    does not see (iBOT, SigLIP 2), all = every patch (TIPSv2). head_of: the name of the self-distillation whose head, of
+    as many prototypes, is this one's too (`hidden` and `bottleneck` are its then); null = a head of its own. Other
+    parameters as in `PrototypeObjective`.
     """
 
-    def __init__(self, *, width: int, tokens: Literal["masked", "all"] = "masked", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        tokens: Literal["masked", "all"] = "masked",
+        head_of: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(width=width, **options)
+        self.head_of = head_of
+        if head_of is not None:
+            del self.head
+            self._heads, self.averaged = [], ()
         if tokens not in ("masked", "all"):
             raise ValueError(f"tokens is {tokens!r}: choose masked or all")
         self.tokens = tokens
         self.mask_token = MaskToken(width)
+
+    def share_among(self, objectives: Mapping[str, nn.Module]) -> None:
+        """Take the head of the objective that `head_of` names. Raises `UserError`."""
+        if self.head_of is None or self._heads:
+            return
+        owner = objectives.get(self.head_of)
+        if not isinstance(owner, PrototypeObjective) or not hasattr(owner, "head"):
+            raise UserError(f"head_of={self.head_of}: the run has no objective of that name with prototypes")
+        if owner.centre.shape != self.centre.shape:
+            raise UserError(
+                f"head_of={self.head_of}: that head has {len(owner.centre)} prototypes, and this objective "
+                f"{len(self.centre)}: give both the same sizes"
+            )
+        self._heads = [owner.head]
 
     def flops_per_sample(self, sizes: StepSizes) -> float:
         """The tower on the masked view, and the heads."""

@@ -35,7 +35,7 @@ class PrototypeObjective(Objective):
     """
 
     inputs: tuple[type[Input], ...] = (ViewsInput,)
-    averaged = ("head",)
+    averaged: tuple[str, ...] = ("head",)
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class PrototypeObjective(Objective):
         self.temperatures = Temperatures(student_temperature, teacher_temperature)
         self.centre_momentum = centre_momentum
         self.head = ProjectionHead(width, hidden=hidden, bottleneck=bottleneck, prototypes=prototypes)
+        # in a list, so that one of another objective is a submodule, saved and averaged, of its owner alone
+        self._heads = [self.head]
         self.centre: Tensor
         self.register_buffer("centre", torch.zeros(prototypes))
         # of the step that is under way: the teacher's logits, choices, features and rows, summed
@@ -71,7 +73,7 @@ class PrototypeObjective(Objective):
 
     def head_flops(self, student_rows: float, teacher_rows: float) -> float:
         """Operations of a step in the heads for an image of so many rows: three passes here, one of the teacher's."""
-        return (3 * student_rows + teacher_rows) * self.head.flops
+        return (3 * student_rows + teacher_rows) * self._heads[0].flops
 
     def loss(
         self, forward_pass: ForwardPass, student: Tensor, teacher: Tensor, weights: Tensor | None = None
@@ -80,9 +82,9 @@ class PrototypeObjective(Objective):
 
         student: features `[R, V, D]`. teacher: features `[R, D]`. weights: `[R, V]`, None = 1.
         """
-        mine = self.head(student)
+        mine = self._heads[0](student)
         with torch.no_grad():
-            theirs = forward_pass.teacher_of(self.head)(teacher)
+            theirs = forward_pass.teacher_of(self._heads[0])(teacher)
         with record_function("objective/prototypes"):
             sums = prototype_cross_entropy(
                 mine.bottleneck,

@@ -39,6 +39,9 @@ class TrainingModel(nn.Module):
         self.objectives = nn.ModuleDict(dict(objectives))
         for _, objective in self._named():
             objective.share_with(model)
+        others = dict(self.objectives.items())
+        for _, objective in self._named():
+            objective.share_among(others)
         ema = ema or EmaConfig()
         self._averages_tower = ema.scope == "tower_and_head"
         students = self._students()

@@ -85,6 +85,49 @@ def cross_entropy(teacher: torch.Tensor, centre: torch.Tensor, student: torch.Te
     return -(((teacher - centre) / 0.04).softmax(-1).detach() * (student / 0.1).log_softmax(-1)).sum(-1)
 
 
+def test_a_shared_head_is_one_module_and_gets_the_gradients_of_both_losses() -> None:
+    apart, given = training_model(), batch(0)
+    torch.manual_seed(0)
+    objectives = {
+        "sigmoid": SigmoidLoss(),
+        "distillation": SelfDistillation(weight=0.5, **HEAD),
+        "masked": MaskedPrediction(weight=0.25, head_of="distillation", **HEAD),
+    }
+    shared = TrainingModel(Siglip(whole.CONFIG), objectives, ema=EMA)
+    names = [name for name in shared.state_dict() if ".head." in name or "/head." in name]
+    assert not any(name.startswith(("objectives.masked.", "teacher.copies.masked")) for name in names)
+    shared.load_state_dict(
+        {name: tensor for name, tensor in apart.state_dict().items() if name in shared.state_dict()}
+    )
+    for mine, theirs in (
+        (apart.objectives["masked"].head, apart.objectives["distillation"].head),
+        (apart.teacher.copies["masked/head"], apart.teacher.copies["distillation/head"]),
+    ):
+        mine.load_state_dict(theirs.state_dict())
+    one, two = apart(given), shared(given)
+    torch.testing.assert_close(two.total, one.total)
+    one.total.backward()
+    two.total.backward()
+    both = zip(
+        *(apart.objectives[name].head.parameters() for name in ("distillation", "masked")), strict=True
+    )
+    for found, parts in zip(shared.objectives["distillation"].head.parameters(), both, strict=True):
+        torch.testing.assert_close(found.grad, parts[0].grad + parts[1].grad)
+    for wrong, said in (
+        ("nobody", "has no objective of that name"),
+        ("sigmoid", "has no objective of that name"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TrainingModel(
+                Siglip(whole.CONFIG), {"sigmoid": SigmoidLoss(), "m": MaskedPrediction(head_of=wrong, **HEAD)}
+            )
+    fewer = {**HEAD, "prototypes": 5}
+    with pytest.raises(UserError, match="that head has 11 prototypes, and this objective 5"):
+        TrainingModel(
+            Siglip(whole.CONFIG), {"d": SelfDistillation(**HEAD), "m": MaskedPrediction(head_of="d", **fewer)}
+        )
+
+
 def test_both_losses_are_their_formulas_forward_and_in_every_gradient() -> None:
     model, given = training_model().double(), batch(0)
     distillation, masked = model.objectives["distillation"], model.objectives["masked"]
