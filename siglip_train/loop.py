@@ -143,7 +143,8 @@ def train(run: Trainer, progress: Progress) -> Progress:
                 progress.step,
             )
             break
-        if run.checkpoints.is_due(progress.step):
+        # an evaluation that fails is no reason to lose what was trained
+        if run.checkpoints.is_due(progress.step) or progress.step == run.schedule.last_step:
             _save(run, progress)
         if _evaluation_due(run, progress.step) and not _evaluate(run, progress):
             break

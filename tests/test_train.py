@@ -283,6 +283,20 @@ def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(small_run: list[str
     assert not [record for record in records(tmp_path) if "val/seen/acc1" in record]
 
 
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(small_run: list[str], tmp_path: Path) -> None:
+    # the json member of a validation sample has no such field: seen by nobody before the end
+    task = "{_target_: siglip_train.evals.retrieval.Retrieval, shards: data/tiny/validation/*.tar, text: json:nothing}"
+    shards = next(each for each in small_run if "validation" in each).split("=", 1)[1]
+    task = task.replace("data/tiny/validation/*.tar", f'"{shards}"')
+    result = run(
+        [*small_run, f"run_dir={tmp_path}/run", "checkpoint.every_steps=0", "stop_after_steps=2",
+         f"+evaluation.tasks.broken={task}"]
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "no usable" in result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "LAST").read_text().strip() == "step-00000002"
+
+
 def test_bf16_stays_near_fp32(finished: Path, small_run: list[str], tmp_path: Path) -> None:
     arguments = ["precision=bf16", "stop_after_steps=4", "evaluation.tasks.retrieval=null"]
     result = run([*small_run, f"run_dir={tmp_path}", *arguments])
