@@ -430,6 +430,10 @@ MISTAKES = {
     "keep no checkpoint": (["checkpoint.keep=0"], "keep must be at least 1"),
     "unknown wandb mode": (["log.wandb=maybe"], "log.wandb: 'maybe' is not one of"),
     "no tokenizer": (["tokenizer=nowhere/tokenizer.model"], "tokenizer: there is no nowhere/tokenizer.model"),
+    "regions that no sample has": (
+        ["+objective@objectives.captioning=captioning", "data.sources.tiny.regions=json:nothing"],
+        "data.sources.tiny.regions: none of the first",
+    ),
     "vocabulary too small": (["model.text.vocab_size=100"], "set model.text.vocab_size="),
     "no such shard": (["data.sources.tiny.shards=nowhere/*.tar"], "nowhere/*.tar"),
     "no source": (["~data.sources.tiny"], "data.sources: no source"),

@@ -242,6 +242,8 @@ class BatchPieces(Dataset):
                     raise SampleError(CAUSE, "left out")
                 sample = source.reader.read(shard, number, image=source.reads_image)
                 choices = Choices(rng)
+                for each in source.inputs:
+                    each.decide(sample, choices)
                 row = [each.make(sample, choices) for each in source.inputs], sample.name
             except UnavailableShardError as error:
                 source.check_failed()

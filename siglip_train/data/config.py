@@ -16,6 +16,24 @@ from siglip_train.data.watchdog import STALL_SECONDS
 from siglip_train.data.workers import Workers, worker_count
 from siglip_train.errors import UserError
 
+# left and right in the languages of make-tiny
+SIDE_WORDS = (
+    *("left", "right", "links", "rechts", "rechte", "linken", "rechten"),
+    *(
+        "izquierda",
+        "derecha",
+        "izquierdo",
+        "derecho",
+        "слева",
+        "справа",
+        "левый",
+        "правый",
+        "левая",
+        "правая",
+    ),
+    *("左", "右", "يسار", "يمين", "اليسار", "اليمين", "बाईं", "दाईं", "बाएँ", "दाएँ", "बायाँ", "दायाँ"),
+)
+
 
 @dataclass
 class SourceConfig:
@@ -56,12 +74,15 @@ class RegionConfig:
     """Which regions of an image a decoder is trained on, and what becomes of them where the image is cropped.
 
     min_score: of the detector that found them. min_visible: share of a region's area that a crop must leave of it.
-    side_words: a region whose text has one of them is left out where the image is mirrored.
+    side_words: a text that has one of them is not true of the mirrored image: whole words, or parts of the text in
+    writing without spaces. side_texts: what becomes of it there: its region is dropped, or, with no_mirror, no image is
+    mirrored that has such a region.
     """
 
     min_score: float = 0.3
     min_visible: float = 0.5
-    side_words: list[str] = field(default_factory=lambda: ["left", "right"])
+    side_words: list[str] = field(default_factory=lambda: list(SIDE_WORDS))
+    side_texts: Literal["drop", "no_mirror"] = "drop"
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -13,12 +13,12 @@ from PIL import Image
 
 from siglip_train.data.batch_pieces import RankShare
 from siglip_train.data.choices import Choices
-from siglip_train.data.config import DataConfig, SourceConfig
+from siglip_train.data.config import DataConfig, RegionConfig, SourceConfig
 from siglip_train.data.image_transform import ImageTransform, View
 from siglip_train.data.inputs.base import Input, InputSetup, RunInputs
 from siglip_train.data.inputs.captions import CaptionInput, CaptionSentenceInput, TextPresenceInput
 from siglip_train.data.inputs.images import ImageInput
-from siglip_train.data.inputs.regions import Region, RegionInput, read_regions, seen_through
+from siglip_train.data.inputs.regions import Region, RegionInput, names_a_side, read_regions, seen_through
 from siglip_train.data.pipeline import build_loader
 from siglip_train.data.sentences import SentenceConfig, SentenceForm
 from siglip_train.data.shards.fields import Field
@@ -158,6 +158,26 @@ def test_boxes_follow_crop_and_mirror() -> None:
     assert seen_through(region, View((0, 0, 1, 1), True), 0.5, ["left", "right"]) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the circle to the LEFT of it", True),
+        ("what is left.", True),
+        ("leftover pizza", False),
+        ("ein Kreis, rechts von einem Stern", True),
+        ("круг слева от звезды", True),
+        ("星の左の円", True),
+        ("圆形在右边", True),
+        ("دائرة إلى يسار نجمة", True),
+        ("तारे के बाईं ओर वृत्त", True),
+        ("red circle", False),
+        ("赤い円", False),
+    ],
+)
+def test_sides_are_known_in_several_languages(text: str, *, expected: bool) -> None:
+    assert names_a_side(text, RegionConfig().side_words) is expected
+
+
 class _Shards:
     def __init__(self, samples: list[RawSample]) -> None:
         self.samples, self.shards = samples, self
@@ -213,6 +233,30 @@ def test_two_regions_are_drawn_above_the_score_and_the_image_is_cut_and_mirrored
     assert seen > 5
     rows = made.collate([(first, second), (None, None)], None)
     assert rows["arf"].counted.any(dim=1).tolist() == [True, False]
+
+
+def test_an_image_of_which_a_region_names_a_side_may_stay_as_it_is(tokenizer: Tokenizer) -> None:
+    size = (64, 32)
+    sided = sample_of([{"box": [0, 0, 0.5, 1], "text": "circle, left of it"}], size)
+    plain = sample_of([{"box": [0, 0, 0.5, 1], "text": "circle"}], size)
+    weak = sample_of([{"box": [0, 0, 0.5, 1], "text": "left", "score": 0.1}], size)
+    for side_texts, sample, mirrored, dropped in (
+        ("drop", sided, True, True),
+        ("no_mirror", sided, False, False),
+        ("no_mirror", plain, True, False),
+        ("no_mirror", weak, True, True),
+    ):
+        made = region_input(tokenizer, [sample], flip=True)
+        made.options = replace(made.options, side_texts=side_texts)
+        views, rows = [], []
+        for seed in range(12):
+            choices = Choices(np.random.default_rng(seed))
+            made.decide(sample, choices)
+            # as the image's own input asks
+            views.append(made.transform.view(size, choices).is_mirrored)
+            rows.append(made.make(sample, choices)[0])
+        assert any(views) is mirrored, side_texts
+        assert any(row is None for row in rows) is dropped, side_texts
 
 
 def test_a_key_that_no_sample_has_is_told_before_training(tokenizer: Tokenizer) -> None:

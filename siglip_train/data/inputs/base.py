@@ -69,6 +69,9 @@ class Input:
         """
         raise NotImplementedError
 
+    def decide(self, sample: RawSample, choices: Choices) -> None:
+        """Take decisions that other inputs are to follow; called before any `make`. Raises `SampleError`."""
+
     def make(self, sample: RawSample, choices: Choices) -> Any:
         """One row. Raises `SampleError` for a sample that cannot be used."""
         raise NotImplementedError

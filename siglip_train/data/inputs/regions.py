@@ -18,6 +18,9 @@ from siglip_train.errors import SampleError, UserError
 _LOOKED_AT = 1000
 # edges are rounded by whoever wrote them
 _SLACK = 1e-3
+_PUNCTUATION = ".,;:!?()[]\"'،؛।。、，；：！？「」（）"
+# the first letter of writing that puts no spaces between words
+_WITHOUT_SPACES = "\u2e80"
 
 
 class Region(NamedTuple):
@@ -77,10 +80,17 @@ def seen_through(region: Region, view: View, min_visible: float, side_words: Seq
         (inner[2] - crop_left) / wide, (inner[3] - crop_top) / high,
     )  # fmt: skip
     if view.is_mirrored:
-        if not set(side_words).isdisjoint(region.text.lower().split()):
+        if names_a_side(region.text, side_words):
             return None
         box = (1 - box[2], box[1], 1 - box[0], box[3])
     return region._replace(box=box)
+
+
+def names_a_side(text: str, side_words: Sequence[str]) -> bool:
+    """Whether a text has one of the words; those of writing without spaces (Chinese, Japanese) are parts of it."""
+    text = text.lower()
+    words = {word.strip(_PUNCTUATION) for word in text.split()}
+    return any(word in words or (word >= _WITHOUT_SPACES and word in text) for word in side_words)
 
 
 class RegionInput(Input):
@@ -107,6 +117,14 @@ class RegionInput(Input):
     def members(cls, name: str, source: SourceConfig) -> tuple[str, ...]:
         """The json member; the image too, whose crop and mirror the boxes follow."""
         return (_field(name, source).member, "image")
+
+    def decide(self, sample: RawSample, choices: Choices) -> None:
+        """Do not mirror an image of which a region's text names a side, where the options say so."""
+        options = self.options
+        if self.field is not None and self.transform.flip and options.side_texts == "no_mirror":
+            found = (each for each in read_regions(self.field, sample) if each.score >= options.min_score)
+            if any(names_a_side(each.text, options.side_words) for each in found):
+                choices.once("mirror", lambda _: False)
 
     def make(self, sample: RawSample, choices: Choices) -> tuple[Sentence | None, Sentence | None]:
         """An expression with its box, and a box with its text. Raises `SampleError`."""
