@@ -31,7 +31,9 @@ def trained(shards: Path, folder: Path, small_run: list[str], *overrides: str) -
 
 def run_of(shards: Path, folder: Path, small_run: list[str], *overrides: str) -> list[str]:
     """The arguments of such a run."""
-    tasks = ("seen", "unseen", "retrieval", "loss", "referring_unseen", "segmentation")
+    tasks = (
+        "seen", "unseen", "retrieval", "loss", "referring_unseen", "segmentation", "captions", "captions_of_several",
+    )  # fmt: skip
     return [
         "experiment=siglip2_tiny_a_base",
         *(each for each in small_run if not each.startswith(("experiment", "evaluation"))),
