@@ -277,7 +277,7 @@ def _compare(
     if theirs is not None:
         conversion.largest_difference = differences(ours, theirs)
         check(conversion.largest_difference, ours, conversion.peer or "the written model")
-        conversion.pictures = len(probe.pictures)
+        conversion.pictures = len(probe.originals)
         conversion.texts = len(theirs.get("text_embedding", ()))
     if tokenizer:
         _check_tokens(folder, form, tokenizer, probe, config=config, is_asked=conversion.peer is not None)

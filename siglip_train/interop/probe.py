@@ -19,7 +19,7 @@ from siglip_train.objectives.forward_pass import ForwardPass
 
 # between faithful fp32 implementations 3e-7; another GELU moves embeddings by 5e-5
 EMBEDDING_LIMIT = 2e-5
-_MOST_PICTURES = 16
+_MOST_IMAGES = 16
 _SIZES = ((320, 240), (97, 131), (224, 224), (500, 90))
 TEXTS = (
     "a photo of a cat",
@@ -36,11 +36,11 @@ TEXTS = (
 class Probe(NamedTuple):
     """Images as both sides take them, and texts as tokens.
 
-    images: RGB. images: uint8 patches of the squared images. pixels: `[n, 3, S, S]` in -1..1, the same.
+    originals: RGB images. images: uint8 patches of the squared images. pixels: `[n, 3, S, S]` in -1..1, the same.
     tokens: `[m, context_length]`, of `texts`, or random where the model has no tokenizer and `texts` is empty.
     """
 
-    pictures: list[Image.Image]
+    originals: list[Image.Image]
     images: Images
     pixels: Tensor
     texts: list[str]
@@ -55,9 +55,10 @@ def make_probe(
     config: SiglipConfig, transform: ImageTransform, tokenizer: Tokenizer | None, folder: Path | None
 ) -> Probe:
     """Images of `folder`, or drawn ones, and captions in several languages."""
-    pictures = _read_images(folder) if folder else [_drawn(*size) for size in _SIZES]
+    originals = _read_images(folder) if folder else [_drawn(*size) for size in _SIZES]
     squares = [
-        torch.frombuffer(bytearray(transform.resized(p).tobytes()), dtype=torch.uint8) for p in pictures
+        torch.frombuffer(bytearray(transform.resized(each).tobytes()), dtype=torch.uint8)
+        for each in originals
     ]
     side = transform.image_size
     pixels = torch.stack(squares).reshape(-1, side, side, 3).permute(0, 3, 1, 2) / 127.5 - 1
@@ -67,8 +68,8 @@ def make_probe(
         tokens, texts = torch.randint(config.text.vocab_size, shape, generator=generator), []
     else:
         tokens, texts = tokenizer(TEXTS), list(TEXTS)
-    images = transform.batch([transform(picture) for picture in pictures])
-    return Probe(pictures, images, pixels.contiguous(), texts, tokens)
+    images = transform.batch([transform(each) for each in originals])
+    return Probe(originals, images, pixels.contiguous(), texts, tokens)
 
 
 @torch.inference_mode()
@@ -105,26 +106,26 @@ def _largest(numbers: Tensor) -> float:
 
 
 def _read_images(folder: Path) -> list[Image.Image]:
-    pictures = []
+    images = []
     for path in sorted(folder.iterdir() if folder.is_dir() else [folder]):
         try:
-            pictures.append(decode(path.read_bytes()))
+            images.append(decode(path.read_bytes()))
         except (SampleError, OSError):
             continue
-        if len(pictures) == _MOST_PICTURES:
+        if len(images) == _MOST_IMAGES:
             break
-    if not pictures:
+    if not images:
         raise UserError(f"--pictures: no image can be read from {folder}")
-    return pictures
+    return images
 
 
 def _drawn(width: int, height: int) -> Image.Image:
     """A gradient with shapes on it: smooth parts, edges and every colour channel."""
     ramp = Image.linear_gradient("L").resize((width, height))
-    picture = Image.merge(
+    image = Image.merge(
         "RGB", (ramp, ramp.rotate(90).resize(ramp.size), ramp.transpose(Image.Transpose.ROTATE_180))
     )
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     for number in range(12):
         x, y = (0.5 + 0.4 * math.sin(number)) * width, (0.5 + 0.4 * math.cos(number * 1.7)) * height
         size = 0.08 * (1 + number % 3) * min(width, height)
@@ -132,4 +133,4 @@ def _drawn(width: int, height: int) -> Image.Image:
         draw_shape(
             (x - size, y - size, x + size, y + size), fill=(number * 20, 255 - number * 15, number * 37 % 256)
         )
-    return picture
+    return image
