@@ -71,7 +71,9 @@ def parameter_groups(
 _BLOCK = re.compile(r"^(.*\.)?encoder\.blocks\.(\d+)\.")
 
 
-_EMBEDDING = re.compile(r"^(.*\.)?(?:patch_embedding|token_embedding|position_table|cls_token)\b")
+_EMBEDDING = re.compile(
+    r"^(.*\.)?(?:patch_embedding|token_embedding|token_projection|position_table|cls_token)\b"
+)
 
 
 def _depths(model: nn.Module) -> dict[str | None, int]:

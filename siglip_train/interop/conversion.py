@@ -28,6 +28,7 @@ from siglip_train.interop.native import Description, ModelFiles, write_export
 from siglip_train.interop.probe import Answers, Probe, check, differences, make_probe, our_answers
 from siglip_train.interop.runs import read_head, read_teachers_tower
 from siglip_train.models.siglip import Siglip, SiglipConfig
+from siglip_train.models.text import with_full_table
 from siglip_train.objectives.classification import Classification
 
 Target = Literal["native", "hf", "open_clip", "onnx"]
@@ -176,6 +177,9 @@ def _fitted(files: ModelFiles, source: Path, request: Request) -> tuple[ModelFil
     )
     config = replace(files.description.config, vision=wanted)
     state, report = fit_weights(files, config, where=source)
+    if request.target != "native":
+        text, state = with_full_table(config.text, state)
+        config = replace(config, text=text)
     description = replace(files.description, config=config)
     return ModelFiles(description, state), report
 

@@ -19,6 +19,8 @@ def flops_per_pair(
     vision, text = config.vision, config.text
     vision_flops = image_flops(vision, vision.grid**2 if tokens is None else tokens, vision_passes)
     forward_text = text.depth * _block_flops(text.context_length, text.width, text.mlp_dim)
+    if text.bottleneck:
+        forward_text += 2.0 * text.context_length * text.bottleneck * text.width
     if text.projection:
         forward_text += 2.0 * text.width * vision.width
     return vision_flops + text_passes * forward_text

@@ -41,9 +41,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(*, naflex: bool = False, gelu: str = "tanh", projection: bool = True) -> Siglip:
+def build(
+    *, naflex: bool = False, gelu: str = "tanh", projection: bool = True, bottleneck: int | None = None
+) -> Siglip:
     config = small_config(position_grid=4 if naflex else None, gelu=gelu)
     config.text.vocab_size, config.text.context_length = VOCABULARY, 12
+    config.text.bottleneck = bottleneck
     if not projection:
         config.text.width, config.text.heads, config.text.projection = 24, 3, False
     torch.manual_seed(1)
@@ -97,6 +100,19 @@ def test_there_and_back_is_the_same_bit_by_bit(
     tokens = [load_model(path).tokenize(CAPTIONS) for path in (native, folder, tmp_path / "back")]
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
+
+
+@pytest.mark.parametrize("form", ["hf", "open_clip"])
+def test_a_bottleneck_is_exported_as_a_full_table(form: str, tokenizer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = build(bottleneck=6)
+    write_export(tmp_path / "native", model.state_dict(), Description(model.config, tokenizer))
+    convert(tmp_path / "native", tmp_path / form, Request(form))
+    convert(tmp_path / "native", tmp_path / "copy", Request("native"))
+    assert read_model(tmp_path / form).description.config.text.bottleneck is None
+    assert_same(tmp_path / "native", tmp_path / "copy")
+    ours, theirs = (load_model(tmp_path / name).embed_texts(CAPTIONS) for name in ("native", form))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
 def test_the_record_says_what_was_compared(hf: Path, open_clip: Path) -> None:
