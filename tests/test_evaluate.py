@@ -113,7 +113,7 @@ def test_a_run_is_evaluated_with_its_own_tasks_and_gets_a_report(
         (["checkpoint={export}"], ["evaluation=NAME"]),
         (
             ["checkpoint={export}", "evaluation=nothing"],
-            ["evaluation", "nothing", "benchmark, coco_retrieval, "],
+            ["evaluation", "nothing", "benchmark, captions, coco_retrieval, "],
         ),
         (["checkpoint={export}", "evaluation=quickstart", "batch=3"], ["batch"]),
         (["checkpoint={export}", "evaluation=quickstart", "batch_size=0"], ["batch_size"]),

@@ -61,7 +61,8 @@ class Segmentation:
     the class map. ignore: class numbers that no pixel counts of. crops: 1 squashes an image to the model's square, k
     cuts k x k overlapping ones of it at a higher resolution, in training and test. with_pooled: put the pooled output
     beside each token (SigLIP 2, section 3.3.1). l2: penalties to choose from. held_out: share of the training images
-    by which one is chosen. names: a json file, {"1": "person", …}, for the report. gallery: images kept for it.
+    by which one is chosen. iterations: of L-BFGS at most, for each penalty. names: a json file, {"1": "person", …}, for
+    the report. gallery: images kept for it.
     """
 
     task: ClassVar[str] = "linear_segmentation"

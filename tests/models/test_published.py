@@ -39,8 +39,8 @@ def changed(name: str, **towers: dict) -> SiglipConfig:
             ("SigLIP 2 B/16, 256 px", "differs from b16 in text.depth (1 instead of 12)"),
         ),
         (
-            changed("b16", vision={"image_size": 384}),
-            ("SigLIP 2 B/16, 384 px", "differs from b16 in vision.image_size (384 instead of 256)"),
+            changed("b16", vision={"image_size": 320}),
+            ("SigLIP 2 B/16, 320 px", "differs from b16 in vision.image_size (320 instead of 256)"),
         ),
         (
             changed("siglip_l16_256", vision={"patch_size": 32}, text={"context_length": 8}),
