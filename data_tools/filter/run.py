@@ -1,8 +1,6 @@
 """A whole filtering run: what is there already, looking, deciding, writing, and the report of it all."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +13,13 @@ from data_tools.filter.look import Criteria, LookTask, Seen, Wanted, look_at_sha
 from data_tools.filter.report import DROPPED, REPORT, results, save_dropped
 from data_tools.filter.write import WriteTask, write_shard
 from data_tools.shared.result_cache import shards_identity
-from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
+from data_tools.shared.unfinished_run import UnfinishedRun
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
 from siglip_train.errors import UserError
-from siglip_train.files.atomic import remove_leftovers, write_whole
 
 # raise it whenever the same options would keep other samples
 FILTER_VERSION = 2
-# what was seen of each shard, while others are missing
-_STATE = ".filter"
 
 
 @dataclass(frozen=True)
@@ -63,43 +58,23 @@ def filter_shards(
     """
     criteria = Criteria(options.wanted)
     made_with = {"version": FILTER_VERSION, **options.flat(), **shards_identity(urls)}
-    record = {"generator": "filter", "made_with": made_with}
-    present = earlier_record(out_dir, REPORT, "filter")
-    if present is not None:
-        require_same(out_dir, present.get("made_with", {}), made_with, "filtered")
-        if "samples" in present:
-            # the earlier run may have ended just before it could
-            shutil.rmtree(out_dir / _STATE, ignore_errors=True)
-            return present, False
-    with alone_in(out_dir):
-        # the record first: a folder without it is not known as ours
-        write_whole(out_dir / REPORT, _json(record))
-        state = out_dir / _STATE
-        state.mkdir(exist_ok=True)
-        remove_leftovers(state)
-        remove_leftovers(out_dir)
-        seen = _look(urls, state, options.wanted, cache, workers)
+    run = UnfinishedRun(out_dir, REPORT, "filter", made_with, "filtered")
+    if (present := run.finished()) is not None:
+        return present, False
+    with run.alone():
+        seen = _look(urls, run.state, options.wanted, cache, workers)
         rules = [rule.name for rule in criteria.rules]
         try:
             verdict = decide(seen, rules, options.joint, criteria.spec)
             if not verdict.stays.any():
                 raise UserError(_nothing_left(verdict))
         except UserError:
-            # so that other options may be tried with the same folder
-            shutil.rmtree(state)
-            (out_dir / REPORT).unlink()
+            run.forget()
             raise
         tasks = _plan(urls, out_dir, cache, seen, verdict)
         _write(tasks, workers)
         save_dropped(out_dir / DROPPED, urls, seen, verdict)
-        report = {**record, **results(urls, seen, verdict, tasks)}
-        write_whole(out_dir / REPORT, _json(report))
-        shutil.rmtree(state)
-        return report, True
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return run.finish(results(urls, seen, verdict, tasks)), True
 
 
 def _look(urls: Sequence[str], state: Path, wanted: Wanted, cache: Path, workers: int) -> list[Seen]:

@@ -1,7 +1,6 @@
 """A whole run: what is there already, the shards that are left, and the report of it all."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,18 @@ from data_tools.preview.pick import pick
 from data_tools.regions.annotate import Annotated, AnnotateTask, Wanted, annotate_shard
 from data_tools.regions.pace import Work
 from data_tools.shared.result_cache import shards_identity
-from siglip_train.data.packing.run_record import alone_in, earlier_record, require_same
+from data_tools.shared.unfinished_run import UnfinishedRun
 from siglip_train.data.processes import run_all
 from siglip_train.data.progress import progress
 from siglip_train.data.shards.fields import Field
 from siglip_train.data.shards.reader import indexed_tar
 from siglip_train.errors import UserError
-from siglip_train.files.atomic import remove_leftovers, write_whole
+from siglip_train.files.atomic import write_whole
 from siglip_train.report.render import render
 
 REPORT, BAD, PREVIEW = "regions.json", "bad.tsv", "preview.html"
 # raise it whenever the same options would write something else
 _VERSION = 1
-# what became of each shard, while others are missing
-_STATE = ".regions"
 # samples on the page, and those that are looked at to find some that have regions
 _SHOWN, _LOOKED_AT = 48, 960
 
@@ -44,39 +41,27 @@ def annotate(
         for name, value in wanted._asdict().items()
     }
     made_with = json.loads(json.dumps({"version": _VERSION, **options, **shards_identity(urls)}))
-    record = {"generator": "regions", "made_with": made_with}
-    present = earlier_record(out_dir, REPORT, "regions")
-    if present is not None:
-        require_same(out_dir, present.get("made_with", {}), made_with, "annotated")
-        if "samples" in present:
-            shutil.rmtree(out_dir / _STATE, ignore_errors=True)
-            return present, False
-    with alone_in(out_dir):
-        # the record first: a folder without it is not known as ours
-        write_whole(out_dir / REPORT, _json(record))
-        state = out_dir / _STATE
-        state.mkdir(exist_ok=True)
-        remove_leftovers(state)
-        remove_leftovers(out_dir)
+    run = UnfinishedRun(out_dir, REPORT, "regions", made_with, "annotated")
+    if (present := run.finished()) is not None:
+        return present, False
+    with run.alone():
         try:
-            reports = _annotate_shards(urls, out_dir, wanted, cache, workers=workers, batch=batch)
-            report = {**record, **_sums(reports)}
-            if not report["annotated"]:
-                raise UserError(_nothing_done(report, wanted))
+            reports = _annotate_shards(urls, run, wanted, cache, workers=workers, batch=batch)
+            sums = _sums(reports)
+            if not sums["annotated"]:
+                raise UserError(_nothing_done(sums, wanted))
         except UserError:
-            _forget_useless(out_dir)
+            _forget_useless(run)
             raise
         _save_bad(out_dir / BAD, reports)
         write_preview(out_dir, wanted, cache)
-        write_whole(out_dir / REPORT, _json(report))
-        shutil.rmtree(state)
-        return report, True
+        return run.finish(sums), True
 
 
 def _annotate_shards(
-    urls: Sequence[str], out_dir: Path, wanted: Wanted, cache: Path, *, workers: int, batch: int
+    urls: Sequence[str], run: UnfinishedRun, wanted: Wanted, cache: Path, *, workers: int, batch: int
 ) -> list[Annotated]:
-    state = out_dir / _STATE
+    out_dir, state = run.out_dir, run.state
     names = [f"{number:05d}" for number in range(len(urls))]
     left = [place for place, name in enumerate(names) if not (state / f"{name}.json").exists()]
     if left:
@@ -96,15 +81,13 @@ def _annotate_shards(
     return [Annotated.load(state / f"{name}.json") for name in names]
 
 
-def _forget_useless(out_dir: Path) -> None:
+def _forget_useless(run: UnfinishedRun) -> None:
     """Empty the folder where no sample of it is annotated, so that other options may be tried with it."""
-    state = out_dir / _STATE
-    if any(Annotated.load(path).annotated for path in state.glob("*.json")):
+    if any(Annotated.load(path).annotated for path in run.state.glob("*.json")):
         return
-    for path in out_dir.glob("*.tar"):
+    for path in run.out_dir.glob("*.tar"):
         path.unlink()
-    shutil.rmtree(state)
-    (out_dir / REPORT).unlink()
+    run.forget()
 
 
 def _sums(reports: Sequence[Annotated]) -> dict[str, Any]:
@@ -152,7 +135,3 @@ def _has_regions(where: Field, sample: Any) -> bool:
         return bool(where.node(sample))
     except ValueError:
         return False
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

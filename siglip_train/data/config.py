@@ -16,23 +16,16 @@ from siglip_train.data.watchdog import STALL_SECONDS
 from siglip_train.data.workers import Workers, worker_count
 from siglip_train.errors import UserError
 
-# left and right in the languages of make-tiny
-SIDE_WORDS = (
-    *("left", "right", "links", "rechts", "rechte", "linken", "rechten"),
-    *(
-        "izquierda",
-        "derecha",
-        "izquierdo",
-        "derecho",
-        "слева",
-        "справа",
-        "левый",
-        "правый",
-        "левая",
-        "правая",
-    ),
-    *("左", "右", "يسار", "يمين", "اليسار", "اليمين", "बाईं", "दाईं", "बाएँ", "दाएँ", "बायाँ", "दायाँ"),
-)
+# left and right in the languages of make-tiny, in German in every form
+_SIDES = """
+left right
+links linke linken linker linkes linkem rechts rechte rechten rechter rechtes rechtem
+izquierda izquierdo derecha derecho
+слева левый левая справа правый правая
+左 右
+يسار اليسار يمين اليمين
+बाईं बाएँ बायाँ दाईं दाएँ दायाँ
+"""
 
 
 @dataclass
@@ -81,7 +74,7 @@ class RegionConfig:
 
     min_score: float = 0.3
     min_visible: float = 0.5
-    side_words: list[str] = field(default_factory=lambda: list(SIDE_WORDS))
+    side_words: list[str] = field(default_factory=_SIDES.split)
     side_texts: Literal["drop", "no_mirror"] = "drop"
 
     def __post_init__(self) -> None:

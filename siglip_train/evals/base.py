@@ -142,6 +142,17 @@ class Encoder:
                 rows.append(self.model.encode_text(tokens)[: len(chunk)].float())
         return _finite(gather_rows(torch.cat(rows)).cpu(), "texts")
 
+    def loader(self, source: EvaluationSource) -> EvaluationLoader:
+        """Batches of a set for this rank, of at most `batch_size` images, crops counted singly. All ranks."""
+        return build_evaluation_loader(
+            source,
+            self.transform,
+            batch_size=max(1, self.batch_size // source.crops**2),
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            workers=self.workers,
+        )
+
     def encode_images(
         self, source: EvaluationSource, encode: Callable[[Images], Tensor] | None = None
     ) -> ImageSet:
@@ -150,14 +161,7 @@ class Encoder:
         encode: gives the rows in place of the model's unit embeddings, `[B, any width]`; `pool_images`, for one.
         """
         encode = encode or self.model.encode_image
-        loader = build_evaluation_loader(
-            source,
-            self.transform,
-            batch_size=self.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            workers=self.workers,
-        )
+        loader = self.loader(source)
         embeddings, index = [], []
         mine: list[_Row] = []
         for batch, encoded in self.encoded(loader, encode):

@@ -15,7 +15,7 @@ from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.distributed.collectives import gather_objects
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
-from siglip_train.evals.loader import EvaluationSource, build_evaluation_loader, check_found
+from siglip_train.evals.loader import EvaluationSource, check_found
 from siglip_train.report.thumbnail import spread, thumbnail
 
 _SCORES = ("cider", "bleu")
@@ -98,14 +98,7 @@ class Captions:
     def run(self, encoder: Encoder) -> Evaluation:
         """Caption every image. All ranks."""
         captioner, world = encoder.captioner(), encoder.world
-        loader = build_evaluation_loader(
-            self._source,
-            encoder.transform,
-            batch_size=encoder.batch_size,
-            rank=world.rank,
-            world_size=world.world_size,
-            workers=encoder.workers,
-        )
+        loader = encoder.loader(self._source)
         mine = list[_Answer]()
         prior: str | None = None
         for batch, features in encoder.featured(loader):

@@ -20,7 +20,7 @@ from siglip_train.data.shards.select import Selection, as_selection
 from siglip_train.distributed.collectives import gather_objects
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
-from siglip_train.evals.loader import EvaluationBatch, EvaluationSource, build_evaluation_loader, check_found
+from siglip_train.evals.loader import EvaluationBatch, EvaluationSource, check_found
 from siglip_train.report.thumbnail import spread, thumbnail
 
 _LOG = logging.getLogger(__name__)
@@ -88,14 +88,7 @@ class Referring:
         """Ask for the box of every text. All ranks."""
         captioner, world = encoder.captioner(), encoder.world
         known = _photographs(self.trained_on, self.image) if self.trained_on is not None else None
-        loader = build_evaluation_loader(
-            self._source,
-            encoder.transform,
-            batch_size=encoder.batch_size,
-            rank=world.rank,
-            world_size=world.world_size,
-            workers=encoder.workers,
-        )
+        loader = encoder.loader(self._source)
         mine = list[_Answer]()
         for batch, features in encoder.featured(loader):
             blind = features._replace(tokens=torch.zeros_like(features.tokens))

@@ -19,7 +19,7 @@ from siglip_train.data.shards.select import as_selection
 from siglip_train.distributed.collectives import add_over_ranks, gather_objects
 from siglip_train.errors import UserError
 from siglip_train.evals.base import Encoder, Evaluation
-from siglip_train.evals.loader import EvaluationLoader, EvaluationSource, build_evaluation_loader, check_found
+from siglip_train.evals.loader import EvaluationSource, check_found
 from siglip_train.evals.patch_classifier import PatchClassifier, Patches, trained
 from siglip_train.models.vision import VisionFeatures
 from siglip_train.report.palette import coloured
@@ -124,19 +124,9 @@ class Segmentation:
             metrics, {"segments": test.shown, "segment_classes": by_class, "counts": test.counts}
         )
 
-    def _loader(self, encoder: Encoder, source: EvaluationSource) -> EvaluationLoader:
-        return build_evaluation_loader(
-            source,
-            encoder.transform,
-            batch_size=max(1, encoder.batch_size // self.crops**2),
-            rank=encoder.world.rank,
-            world_size=encoder.world.world_size,
-            workers=encoder.workers,
-        )
-
     def _read(self, encoder: Encoder) -> _Read:
         """The tokens of this rank's training images, and what lies under them. All ranks."""
-        loader = self._loader(encoder, self._train)
+        loader = encoder.loader(self._train)
         # by place in the set, so that the same images are held out on any number of ranks
         order = torch.randperm(loader.samples, generator=torch.Generator().manual_seed(0)).tolist()
         held_out = set(order[: max(1, round(self.held_out * len(order)))])
@@ -178,7 +168,7 @@ class Segmentation:
 
     def _measure(self, encoder: Encoder, classifier: PatchClassifier, classes: list[int]) -> _Measured:
         """Label every pixel of the test images. All ranks."""
-        loader, device = self._loader(encoder, self._test), encoder.world.device
+        loader, device = encoder.loader(self._test), encoder.world.device
         wanted = set(spread(loader.samples, self.gallery))
         numbers = torch.tensor(classes, device=device)
         confusion = torch.zeros(_CLASSES**2, dtype=torch.int64, device=device)

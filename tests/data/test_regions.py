@@ -165,6 +165,7 @@ def test_boxes_follow_crop_and_mirror() -> None:
         ("what is left.", True),
         ("leftover pizza", False),
         ("ein Kreis, rechts von einem Stern", True),
+        ("die linke Katze", True),
         ("круг слева от звезды", True),
         ("星の左の円", True),
         ("圆形在右边", True),

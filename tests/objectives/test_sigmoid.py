@@ -144,6 +144,12 @@ def one_rank_partly_captioned(exchange):
     model = TrainingModel(tiny_model(), {"sigmoid": SigmoidLoss(exchange=exchange)})
     # as the loop has it: of the global batch, over the number of ranks
     losses = model(share(partly_captioned()[0], rank, size), {"sigmoid/images": torch.tensor(4 / size)})
+    return mean_over_ranks(model, losses)
+
+
+def mean_over_ranks(model, losses):
+    """The loss and the gradients of the global batch, as the engine takes their means."""
+    size = torch.distributed.get_world_size()
     losses.total.backward()
     for parameter in model.parameters():
         torch.distributed.all_reduce(parameter.grad)
@@ -183,13 +189,7 @@ def one_rank(exchange):
         model(share(tiny_batch(8), rank, size))
     losses = model(share(tiny_batch(8), rank, size))
     assert said == ["exchange of texts between ranks: grid:1x2"]
-    losses.total.backward()
-    for parameter in model.parameters():
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= size
-    total = losses.total.detach()
-    torch.distributed.all_reduce(total)
-    return total / size, gradients(model.model)
+    return mean_over_ranks(model, losses)
 
 
 @pytest.mark.dist

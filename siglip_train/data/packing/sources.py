@@ -23,15 +23,13 @@ _MEANINGFUL = {
     "a folder of images": ("caption_column", "caption_template"),
     "shards": ("caption_column",),
     "a table": (
-        *(
-            "image_root",
-            "image_column",
-            "caption_column",
-            "label_column",
-            "key_column",
-            "caption_template",
-            "box_column",
-        ),
+        "image_root",
+        "image_column",
+        "caption_column",
+        "label_column",
+        "key_column",
+        "caption_template",
+        "box_column",
     ),
     "COCO annotations": ("image_root", "coco_instances"),
 }
